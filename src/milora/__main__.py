@@ -1,0 +1,3 @@
+from milora.cli import main
+
+main()

@@ -1,0 +1,389 @@
+"""Put the components on a PEFT model: initial factors, anchor, step-0 check, fingerprints.
+
+The base weight W is never changed. Two LoRA adapters of PEFT are active on every target:
+
+    y = W x + s B A x - s B0 A0 x        s = lora_alpha / r  (or / sqrt(r) with rsLoRA)
+
+`milora` (A, B) trains and starts as a copy of the initial factors (A0, B0); `anchor` (A0, -B0) is
+frozen. At step 0 they cancel, and the gradients are those of the paper's rewritten base
+W - s B0 A0 plus a LoRA at (A0, B0). Public PEFT API alone.
+"""
+
+import copy
+import difflib
+import hashlib
+import inspect
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from milora.errors import UserError
+from milora.files import write_bytes
+from milora.svd import Component, Components, components
+
+TRAINED, ANCHOR = "milora", "anchor"
+COMPONENT: dict[str, Component] = {
+    "milora": "minor",
+    "pissa": "principal",
+    "middle": "middle",
+    "random": "random",
+}
+FORMAT = "milora initial factors 1"
+
+# What of peft.LoraConfig keeps a plain LoRA on an untouched base; the rest is refused by name.
+LORA_OPTIONS = {
+    "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_rslora",
+    "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern",
+}  # fmt: skip
+
+
+class Factors(NamedTuple):
+    A: Tensor  # (r, n) fp32
+    B: Tensor  # (m, r) fp32
+
+
+class Start(NamedTuple):
+    """The state every run starts from; what init/factors.safetensors holds."""
+
+    method: str
+    factors: dict[str, Factors]  # by module name in the base
+    scaling: dict[str, float]  # s of each module
+    sha256: dict[str, str]  # of the base weight that each came from
+    spectra: dict[str, dict[str, Any]]
+
+
+def initial_factors(found: Components, scaling: float) -> Factors:
+    """B0 = U √(S/s), A0 = √(S/s) Vᵀ in fp32, so that s B0 A0 = U S Vᵀ (paper, eq. 5).
+
+    A singular value of zero would leave a dead rank, A_i = B_i = 0 with no gradient for either.
+    Those get B_i = 0 and A_i of ordinary size: the product is still zero, and they learn.
+    """
+    zero = found.zero
+    S = torch.where(zero, 0.0, found.S)
+    alive = S[~zero]
+    size = alive.median() if len(alive) else torch.tensor(found.norm or 1.0).to(S)
+    B = found.U * (S / scaling).sqrt()
+    A = torch.where(zero, size, S).div(scaling).sqrt()[:, None] * found.Vh
+    return Factors(A.float().contiguous(), B.float().contiguous())
+
+
+def lora_config(options: Mapping[str, Any]) -> LoraConfig:
+    """peft.LoraConfig from the options under `lora:`; refuses what an exact plain LoRA cannot hold.
+
+    Raises UserError for an option that PEFT does not know (with the nearest known one) or that
+    milora does not support.
+    """
+    known = set(inspect.signature(LoraConfig).parameters)
+    for key in options:
+        if key == "init_lora_weights":
+            raise UserError("lora.init_lora_weights is set by `method`: remove it and use `method`")
+        if key not in known:
+            near = difflib.get_close_matches(key, sorted(LORA_OPTIONS), 1)
+            hint = f": did you mean {near[0]}?" if near else ""
+            raise UserError(f"lora.{key} is not an option of peft.LoraConfig{hint}")
+        if key not in LORA_OPTIONS:
+            raise UserError(
+                f"lora.{key} is not supported, since the result must be a plain LoRA on the "
+                f"untouched base; supported: {', '.join(sorted(LORA_OPTIONS))}"
+            )
+    try:
+        config = LoraConfig(**options, task_type="CAUSAL_LM")
+    except (TypeError, ValueError) as error:
+        raise UserError(f"lora: {error}") from error
+    ranks = [
+        ("r", config.r),
+        *((f"rank_pattern[{k}]", v) for k, v in (config.rank_pattern or {}).items()),
+    ]
+    for name, rank in ranks:
+        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+            raise UserError(f"lora.{name} is {rank!r}: a whole number of at least 1 is needed")
+    alphas = [("lora_alpha", config.lora_alpha)]
+    alphas += [(f"alpha_pattern[{k}]", v) for k, v in (config.alpha_pattern or {}).items()]
+    for name, alpha in alphas:
+        if not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
+            raise UserError(f"lora.{name} is {alpha!r}: a number above 0 is needed")
+    if not config.target_modules:
+        raise UserError("lora.target_modules is missing: name the weights to adapt, or all-linear")
+    return config
+
+
+def add_adapter(
+    model: PreTrainedModel,
+    config: LoraConfig,
+    method: str,
+    *,
+    seed: int = 0,
+    start: Start | None = None,
+    progress: Callable[[str, int, int], None] = lambda name, done, total: None,
+) -> tuple[PeftModel, Start]:
+    """The model with the adapter of `method` in its starting state, and that state.
+
+    `method` is a key of COMPONENT, or "lora" for PEFT's own initialisation, which needs no anchor.
+    With `start`, from a stored file, nothing is decomposed: the factors are put in place after
+    the hash of every weight has been compared with the base in hand. `progress(name, done,
+    total)` is called before each decomposition.
+
+    Raises UserError, before any decomposition, for targets that match nothing, embeddings, a tied
+    output head, a rank that a weight does not allow, NaN weights, or a `start` of another base.
+    """
+    if isinstance(model, PeftModel) or any(isinstance(m, LoraLayer) for m in model.modules()):
+        raise UserError("the model has an adapter already: load the base again")
+    _check_targets(model, config)
+    torch.manual_seed(seed)  # PEFT draws A from the global generator
+    # TRAINED is not "default" on purpose: see docs/method.md, "What is on disk".
+    try:
+        peft_model = get_peft_model(model, config, adapter_name=TRAINED)
+    except ValueError as error:
+        raise UserError(f"lora.target_modules: {error}") from error
+    layers = adapted_layers(peft_model)
+    embedding: Any = model.get_input_embeddings().weight  # type: ignore[operator]
+    for name, layer in layers.items():
+        base = layer.get_base_layer()
+        if not isinstance(base, nn.Linear | Conv1D):
+            raise UserError(
+                f"lora.target_modules: {name} is a {type(base).__name__}; only linear layers can "
+                f"be adapted: {', '.join(_linear_names(model))}"
+            )
+        if base.weight is embedding:
+            raise UserError(
+                f"lora.target_modules: {name} shares its weight with the input embedding (tied), "
+                "so that merging would change the embedding too: leave it out"
+            )
+        m, n = weight_of(layer).shape
+        if layer.r[TRAINED] > min(m, n):
+            raise UserError(
+                f"lora.r is {layer.r[TRAINED]}, but {name} is {m} x {n}: "
+                f"at most {min(m, n)} fits (lora.rank_pattern sets it per module)"
+            )
+        if not torch.isfinite(weight_of(layer)).all():
+            raise UserError(f"{name}.weight holds NaN or infinite values: the base is damaged")
+    hashes = {name: tensor_sha256(weight_of(layer)) for name, layer in layers.items()}
+    if start is None:
+        start = _start(layers, method, hashes, seed, progress)
+    else:
+        check_base(start.sha256, hashes)
+    with torch.no_grad():
+        for name, layer in layers.items():
+            layer.lora_A[TRAINED].weight.copy_(start.factors[name].A)
+            layer.lora_B[TRAINED].weight.copy_(start.factors[name].B)
+    if method in COMPONENT:
+        frozen = copy.deepcopy(config)
+        frozen.lora_dropout = 0.0
+        peft_model.add_adapter(ANCHOR, frozen)
+        with torch.no_grad():
+            for name, layer in layers.items():
+                layer.lora_A[ANCHOR].weight.copy_(start.factors[name].A)
+                layer.lora_B[ANCHOR].weight.copy_(-start.factors[name].B)
+    _activate(peft_model)
+    return peft_model, start
+
+
+def _start(
+    layers: dict[str, Any],
+    method: str,
+    hashes: dict[str, str],
+    seed: int,
+    progress: Callable[[str, int, int], None],
+) -> Start:
+    factors, scaling, spectra = {}, {}, {}
+    for done, (name, layer) in enumerate(layers.items()):
+        scaling[name] = float(layer.scaling[TRAINED])
+        if method == "lora":
+            A, B = layer.lora_A[TRAINED].weight, layer.lora_B[TRAINED].weight
+            factors[name] = Factors(A.detach().float().clone(), B.detach().float().clone())
+            continue
+        progress(name, done, len(layers))
+        weight = weight_of(layer)
+        # Each module draws its own components, or "random" would pick the same places everywhere.
+        module_seed = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:4])
+        found = components(weight, layer.r[TRAINED], COMPONENT[method], module_seed)
+        factors[name] = initial_factors(found, scaling[name])
+        spectra[name] = {
+            "shape": list(weight.shape),
+            "spectral_norm": found.norm,
+            "frobenius_norm": float(torch.linalg.norm(weight.double())),
+            "component_norm": float(found.S.norm()),
+            "singular_values": found.S.tolist(),
+            "zero": int(found.zero.sum()),
+        }
+    return Start(method, factors, scaling, hashes, spectra)
+
+
+def _check_targets(model: PreTrainedModel, config: LoraConfig) -> None:
+    # PEFT refuses a list of which nothing matches, and ignores an entry that matches nothing.
+    if isinstance(config.target_modules, str):
+        return
+    names = [name for name, _ in model.named_modules()]
+    for entry in sorted(config.target_modules or ()):
+        if not any(name == entry or name.endswith("." + entry) for name in names):
+            linear = _linear_names(model)
+            near = difflib.get_close_matches(entry, linear, 1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise UserError(
+                f"lora.target_modules: {entry!r} matches no module of this model; {hint}"
+                f"its linear layers are {', '.join(linear)}"
+            )
+
+
+def _linear_names(model: nn.Module) -> list[str]:
+    found = {
+        n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)
+    }
+    return sorted(found - {"base_layer", TRAINED})
+
+
+def _activate(model: PeftModel) -> None:
+    """Both adapters active, the anchor frozen. PEFT's own switches set both trainable."""
+    names = [name for name in (TRAINED, ANCHOR) if name in model.peft_config]
+    model.base_model.set_adapter(names)
+    for layer in adapted_layers(model).values():
+        if ANCHOR in layer.lora_A:
+            layer.lora_A[ANCHOR].requires_grad_(False)
+            layer.lora_B[ANCHOR].requires_grad_(False)
+
+
+@contextmanager
+def base_only(model: nn.Module) -> Iterator[None]:
+    """Within the block the model is its base, bitwise; afterwards the adapter is as it was."""
+    if not isinstance(model, PeftModel):
+        yield
+        return
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        if TRAINED in model.peft_config:
+            _activate(model)
+
+
+def adapted_layers(model: PeftModel) -> dict[str, Any]:
+    """PEFT's LoRA layers by the name of the module in the base, in the model's order."""
+    found: dict[str, Any] = {}
+    inner: Any = model.base_model.model
+    for name, module in inner.named_modules():
+        if isinstance(module, LoraLayer):
+            found[name] = module
+    return found
+
+
+def weight_of(layer: Any) -> Tensor:
+    """The base weight W (out, in) of a LoRA layer; GPT-2's Conv1D stores it as (in, out)."""
+    base = layer.get_base_layer()
+    weight: Tensor = base.weight.detach()
+    return weight.T if isinstance(base, Conv1D) else weight
+
+
+def trained_factors(model: PeftModel) -> dict[str, Factors]:
+    """The adapter A, B as it is now, on the CPU in fp32."""
+    return {
+        name: Factors(
+            layer.lora_A[TRAINED].weight.detach().float().cpu().clone(),
+            layer.lora_B[TRAINED].weight.detach().float().cpu().clone(),
+        )
+        for name, layer in adapted_layers(model).items()
+    }
+
+
+def step0_difference(model: PeftModel, batch: Mapping[str, Tensor]) -> float:
+    """max |adapted - base| / max |base| over the logits of `batch`; the starting state gives ~0.
+
+    `batch` holds input_ids and attention_mask (b, t). Padding positions are left out.
+    """
+    training = model.training
+    model.eval()
+    keep = batch["attention_mask"].bool()
+    with torch.no_grad():
+        with base_only(model):
+            base = model(**batch).logits[keep].float()
+        adapted = model(**batch).logits[keep].float()
+    model.train(training)
+    return float((adapted - base).abs().max() / base.abs().max())
+
+
+def step0_bound(dtype: torch.dtype) -> float:
+    """What `step0_difference` may be: nothing at all in 16 bit, rounding in fp32."""
+    return 0.0 if dtype in (torch.bfloat16, torch.float16) else 1e-5
+
+
+def tensor_sha256(tensor: Tensor) -> str:
+    """Hash of dtype, shape and bytes of a tensor, so that equal means bitwise equal."""
+    data = tensor.detach().cpu().contiguous()
+    digest = hashlib.sha256(f"{data.dtype} {tuple(data.shape)}".encode())
+    digest.update(data.view(torch.uint8).numpy().data if data.numel() else b"")
+    return digest.hexdigest()
+
+
+def base_sha256(model: nn.Module) -> str:
+    """One hash over every tensor of the base, adapters left out, by the base's own names."""
+    digest = hashlib.sha256()
+    inner: Any = model.base_model.model if isinstance(model, PeftModel) else model
+    for name, tensor in sorted(inner.state_dict().items()):
+        if ".lora_" not in name:
+            plain = name.replace(".base_layer.", ".")
+            digest.update(f"{plain} {tensor_sha256(tensor)}\n".encode())
+    return digest.hexdigest()
+
+
+def check_base(stored: Mapping[str, str], hashes: Mapping[str, str]) -> None:
+    """Raise UserError unless both name the same modules with the same hashes."""
+    if set(stored) != set(hashes):
+        odd = sorted(set(stored) ^ set(hashes))
+        raise UserError(
+            f"the stored factors are for other modules than this run adapts "
+            f"({len(odd)} differ, the first is {odd[0]}): use the configuration of that run"
+        )
+    for name, digest in stored.items():
+        if hashes[name] != digest:
+            raise UserError(
+                f"wrong base: {name}.weight has sha256 {hashes[name][:12]}, but the factors were "
+                f"made from {digest[:12]}: use the base (and dtype) of that run"
+            )
+
+
+def save_start(path: Path, start: Start) -> None:
+    """Write the starting state as one safetensors file, whole or not at all."""
+    tensors = {}
+    for name, (A, B) in start.factors.items():
+        # Not PEFT's names: nothing here can be loaded as if it were a plain LoRA.
+        tensors[f"{name}.initial_A"] = A.cpu()
+        tensors[f"{name}.initial_B"] = B.cpu()
+    metadata = {
+        "format": FORMAT,
+        "method": start.method,
+        "scaling": json.dumps(start.scaling),
+        "sha256": json.dumps(start.sha256),
+    }
+    write_bytes(path, save(tensors, metadata))
+
+
+def load_start(path: Path) -> Start:
+    """Read what `save_start` wrote. Raises UserError when the file is not of that format."""
+    try:
+        with safe_open(path, framework="pt") as handle:
+            metadata = handle.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise UserError(f"{path} is not a file of initial factors ({FORMAT})")
+            sha256 = json.loads(metadata["sha256"])
+            factors = {
+                name: Factors(
+                    handle.get_tensor(f"{name}.initial_A"), handle.get_tensor(f"{name}.initial_B")
+                )
+                for name in sha256
+            }
+    except UserError:
+        raise
+    except Exception as error:  # safetensors raises its own types, not exported under one base
+        raise UserError(f"{path} cannot be read ({error}): start the run anew") from error
+    return Start(metadata["method"], factors, json.loads(metadata["scaling"]), sha256, {})

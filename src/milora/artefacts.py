@@ -1,0 +1,84 @@
+"""`milora export`: from the files of a finished run to a folder for other tools."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from milora.adapter import TRAINED, Factors, Start, load_start
+from milora.errors import UserError
+from milora.export import merge, plain_lora, save_plain_lora
+from milora.files import new_folder, read_json, write_json, write_text
+from milora.verify import find_adapter, make_probes, open_adapter
+
+
+def export_run(
+    run: Path, out: Path, to: str, rank: int | None, trust_remote_code: bool = False
+) -> str:
+    """Write a plain LoRA ("lora", of rank 2r or the best of `rank`) or merged weights ("merged").
+
+    Returns a sentence that says what was written and the error it makes. Raises UserError for an
+    unfinished run, an existing `out`, or a rank that is no approximation.
+    """
+    if to not in ("lora", "merged"):
+        raise UserError(f"--to {to}: use lora or merged")
+    if out.exists():
+        raise UserError(f"--out {out} exists already: choose a new folder")
+    if to == "merged" and rank is not None:
+        raise UserError("--rank goes with --to lora; merged weights hold the exact update")
+    source = find_adapter(run)
+    start, trained = _run_factors(run)
+    opened = open_adapter(run, trust_remote_code=trust_remote_code)
+    largest = opened.provenance["rank"]
+    if rank is not None and rank > largest:
+        raise UserError(f"--rank {rank}: the update has rank {largest}, choose at most that")
+    plain = plain_lora(start, trained, rank)
+    base = opened.model.unload()
+    if to == "merged":
+        merge(base, plain)
+        with new_folder(out) as folder:
+            base.save_pretrained(folder)
+            opened.base.tokenizer.save_pretrained(folder)
+        return f"{out}: merged weights, {opened.provenance['base']['dtype']} safetensors"
+    with new_folder(out) as folder:
+        for file in source.iterdir():  # tokenizer and chat template
+            if file.name not in ("adapter_config.json", "adapter_model.safetensors", "milora.json"):
+                shutil.copy(file, folder)
+        written = save_plain_lora(folder, plain, base, opened.base.name)
+        from peft import PeftModel
+
+        loaded = PeftModel.from_pretrained(base, folder)
+        provenance: dict[str, Any] = opened.provenance | {
+            "rank": written,
+            "approximation_error": plain.error,
+            "probes": make_probes(loaded, opened.base.tokenizer),
+        }
+        write_json(folder / "milora.json", provenance)
+        if rank is not None:
+            note = (
+                f"\n\n## Approximation\n\nThis is the best rank-{rank} approximation of the trained "
+                f"update (rank {largest}); relative error {plain.error:.2e} (Frobenius). The scores "
+                "above are those of the full update.\n"
+            )
+            card = (folder / "README.md").read_text(encoding="utf-8").rstrip()
+            write_text(folder / "README.md", card + note)
+    if rank is None:
+        return f"{out}: plain LoRA of rank {written}, exact"
+    return (
+        f"{out}: plain LoRA of rank {written}; relative error of the update {plain.error:.2e}, "
+        f"worst module {plain.worst[0]} {plain.worst[1]:.2e}"
+    )
+
+
+def _run_factors(run: Path) -> tuple[Start, dict[str, Factors]]:
+    init, final = run / "init" / "factors.safetensors", run / "checkpoints" / "trained.safetensors"
+    if not (init.exists() and final.exists()):
+        state = read_json(run / "run.json")["state"] if (run / "run.json").exists() else "no run"
+        raise UserError(f"{run} is not a finished run with an adapter (state: {state})")
+    start, tensors = load_start(init), load_file(final)
+
+    def named(name: str, which: str) -> Any:
+        return tensors[f"base_model.model.{name}.{which}.{TRAINED}.weight"]
+
+    return start, {n: Factors(named(n, "lora_A"), named(n, "lora_B")) for n in start.factors}

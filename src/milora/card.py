@@ -1,0 +1,124 @@
+"""The model card that lies beside the adapter: base, data, recipe, scores, rank, licence."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+SERVER_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes as --max-lora-rank
+
+
+def model_card(
+    record: Mapping[str, Any], asked: Mapping[str, Any], evaluation: Mapping[str, Any] | None
+) -> str:
+    """README.md of adapter/, from run.json, the configuration and evaluation.json."""
+    base, data = record["base"], record["data"]
+    rank = record.get("adapter", {}).get("rank") or asked["lora"]["r"]
+    allowed = next((r for r in SERVER_RANKS if r >= rank), rank)
+    head: dict[str, Any] = {
+        "base_model": base["name"],
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["lora", "transformers", "milora"],
+    }
+    if base["license"] != "unknown":
+        head["license"] = base["license"]
+    training = asked["training"]
+    kinds = record["coverage"]["adapted"].items()
+    adapted = ", ".join(f"{kind} ({found['weights']})" for kind, found in kinds)
+    recipe = [
+        f"method {record['method']}, r {asked['lora']['r']}, alpha {asked['lora']['lora_alpha']}",
+        *(f"{key} {value}" for key, value in training.items()),
+        f"seed {asked['seed']}",
+        f"adapted: {adapted}",
+    ]
+    lines = [
+        "---",
+        yaml.safe_dump(head, sort_keys=False).strip(),
+        "---",
+        "",
+        f"# LoRA adapter for {_safe(base['name'])}",
+        "",
+        f"A plain LoRA of rank {rank} for the untouched base `{_safe(base['name'])}`, trained with "
+        "[milora](https://arxiv.org/abs/2406.09044) (Wang et al., NAACL 2025).",
+        "",
+        "## Load it",
+        "",
+        "```python",
+        "from peft import AutoPeftModelForCausalLM",
+        "",
+        'model = AutoPeftModelForCausalLM.from_pretrained("this/folder")',
+        "```",
+        "",
+        f"vLLM: `--enable-lora --max-lora-rank {allowed}`. Use the chat template that lies beside "
+        "the weights, if there is one: the model was trained with it.",
+        "",
+    ]
+    if record["method"] != "lora":
+        lines += [
+            f"**Why rank {rank}:** training started at the initial factors (A0, B0), not at zero, "
+            "and the base was left as it is. The update is s(BA - B0A0), which as one ordinary "
+            f"LoRA has twice the trained rank {asked['lora']['r']}. `milora export --rank K` gives "
+            "the best approximation of a lower rank and states its error.",
+            "",
+        ]
+    lines += [
+        "## Base",
+        "",
+        f"- {_safe(base['name'])}, {base['dtype']}, sha256 `{base['sha256'][:16]}`; licence: "
+        f"{base['license'] if base['license'] != 'unknown' else 'see the card of the base'}. The "
+        "licence of the base holds for the adapter used with it.",
+        "",
+        "## Data",
+        "",
+        f"- {data['train']['kept']} rows for training ({data['format']}), {data['eval']['kept']} held "
+        f"out; {data['train']['shortened']} shortened, {sum(data['train']['refused'].values())} "
+        "refused",
+        *(f"- `{_safe(file)}`, sha256 `{digest[:16]}`" for file, digest in data["sha256"].items()),
+        "",
+        "## Recipe",
+        "",
+        *(f"- {_safe(line)}" for line in recipe),
+        f"- {record['parameters']['trainable']:,} trained parameters of "
+        f"{record['parameters']['all']:,}; {record['seconds'].get('training', 0):.0f} s of training",
+        f"- at step 0 the logits differed from the base's by {record['step0']['difference']:.1e} "
+        "(relative to the largest)",
+        "",
+    ]
+    if evaluation:
+        lines += ["## Learned and kept", "", *scores_table(evaluation), ""]
+    return "\n".join(lines)
+
+
+def scores_table(evaluation: Mapping[str, Any]) -> list[str]:
+    """Base against tuned, as lines of a Markdown table."""
+    lines = ["| | base | tuned |", "|---|---|---|"]
+    for name, task in evaluation["tasks"].items():
+        cells = []
+        for state in ("base", "tuned"):
+            low, high = task[state]["interval"]
+            cells.append(f"{task[state]['accuracy']:.3f} ({low:.3f} to {high:.3f})")
+        lines.append(f"| {_safe(name)}: accuracy of {task['rows']} (95 %) | {' | '.join(cells)} |")
+        for key, label in (
+            ("format_failures", "format failures"),
+            ("loss", "loss per answer token"),
+        ):
+            cells = [f"{task[state][key]:.3f}" for state in ("base", "tuned")]
+            lines.append(f"| {_safe(name)}: {label} | {' | '.join(cells)} |")
+    kept = evaluation["knowledge"]
+    lines += [
+        f"| perplexity of {_safe(kept['text'])} ({kept['tokens']} tokens) "
+        f"| {kept['base_perplexity']:.2f} | {kept['tuned_perplexity']:.2f} |",
+        f"| KL(base to tuned) per token there, mean and 99th percentile | 0 | {kept['kl']:.4f}, "
+        f"{kept['kl_p99']:.4f} |",
+        f"| same likeliest token as the base | 1 | {kept['top_token_agreement']:.3f} |",
+    ]
+    return lines
+
+
+def _safe(text: Any) -> str:
+    """Text from files and configurations, harmless in Markdown and HTML."""
+    plain = " ".join(str(text).split())
+    for character in "\\`*[]|":
+        plain = plain.replace(character, "\\" + character)
+    return plain.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

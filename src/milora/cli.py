@@ -1,0 +1,283 @@
+"""The command line: each verb parses, calls one library function and prints.
+
+Nothing heavy is imported before a verb needs it, so that --help answers at once.
+"""
+
+import errno
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from milora.errors import UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Fine-tune a language model in the directions its weights use least; get a plain LoRA.",
+    epilog="Start: milora train --print-default > run.yaml; milora train run.yaml --dry-run",
+)
+
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
+]
+
+
+@app.command(epilog="Example: milora train run.yaml training.learning_rate=5e-5 lora.r=16")
+def train(
+    config: Annotated[Path | None, typer.Argument(help="The configuration, a YAML file.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="Override a key.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Show data, coverage, memory and time; write nothing."),
+    ] = False,
+    print_default: Annotated[
+        bool, typer.Option("--print-default", help="Print an annotated configuration.")
+    ] = False,
+) -> None:
+    """Decompose, check, train, export, evaluate."""
+    from milora.config import DEFAULT, load_config
+
+    if print_default:
+        typer.echo(DEFAULT, nl=False)
+        return
+    if config is None:
+        raise UserError("give a configuration: milora train run.yaml (or --print-default)")
+    settings = load_config(config, overrides or [])
+    _quiet()
+    from milora.progress import Progress
+    from milora.train import train as run_training
+
+    with Progress() as progress:
+        record = run_training(
+            **settings.model_dump(), resume=resume, dry_run=dry_run, progress=progress
+        )
+    if dry_run:
+        _print_plan(record)
+        return
+    folder = Path(settings.output_dir)
+    _print_scores(json.loads((folder / "evaluation.json").read_text(encoding="utf-8")))
+    result = folder / ("adapter" if (folder / "adapter").exists() else "model")
+    typer.echo(f"\nThe result: {result}")
+
+
+@app.command("eval", epilog="Example: milora eval runs/first --tasks data/test.jsonl --limit 100")
+def evaluate(
+    source: Annotated[
+        Path, typer.Argument(help="A run folder, an adapter made by milora, or a model.")
+    ],
+    tasks: Annotated[
+        str, typer.Option(help="Comma-separated data files; default: those of the run.")
+    ] = "",
+    knowledge: Annotated[str, typer.Option(help="General text, .txt or .jsonl.")] = "",
+    limit: Annotated[int | None, typer.Option(min=1, help="Rows per task.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Also write the result to this JSON file.")
+    ] = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Base against tuned: accuracy, format failures, loss, and knowledge kept."""
+    _quiet()
+    from milora.evaluate import Pair, general_text, load_task
+    from milora.files import write_json, write_text
+    from milora.pretrained import load_pretrained
+    from milora.progress import Progress
+    from milora.train import evaluate_all
+    from milora.verify import open_adapter
+
+    if not (source / "milora.json").exists() and not (source / "run.json").exists():
+        # A plain model has nothing to be compared with: base and tuned are the same.
+        asked: dict[str, Any] = {
+            "tasks": [],
+            "knowledge": "default",
+            "chunks": 16,
+            "batch_size": 16,
+        }
+        loaded = load_pretrained(str(source), trust_remote_code=trust_remote_code)
+        pair = Pair(loaded.model)
+    else:
+        opened = open_adapter(source, trust_remote_code=trust_remote_code)
+        asked = opened.provenance["configuration"]["evaluate"]
+        loaded, pair = opened.base, Pair(opened.model)
+    chosen = [name for name in tasks.split(",") if name] or asked["tasks"]
+    by_name = {
+        str(t.get("name") or Path(t["file"]).stem): t for t in asked["tasks"] if isinstance(t, dict)
+    }
+    loaded_tasks = [
+        load_task(by_name.get(t, t) if isinstance(t, str) else t, limit) for t in chosen
+    ]
+    text = general_text(knowledge or asked["knowledge"])
+    with Progress() as progress:
+        result, samples = evaluate_all(
+            pair,
+            loaded.tokenizer,
+            loaded_tasks,
+            text,
+            asked["chunks"],
+            asked["batch_size"],
+            progress,
+        )
+    _print_scores(result)
+    if out:
+        write_json(out, result)
+        lines = "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples)
+        write_text(out.with_suffix(".samples.jsonl"), lines)
+
+
+@app.command(epilog="Example: milora export runs/first --to lora --rank 32 --out lora32")
+def export(
+    run: Annotated[Path, typer.Argument(help="The run folder.")],
+    out: Annotated[Path, typer.Option(help="A new folder for the artefact.")],
+    to: Annotated[
+        str, typer.Option(help="lora (rank 2r, or --rank) or merged (safetensors).")
+    ] = "lora",
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Best approximation of this rank, with its error.")
+    ] = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Write the result for other tools: a plain LoRA of some rank, or merged weights."""
+    _quiet()
+    from milora.artefacts import export_run
+
+    typer.echo(export_run(run, out, to, rank, trust_remote_code))
+
+
+@app.command(epilog="Example: milora verify runs/first/adapter --base smollm2-135m")
+def verify(
+    adapter: Annotated[Path, typer.Argument(help="An adapter folder (or a run folder).")],
+    base: Annotated[str | None, typer.Option(help="The base; default: as recorded.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Check an adapter against its base: fingerprint, step 0, format, probe prompts."""
+    _quiet()
+    from milora.verify import verify as run_checks
+
+    checks = run_checks(adapter, base, trust_remote_code)
+    for check in checks:
+        typer.echo(f"{'ok  ' if check.holds else 'FAIL'}  {check.name}: {check.detail}")
+    if not all(check.holds for check in checks):
+        raise UserError(f"{adapter} is not what it was when it was made: do not use it")
+
+
+@app.command(epilog="Example: milora chat runs/first")
+def chat(
+    run: Annotated[Path, typer.Argument(help="A run folder or an adapter folder.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Talk to base and tuned side by side; an empty line or Ctrl-D ends it."""
+    _quiet()
+    from milora.chat import replies
+    from milora.verify import open_adapter
+
+    opened = open_adapter(run, trust_remote_code=trust_remote_code)
+
+    def questions() -> Any:
+        while True:
+            if sys.stdin.isatty():
+                typer.echo("you> ", nl=False)
+            line = sys.stdin.readline().strip()
+            if not line:
+                return
+            yield line
+
+    for base, tuned in replies(opened.model, opened.base.tokenizer, questions(), max_new_tokens):
+        typer.echo(f"base:  {base}\ntuned: {tuned}\n")
+
+
+def _print_plan(plan: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    for number, pieces in enumerate(plan["samples"], 1):
+        console.print(f"--- sample {number} (trained tokens are marked)", markup=False)
+        text = Text()
+        for piece, trained in pieces:
+            if trained and not console.is_terminal:
+                piece = f"⟦{piece}⟧"
+            text.append(piece, style="black on green" if trained else "dim")
+        console.print(text)
+    for key, label in (("adapted", "adapted"), ("not_adapted", "not adapted")):
+        kinds = plan["coverage"].get(key, {})
+        listed = ", ".join(
+            f"{k} ({v['weights']} weights, {v['parameters']:,})" for k, v in kinds.items()
+        )
+        if listed:
+            console.print(f"{label}: {listed}", markup=False)
+    if plan["coverage"]:
+        console.print(f"coverage: {plan['coverage']['share']:.1%} of the matrices' parameters")
+    console.print(f"trained parameters: {plan['parameters']['trainable']:,}")
+    console.print(f"estimate: {plan['estimate']}", markup=False)
+
+
+def _print_scores(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", "base", "tuned")
+    for name, task in result["tasks"].items():
+        cells = [
+            f"{task[s]['accuracy']:.3f}  ({task[s]['interval'][0]:.3f}-{task[s]['interval'][1]:.3f})"
+            for s in ("base", "tuned")
+        ]
+        table.add_row(f"{name}: accuracy of {task['rows']} (95 %)", *cells)
+        for key, label in (
+            ("format_failures", "format failures"),
+            ("loss", "loss per answer token"),
+        ):
+            table.add_row(f"{name}: {label}", *(f"{task[s][key]:.3f}" for s in ("base", "tuned")))
+    kept = result["knowledge"]
+    table.add_row(
+        "perplexity of general text",
+        f"{kept['base_perplexity']:.2f}",
+        f"{kept['tuned_perplexity']:.2f}",
+    )
+    table.add_row(
+        "KL(base || tuned) per token", "0", f"{kept['kl']:.4f}  (p99 {kept['kl_p99']:.3f})"
+    )
+    table.add_row("same likeliest token", "1", f"{kept['top_token_agreement']:.3f}")
+    Console(highlight=False).print(table)
+
+
+def _quiet() -> None:
+    """transformers' own bars and hints would drown ours."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def main() -> None:
+    """Entry point: exit code 0 done, 2 the user must change something, 1 a bug."""
+    try:
+        app()
+    except UserError as error:
+        sys.exit(_fail(str(error)))
+    except KeyboardInterrupt:
+        sys.exit(_fail("stopped; `milora train ... --resume` continues"))
+    except OSError as error:
+        where = f" {error.filename}" if error.filename else ""
+        if error.errno in NO_ROOM:
+            sys.exit(_fail(f"no room left to write{where}: free some space, then use --resume"))
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EISDIR):
+            sys.exit(_fail(f"cannot write{where}: {os.strerror(error.errno)}"))
+        raise
+
+
+def _fail(sentence: str) -> int:
+    print(f"milora: {' '.join(sentence.split())}", file=sys.stderr)
+    return 2

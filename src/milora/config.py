@@ -1,0 +1,188 @@
+"""The configuration file: pydantic models and `key=value` overrides; stops at the command line."""
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from milora.errors import UserError
+
+DEFAULT = """\
+# milora train this-file.yaml [key=value ...]       every key but model, data.train: its default
+model: smollm2-135m            # hub id, local folder, GGUF file, or the bundled model's name
+method: milora                 # milora | pissa | middle | random | lora | full
+output_dir: runs/first         # the run folder; it must not hold another run
+seed: 0
+dtype: auto                    # auto | float32 | bfloat16 | float16: of the base; adapters are fp32
+trust_remote_code: false       # true runs code that comes with the model
+early_stopping_patience: 0     # evaluations without a better loss before the run stops; 0 never
+data:
+  train: data/train.jsonl      # jsonl, json, csv, parquet, or a hub id
+  eval: 0.05                   # a file, or a share held out
+  format: auto                 # auto | messages | sharegpt | alpaca | prompt-completion | text
+  columns: {}                  # our column: the one in the file, for example {prompt: question}
+  max_length: 512              # tokens; longer rows are cut at the end and counted
+  on_bad_row: fail             # fail | skip
+lora:                          # handed to peft.LoraConfig as it stands
+  r: 32
+  lora_alpha: 32
+  target_modules: [q_proj, k_proj, v_proj, up_proj, down_proj]
+training:                      # handed to transformers.TrainingArguments as it stands
+  learning_rate: 1.0e-4        # default by method: lora 3e-4; milora, pissa, middle, random 1e-4;
+                               # full 2e-5 (docs/method.md says why)
+  num_train_epochs: 3
+  per_device_train_batch_size: 16
+evaluate:
+  tasks: []                    # files like data.train, or {file, name, match: exact | json,
+                               # pattern, max_new_tokens, limit}
+  knowledge: default           # a general text, .txt or .jsonl; default: Python's help topics
+  chunks: 16                   # pieces of 512 tokens of it
+  batch_size: 16
+"""
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=False)
+
+
+class Data(Strict):
+    train: str
+    eval: float | str = 0.05
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt-completion", "text"] = "auto"
+    columns: dict[str, str] = {}
+    max_length: int = Field(default=512, ge=2)
+    on_bad_row: Literal["fail", "skip"] = "fail"
+
+
+class Lora(BaseModel):
+    """Checked where it is used, against peft.LoraConfig; only the defaults are ours."""
+
+    model_config = ConfigDict(extra="allow")
+
+    r: Any = 32
+    lora_alpha: Any = None
+    target_modules: Any = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+
+
+class TaskFile(Strict):
+    file: str
+    name: str | None = None
+    match: Literal["exact", "json"] = "exact"
+    pattern: str | None = None
+    max_new_tokens: int = Field(64, ge=1)
+    limit: int | None = Field(None, ge=1)
+
+
+class Evaluate(Strict):
+    tasks: list[str | TaskFile] = []
+    knowledge: str = "default"
+    chunks: int = Field(default=16, ge=1)
+    batch_size: int = Field(default=16, ge=1)
+
+
+class Config(Strict):
+    model: str
+    method: Literal["milora", "pissa", "middle", "random", "lora", "full"] = "milora"
+    output_dir: str
+    seed: int = Field(0, ge=0)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    trust_remote_code: bool = False
+    early_stopping_patience: int = Field(0, ge=0)
+    data: Data
+    lora: Lora = Lora()
+    training: dict[str, Any] = {}
+    evaluate: Evaluate = Evaluate()
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 with two repairs: 1e-4 is a number, and a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen:
+                line = key_node.start_mark.line + 1
+                raise UserError(f"line {line}: the key {key_node.value!r} is given twice")
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration in `path` with `key.sub=value` overrides applied, checked.
+
+    Raises UserError, one sentence for all that is wrong, unknown keys with the nearest known.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; `milora train --print-default` prints one")
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError, UserError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold keys and values; see `milora train --print-default`")
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise UserError(
+                f"{override!r}: write key=value, for example training.learning_rate=1e-4"
+            )
+        try:
+            value = yaml.load(text, Loader=_Loader)
+        except yaml.YAMLError as error:
+            raise UserError(f"{override!r}: the value is not valid YAML") from error
+        *parents, last = key.split(".")
+        inner = values
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
+            if not isinstance(inner, dict):
+                raise UserError(f"{override!r}: {parent} holds a value, not keys")
+        inner[last] = value
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_sentence(error)}") from error
+    if isinstance(config.data.eval, float) and not 0 < config.data.eval < 1:
+        raise UserError(
+            f"{path}: data.eval is {config.data.eval}: a share between 0 and 1, or a file"
+        )
+    if config.lora.lora_alpha is None:
+        config.lora.lora_alpha = config.lora.r  # the paper's setting: s = 1
+    return config
+
+
+def _sentence(error: ValidationError) -> str:
+    found = []
+    for problem in error.errors():
+        where = [
+            str(part) for part in problem["loc"] if str(part) not in ("str", "TaskFile", "float")
+        ]
+        key = ".".join(where)
+        if problem["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(where[-1], _known(where[:-1]), 1)
+            found.append(f"unknown key {key}" + (f", did you mean {near[0]}?" if near else ""))
+        elif problem["type"] == "missing":
+            found.append(f"{key} is missing")
+        else:
+            found.append(
+                f"{key} is {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+            )
+    return "; ".join(dict.fromkeys(found))
+
+
+def _known(where: Sequence[str]) -> list[str]:
+    blocks: dict[str, type[BaseModel]] = {"data": Data, "evaluate": Evaluate}
+    if not where:
+        return list(Config.model_fields)
+    if "tasks" in where:
+        return list(TaskFile.model_fields)
+    block = blocks.get(where[0])
+    return list(block.model_fields) if block else []

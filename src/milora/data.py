@@ -1,0 +1,467 @@
+"""From files in the shapes people have to token ids with a loss mask on the answers only.
+
+read_rows     file or hub id -> conversations, every row checked, errors with file and row
+encode        one conversation -> token ids and labels
+prepare       many of them, with counts of what was kept, shortened and refused
+Collator      batches; the language-model head is computed at trained positions only
+"""
+
+import csv
+import inspect
+import json
+import random
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from milora.errors import UserError
+
+IGNORED = -100  # label of a token without loss, as in torch's cross entropy
+
+FORMATS: dict[str, tuple[str, ...]] = {  # by the columns that must be there; first match wins
+    "messages": ("messages",),
+    "sharegpt": ("conversations",),
+    "alpaca": ("instruction", "output"),
+    "prompt-completion": ("prompt", "completion"),
+    "text": ("text",),
+}
+ROLES = ("system", "user", "assistant", "tool")
+SHAREGPT_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "tool": "tool",
+}
+# Alpaca's template (Taori et al., 2023), as in the code bases of the paper.
+PLAIN_SYSTEM = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request."
+)
+
+Message = dict[str, str]
+
+
+class Row(NamedTuple):
+    """A conversation and where it came from. Plain text is one message with role "text"."""
+
+    messages: list[Message]
+    place: str  # "train.jsonl, line 7"
+
+
+class Rows(NamedTuple):
+    rows: list[Row]
+    format: str
+    skipped: list[str]  # the sentence for each row that on_bad_row="skip" left out
+
+
+class Encoded(NamedTuple):
+    input_ids: list[int]
+    labels: list[int]  # IGNORED where there is no loss
+    shortened: bool
+
+
+class Prepared(NamedTuple):
+    examples: list[Encoded]
+    kept: int
+    shortened: int
+    refused: dict[str, int]  # reason -> rows
+    refused_places: list[str]  # the first few
+    tokens: int
+    trained_tokens: int
+
+
+def read_rows(
+    source: str,
+    *,
+    format: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    on_bad_row: str = "fail",
+    split: str = "train",
+) -> Rows:
+    """Read a .jsonl, .json, .csv or .parquet file, or a data set of the hub.
+
+    `format` is a key of FORMATS, or "auto" to go by the columns; `columns` maps a column of the
+    format to the one in the file ({"prompt": "question"}). `split` is for the hub alone.
+    Raises UserError with file, row, column and value for the first bad row, unless
+    `on_bad_row` is "skip", which leaves such rows out and lists them.
+    """
+    records, skipped = _read_records(source, split, on_bad_row)
+    if not records:
+        raise UserError(f"{source} holds no rows")
+    renamed = {theirs: ours for ours, theirs in (columns or {}).items()}
+    for theirs in renamed:
+        if theirs not in records[0][0]:
+            have = ", ".join(map(str, records[0][0]))
+            raise UserError(f"{source} has no column {theirs!r} (data.columns); it has {have}")
+    records = [({renamed.get(k, k): v for k, v in record.items()}, at) for record, at in records]
+    if format == "auto":
+        format = _recognise(source, records[0][0])
+    rows = []
+    for record, place in records:
+        try:
+            rows.append(Row(_messages(record, format, place), place))
+        except UserError as error:
+            if on_bad_row == "fail":
+                raise
+            skipped.append(str(error))
+    if not rows:
+        raise UserError(f"{source}: all {len(skipped)} rows are bad, the first: {skipped[0]}")
+    return Rows(rows, format, skipped)
+
+
+def _read_records(
+    source: str, split: str, on_bad_row: str
+) -> tuple[list[tuple[dict[str, Any], str]], list[str]]:
+    path, skipped = Path(source), []
+    suffix = path.suffix.lower()
+    if suffix not in (".jsonl", ".json", ".csv", ".parquet"):
+        if path.exists():
+            raise UserError(f"{source}: use a .jsonl, .json, .csv or .parquet file")
+        return _read_hub(source, split), []
+    if not path.is_file():
+        raise UserError(f"{source} does not exist")
+    records: list[tuple[Any, str]] = []
+    try:
+        if suffix == ".jsonl":
+            with path.open(encoding="utf-8-sig") as handle:
+                for number, line in enumerate(handle, 1):
+                    if not line.strip():
+                        continue
+                    place = f"{source}, line {number}"
+                    try:
+                        records.append((_record(json.loads(line), place), place))
+                    except (json.JSONDecodeError, UserError) as error:
+                        what = str(error)
+                        if isinstance(error, json.JSONDecodeError):
+                            what = (
+                                f"{place} is not JSON ({error.msg} at column {error.colno}): "
+                                f"{_cut(line.strip())}"
+                            )
+                        if on_bad_row == "fail":
+                            raise UserError(what) from error
+                        skipped.append(what)
+        elif suffix == ".json":
+            try:
+                loaded = json.loads(path.read_text(encoding="utf-8-sig"))
+            except json.JSONDecodeError as error:
+                raise UserError(
+                    f"{source}, line {error.lineno} is not JSON ({error.msg} at column "
+                    f"{error.colno}); a file with one object a line must be named .jsonl"
+                ) from error
+            if not isinstance(loaded, list):
+                raise UserError(f"{source} must hold a list of rows, not a {_kind(loaded)}")
+            for number, value in enumerate(loaded, 1):
+                place = f"{source}, row {number}"
+                records.append((_record(value, place), place))
+        elif suffix == ".csv":
+            with path.open(encoding="utf-8-sig", newline="") as handle:
+                for number, value in enumerate(csv.DictReader(handle, strict=True), 1):
+                    place = f"{source}, row {number}"
+                    if None in value or None in value.values():
+                        raise UserError(f"{place} has another number of fields than the header")
+                    records.append((value, place))
+        else:
+            import pyarrow.parquet
+
+            for number, value in enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1):
+                records.append((value, f"{source}, row {number}"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{source} is not UTF-8 (byte {error.start}): save it as UTF-8") from error
+    except csv.Error as error:
+        raise UserError(f"{source} is not valid CSV ({error})") from error
+    except OSError as error:  # pyarrow's errors for a damaged file are OSError or ValueError
+        raise UserError(f"{source} cannot be read: {error}") from error
+    return records, skipped
+
+
+def _read_hub(source: str, split: str) -> list[tuple[dict[str, Any], str]]:
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(source, split=split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{source} is no file here and no data set on the hub: {reason}") from error
+    return [(dict(record), f"{source}, row {n}") for n, record in enumerate(loaded, 1)]
+
+
+def _recognise(source: str, record: Mapping[str, Any]) -> str:
+    for format, needed in FORMATS.items():
+        if all(column in record for column in needed):
+            return format
+    raise UserError(
+        f"{source}: the columns {', '.join(record)} are of no known format; set data.format to one "
+        f"of {', '.join(FORMATS)}, or map columns with data.columns (for example prompt: question)"
+    )
+
+
+def _messages(record: Mapping[str, Any], format: str, place: str) -> list[Message]:
+    def text(column: str, optional: bool = False) -> str:
+        value = record.get(column)
+        if value is None and optional:
+            return ""
+        if not isinstance(value, str):
+            have = "is missing" if column not in record else f"is {_kind(value)} {_cut(value)}"
+            raise UserError(f"{place}: {column!r} {have}; a string belongs there")
+        return value
+
+    def turn(role: str, content: str) -> Message:
+        return {"role": role, "content": content}
+
+    if format == "text":
+        return [turn("text", text("text"))]
+    if format == "prompt-completion":
+        return [turn("user", text("prompt")), turn("assistant", text("completion"))]
+    if format == "alpaca":
+        system, extra = text("system", optional=True), text("input", optional=True)
+        question = text("instruction") + (f"\n\n{extra}" if extra else "")
+        start = [turn("system", system)] if system else []
+        return [*start, turn("user", question), turn("assistant", text("output"))]
+    column, role_key, content_key = ("messages", "role", "content")
+    roles: Mapping[str, str] = {role: role for role in ROLES}
+    if format == "sharegpt":
+        column, role_key, content_key = ("conversations", "from", "value")
+        roles = SHAREGPT_ROLES
+    turns = record.get(column)
+    if not isinstance(turns, list) or not turns:
+        raise UserError(f"{place}: {column!r} must be a list of at least one message")
+    messages = []
+    for number, message in enumerate(turns, 1):
+        at = f"{place}, message {number}"
+        if not isinstance(message, Mapping):
+            raise UserError(f"{at} is {_kind(message)}; an object with {role_key!r} belongs there")
+        role, content = message.get(role_key), message.get(content_key)
+        if not isinstance(role, str) or role not in roles:
+            raise UserError(f"{at}: unknown role {_cut(role)}; use one of {', '.join(roles)}")
+        if not isinstance(content, str):
+            raise UserError(
+                f"{at}: {content_key!r} is {_kind(content)} {_cut(content)}; a string belongs there"
+            )
+        messages.append(turn(roles[role], content))
+    if all(message["role"] != "assistant" for message in messages):
+        raise UserError(f"{place}: no message of the assistant, so there is nothing to learn")
+    return messages
+
+
+def prompt_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
+    """What the model reads before it answers: `messages` and the start of its own turn."""
+    return _render(tokenizer, messages, answer_next=True)
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+    """Token ids of `prompt_text`, with exactly one BOS where the model wants one."""
+    return _tokenize(tokenizer, prompt_text(tokenizer, messages))[0]
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], answer_next: bool
+) -> str:
+    if tokenizer.chat_template:
+        return str(
+            tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=answer_next
+            )
+        )
+    # No template came with the model: a plain instruction template, the same in every command.
+    parts = []
+    if messages[0]["role"] != "system":
+        parts.append(PLAIN_SYSTEM)
+    titles = {"user": "### Instruction:\n", "assistant": "### Response:\n", "tool": "### Tool:\n"}
+    for message in messages:
+        end = tokenizer.eos_token if message["role"] == "assistant" else ""
+        parts.append(titles.get(message["role"], "") + message["content"] + end)
+    if answer_next:
+        parts.append(titles["assistant"])
+    return "\n\n".join(parts)
+
+
+def _tokenize(
+    tokenizer: PreTrainedTokenizerBase, text: str
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids and character spans. A BOS is put in front when the tokenizer does so and none is there.
+
+    Special tokens in the text (the template's) are taken as such, so that a template that writes
+    the BOS itself gives one, not two.
+    """
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"{type(tokenizer).__name__} cannot say which characters a token covers, so the "
+            "answers cannot be marked: convert it to a fast tokenizer (tokenizer.json)"
+        )
+    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, spans = list(found["input_ids"]), [tuple(span) for span in found["offset_mapping"]]
+    bos = tokenizer.bos_token_id
+    adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+    if adds_bos and ids[:1] != [bos]:
+        ids, spans = [bos, *ids], [(0, 0), *spans]
+    return ids, spans
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, row: Row, max_length: int) -> Encoded | str:
+    """Token ids of a conversation, labels on every assistant turn, its end-of-sequence included.
+
+    Returns the reason as a string when the row cannot be used: nothing to learn is left within
+    `max_length`, or the chat template rewrites earlier turns. Too long rows are cut at the end.
+    """
+    eos = tokenizer.eos_token_id
+    if row.messages[0]["role"] == "text":
+        text = row.messages[0]["content"]
+        if not text.strip():
+            return "empty text"
+        ids, _ = _tokenize(tokenizer, text)
+        ids = ids if ids[-1] == eos else [*ids, eos]
+        labels = list(ids)
+        labels[0] = IGNORED  # nothing predicts it
+    else:
+        if any(m["role"] == "assistant" and not m["content"].strip() for m in row.messages):
+            return "empty answer"
+        whole = _render(tokenizer, row.messages, answer_next=False)
+        answers = []  # character spans of the assistant's turns
+        for index, message in enumerate(row.messages):
+            if message["role"] == "assistant":
+                before = _render(tokenizer, row.messages[:index], answer_next=True)
+                until = _render(tokenizer, row.messages[: index + 1], answer_next=False)
+                if not (whole.startswith(until) and until.startswith(before)):
+                    return "the chat template changes earlier turns"
+                answers.append((len(before), len(until)))
+        ids, spans = _tokenize(tokenizer, whole)
+        labels = [IGNORED] * len(ids)
+        for first, last in answers:
+            inside = [i for i, (a, b) in enumerate(spans) if first <= a < b <= last]
+            ends = [i for i in inside if ids[i] == eos]
+            for i in inside:
+                # What a template writes after the end of the turn is never generated.
+                if not ends or i <= ends[-1]:
+                    labels[i] = ids[i]
+        if eos not in labels and row.messages[-1]["role"] == "assistant":
+            while labels and labels[-1] == IGNORED:  # white space that the template put last
+                ids.pop(), labels.pop()
+            ids, labels = [*ids, eos], [*labels, eos]
+    shortened = len(ids) > max_length
+    ids, labels = ids[:max_length], labels[:max_length]
+    if all(label == IGNORED for label in labels):
+        return f"the question fills max_length ({max_length})"
+    return Encoded(ids, labels, shortened)
+
+
+def prepare(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length: int, source: str
+) -> Prepared:
+    """Encode all rows. Raises UserError when none is left or more than a tenth was refused."""
+    examples, refused, places, longest = [], Counter[str](), [], 0
+    for row in rows:
+        found = encode(tokenizer, row, max_length)
+        if isinstance(found, str):
+            refused[found] += 1
+            places.append(f"{row.place}: {found}")
+            longest = max(longest, len(encode_length(tokenizer, row)))
+        else:
+            examples.append(found)
+    if len(examples) < 0.9 * len(rows):
+        reasons = "; ".join(f"{count} x {reason}" for reason, count in refused.most_common())
+        raise UserError(
+            f"{source}: only {len(examples)} of {len(rows)} rows can be used ({reasons}); the "
+            f"longest refused row has {longest} tokens, data.max_length is {max_length}, the first "
+            f"is {places[0]}"
+        )
+    return Prepared(
+        examples,
+        len(examples),
+        sum(example.shortened for example in examples),
+        dict(refused),
+        places[:5],
+        sum(len(example.input_ids) for example in examples),
+        sum(label != IGNORED for example in examples for label in example.labels),
+    )
+
+
+def encode_length(tokenizer: PreTrainedTokenizerBase, row: Row) -> list[int]:
+    """Ids of the whole row, uncut."""
+    if row.messages[0]["role"] == "text":
+        return _tokenize(tokenizer, row.messages[0]["content"])[0]
+    return _tokenize(tokenizer, _render(tokenizer, row.messages, answer_next=False))[0]
+
+
+def split_rows(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """(train, held out): a share of the rows, drawn by `seed`, at least one of each."""
+    count = min(max(1, round(share * len(rows))), len(rows) - 1)
+    if count < 1:
+        raise UserError(f"data.eval: {len(rows)} row cannot be split; give a file instead")
+    held_out = set(random.Random(seed).sample(range(len(rows)), count))
+    train = [row for i, row in enumerate(rows) if i not in held_out]
+    return train, [rows[i] for i in sorted(held_out)]
+
+
+def overlap(train: Iterable[Row], held_out: Iterable[Row]) -> int:
+    """How many held-out questions also stand in the training rows (case and spaces ignored)."""
+
+    def key(row: Row) -> str:
+        said = [m["content"] for m in row.messages if m["role"] != "assistant"]
+        return " ".join(" ".join(said).lower().split())
+
+    seen = {key(row) for row in train}
+    return sum(key(row) in seen for row in held_out)
+
+
+class Collator:
+    """Pads a batch on the right and asks for logits at trained positions only.
+
+    A small model's head is a third of its work (SmolLM2: 28 of 135 M parameters, 49,152 logits a
+    token), and the loss needs it only where an answer stands. `logits_to_keep` and `shift_labels`
+    are transformers' own arguments; a model without them gets plain `labels`.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> None:
+        self.pad = tokenizer.pad_token_id
+        self.trim = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    def __call__(self, examples: Sequence[Mapping[str, list[int]]]) -> dict[str, Tensor]:
+        ids = pad([e["input_ids"] for e in examples], self.pad)  # (b, t)
+        labels = pad([e["labels"] for e in examples], IGNORED)  # (b, t)
+        lengths = torch.tensor([len(e["input_ids"]) for e in examples])
+        mask = (torch.arange(ids.shape[1])[None] < lengths[:, None]).long()
+        batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        if self.trim:
+            following = nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:]
+            kept = (following != IGNORED).any(dim=0).nonzero()[:, 0]
+            batch |= {"logits_to_keep": kept, "shift_labels": following[:, kept].contiguous()}
+        return batch
+
+
+def pad(rows: Sequence[Sequence[int]], value: int, left: bool = False) -> Tensor:
+    """(b, t) of int64 from lists of unequal length."""
+    width = max(len(row) for row in rows)
+    full = [
+        [value] * (width - len(row)) + list(row) if left else [*row, *[value] * (width - len(row))]
+        for row in rows
+    ]
+    return torch.tensor(full)
+
+
+def _record(value: Any, place: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UserError(f"{place} is {_kind(value)}; an object with named columns belongs there")
+    return value
+
+
+def _kind(value: Any) -> str:
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "a string",
+        bool: "a boolean",
+        int: "an integer",
+    }
+    return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")
+
+
+def _cut(value: Any, limit: int = 60) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."

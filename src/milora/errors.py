@@ -1,0 +1,5 @@
+"""The one exception for what the user must change; the command line turns it into one sentence."""
+
+
+class UserError(ValueError):
+    """A wrong input: names the file, row, module, value and bound, and says what to do."""

@@ -1,0 +1,295 @@
+"""What was learned and what was kept: base against tuned, in one process, on the same prompts.
+
+The base's figures come from the same model with the adapter off (the base is untouched, so that
+is the base, bitwise); only full fine-tuning needs a second model.
+"""
+
+import json
+import math
+import pydoc_data.topics
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from milora.adapter import base_only
+from milora.data import IGNORED, Collator, Row, encode, pad, prompt_ids, read_rows
+from milora.errors import UserError
+
+Verdict = Literal["right", "wrong", "format"]
+Grader = Callable[[str, str], Verdict]  # (answer, reference)
+Progress = Callable[[str, int, int], None]  # (what, done, total)
+
+DEFAULT_TEXT = "default"
+
+
+class Task(NamedTuple):
+    name: str
+    rows: list[Row]  # the last message of each is the reference answer
+    grade: Grader
+    max_new_tokens: int
+
+
+class Pair(NamedTuple):
+    """The model in both states. Entering `base()` or `tuned()` gives the one to run."""
+
+    model: nn.Module
+    other_base: nn.Module | None = None  # for full fine-tuning, which has no adapter to switch off
+
+    @contextmanager
+    def base(self) -> Iterator[PreTrainedModel]:
+        off: AbstractContextManager[None] = nullcontext()
+        if self.other_base is None:
+            off = base_only(self.model)
+        with off:
+            yield self.other_base or self.model  # type: ignore[misc]
+
+    @contextmanager
+    def tuned(self) -> Iterator[PreTrainedModel]:
+        yield self.model  # type: ignore[misc]
+
+
+def grader(match: str, pattern: str | None = None) -> Grader:
+    """`match` "exact" compares the stripped text, "json" the parsed values.
+
+    An answer that `pattern` (a regular expression, whole answer) does not match, or that is not
+    JSON, is a format failure, which is counted apart from a wrong answer.
+    """
+    if match not in ("exact", "json"):
+        raise UserError(f"evaluate.tasks: match is {match!r}; use exact or json")
+    try:
+        shape = re.compile(pattern, re.DOTALL) if pattern else None
+    except re.error as error:
+        raise UserError(
+            f"evaluate.tasks: pattern {pattern!r} is no regular expression: {error}"
+        ) from error
+
+    def grade(answer: str, reference: str) -> Verdict:
+        answer, reference = answer.strip(), reference.strip()
+        if shape and not shape.fullmatch(answer):
+            return "format"
+        if match == "exact":
+            return "right" if answer == reference else "wrong"
+        try:
+            value = json.loads(answer)
+        except (json.JSONDecodeError, RecursionError):
+            return "format"
+        # Compared as text, so that 1, 1.0 and true are three values, as they are in JSON.
+        same = json.dumps(value, sort_keys=True) == json.dumps(
+            json.loads(reference), sort_keys=True
+        )
+        return "right" if same else "wrong"
+
+    return grade
+
+
+def load_task(task: str | Mapping[str, Any], limit: int | None = None) -> Task:
+    """A task from a data file: its path, or {file, name, match, pattern, max_new_tokens, limit}."""
+    options = {"file": task} if isinstance(task, str) else dict(task)
+    file = options["file"]
+    rows = read_rows(file).rows
+    for row in rows:
+        if row.messages[-1]["role"] != "assistant" or len(row.messages) < 2:
+            raise UserError(f"{row.place}: a task needs a question and the answer as last message")
+    grade = grader(options.get("match") or "exact", options.get("pattern"))
+    if options.get("match") == "json":
+        for row in rows:
+            try:
+                json.loads(row.messages[-1]["content"])
+            except json.JSONDecodeError as error:
+                raise UserError(
+                    f"{row.place}: the reference answer is not JSON: {error}"
+                ) from error
+    limit = limit or options.get("limit")
+    name = options.get("name") or Path(file).stem
+    return Task(name, rows[:limit], grade, options.get("max_new_tokens") or 64)
+
+
+def evaluate_task(
+    pair: Pair,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    batch_size: int = 16,
+    progress: Progress = lambda what, done, total: None,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Scores of base and tuned, and the samples: greedy answers graded against the reference."""
+    prompts = [prompt_ids(tokenizer, row.messages[:-1]) for row in task.rows]
+    references = [row.messages[-1]["content"] for row in task.rows]
+    samples: list[dict[str, Any]] = [
+        {
+            "task": task.name,
+            "row": row.place,
+            "prompt": row.messages[-2]["content"],
+            "reference": ref,
+        }
+        for row, ref in zip(task.rows, references, strict=True)
+    ]
+    scores: dict[str, Any] = {"rows": len(task.rows), "max_new_tokens": task.max_new_tokens}
+    for state, entered in (("base", pair.base), ("tuned", pair.tuned)):
+        with entered() as model:
+            answers = generate(
+                model, tokenizer, prompts, task.max_new_tokens, batch_size,
+                lambda done, total, state=state: progress(f"{task.name}, {state}", done, total),
+            )  # fmt: skip
+            loss = answer_loss(model, tokenizer, task.rows, batch_size)
+        verdicts = [task.grade(a.text, ref) for a, ref in zip(answers, references, strict=True)]
+        right = verdicts.count("right")
+        scores[state] = {
+            "accuracy": right / len(verdicts),
+            "interval": wilson(right, len(verdicts)),
+            "format_failures": verdicts.count("format") / len(verdicts),
+            "unended": sum(not a.ended for a in answers) / len(answers),
+            "loss": loss,
+        }
+        for sample, answer, verdict in zip(samples, answers, verdicts, strict=True):
+            sample[state] = {"answer": answer.text, "verdict": verdict}
+    return scores, samples
+
+
+class Answer(NamedTuple):
+    text: str
+    ended: bool  # by an end-of-sequence token, not by the limit
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    batch_size: int = 16,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Answer]:
+    """Greedy answers, in the order of `prompts` (token ids); computed longest prompt first."""
+    stops = model.generation_config.eos_token_id
+    stops = set(stops) if isinstance(stops, list) else {stops}
+    stops = (stops | {tokenizer.eos_token_id}) - {None}
+    settings = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=sorted(stops),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    answers: dict[int, Answer] = {}
+    for first in range(0, len(order), batch_size):
+        progress(first, len(order))
+        chosen = order[first : first + batch_size]
+        ids = pad([prompts[i] for i in chosen], tokenizer.pad_token_id, left=True)
+        mask = pad([[1] * len(prompts[i]) for i in chosen], 0, left=True)
+        with torch.no_grad():
+            whole = model.generate(
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                generation_config=settings,
+            )
+        for i, row in zip(chosen, whole[:, ids.shape[1] :].tolist(), strict=True):
+            end = next((k for k, token in enumerate(row) if token in stops), None)
+            text = tokenizer.decode(row[:end], skip_special_tokens=True)
+            answers[i] = Answer(str(text).strip(), end is not None)
+    return [answers[i] for i in range(len(prompts))]
+
+
+def answer_loss(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    batch_size: int = 16,
+    max_length: int = 2048,
+) -> float:
+    """Mean cross-entropy per answer token, in nats."""
+    encoded = [encode(tokenizer, row, max_length) for row in rows]
+    usable = [
+        {"input_ids": e.input_ids, "labels": e.labels} for e in encoded if not isinstance(e, str)
+    ]
+    usable.sort(key=lambda e: len(e["input_ids"]))
+    collate = Collator(tokenizer, model)
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for first in range(0, len(usable), batch_size):
+            batch = collate(usable[first : first + batch_size])
+            tokens = int((batch["labels"] != IGNORED).sum())
+            loss = model(**{k: v.to(model.device) for k, v in batch.items()}).loss
+            total, count = total + float(loss) * tokens, count + tokens
+    return total / count if count else math.nan
+
+
+def knowledge_kept(
+    pair: Pair,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    chunks: int = 16,
+    length: int = 512,
+    progress: Progress = lambda what, done, total: None,
+) -> dict[str, Any]:
+    """How far the tuned model moved on general text: KL(base || tuned) per token, perplexities.
+
+    The first `chunks` pieces of `length` tokens each; within a piece every token but the first
+    is predicted from those before it. KL in nats, exact over the whole vocabulary, in fp32.
+    """
+    cut = tokenizer(text[: chunks * length * 12], add_special_tokens=False)["input_ids"]
+    pieces = [cut[i : i + length] for i in range(0, len(cut), length)][:chunks]
+    pieces = [piece for piece in pieces if len(piece) > 1]
+    if not pieces:
+        raise UserError("evaluate.knowledge: the text has fewer than 2 tokens")
+    divergence, agree, losses = [], 0, {"base": 0.0, "tuned": 0.0}
+    for done, piece in enumerate(pieces):
+        progress("knowledge kept", done, len(pieces))
+        ids = torch.tensor([piece])
+        following = ids[0, 1:]
+        log_p = {}
+        for state, entered in (("base", pair.base), ("tuned", pair.tuned)):
+            with entered() as model, torch.no_grad():
+                logits = model(input_ids=ids.to(model.device)).logits[0, :-1].float()
+                log_p[state] = logits.log_softmax(-1).cpu()  # (t, vocabulary)
+            picked = log_p[state].gather(1, following[:, None])
+            losses[state] -= float(picked.double().sum())
+        divergence.append(kl(log_p["base"], log_p["tuned"]))
+        agree += int((log_p["base"].argmax(-1) == log_p["tuned"].argmax(-1)).sum())
+    each = torch.cat(divergence)
+    count = len(each)
+    return {
+        "tokens": count,
+        "kl": float(each.mean()),
+        "kl_p99": float(each.quantile(0.99)),
+        "top_token_agreement": agree / count,
+        "base_perplexity": math.exp(losses["base"] / count),
+        "tuned_perplexity": math.exp(losses["tuned"] / count),
+    }
+
+
+def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """(t,) fp64: sum over the vocabulary of p (log p - log q), from log-probabilities (t, v)."""
+    return (log_p.exp() * (log_p - log_q)).sum(-1, dtype=torch.float64)
+
+
+def general_text(source: str) -> tuple[str, str]:
+    """(text, where it comes from). "default" is the prose of Python's own help topics."""
+    if source == DEFAULT_TEXT:
+        topics = pydoc_data.topics.topics
+        name = f"the help topics of Python {sys.version_info.major}.{sys.version_info.minor} (PSF licence)"
+        return "\n\n".join(topics[name] for name in sorted(topics)), name
+    path = Path(source)
+    if not path.is_file():
+        raise UserError(f"evaluate.knowledge: {source} does not exist")
+    if path.suffix == ".txt":
+        try:
+            return path.read_text(encoding="utf-8"), source
+        except UnicodeDecodeError as error:
+            raise UserError(f"{source} is not UTF-8 (byte {error.start})") from error
+    rows = read_rows(source, format="text").rows
+    return "\n\n".join(row.messages[0]["content"] for row in rows), source
+
+
+def wilson(right: int, count: int) -> tuple[float, float]:
+    """95 % interval of a proportion (Wilson 1927); it stays within [0, 1]."""
+    z, p = 1.959964, right / count
+    centre = p + z * z / (2 * count)
+    spread = z * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
+    scale = 1 + z * z / count
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)

@@ -1,0 +1,127 @@
+"""From initial and trained factors to artefacts for other tools: plain LoRA, merged weights.
+
+    dW = s (B A - B0 A0) = s [B, -B0] [A; A0]
+
+is one ordinary LoRA of rank 2r on the untouched base. It is built from files or plain tensors,
+never from the live model, so that exporting cannot disturb a run.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import LoraConfig
+from safetensors.torch import save
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from milora.adapter import Factors, Start
+from milora.errors import UserError
+from milora.files import write_bytes
+
+
+class PlainLora(NamedTuple):
+    """dW = B A per module, scale included; the ranks may differ until it is saved."""
+
+    factors: dict[str, Factors]
+    error: float  # ||dW - BA|| / ||dW|| over all modules, Frobenius; 0 when nothing was cut
+    worst: tuple[str, float]  # the module with the largest error of its own
+
+
+def plain_lora(start: Start, trained: Mapping[str, Factors], rank: int | None = None) -> PlainLora:
+    """The update as one ordinary LoRA per module.
+
+    Without `rank` the concatenation above, exact, of rank 2r (r for method lora, which has no
+    anchor). With `rank` the best approximation of that rank in the Frobenius norm (Eckart and
+    Young), from the factors alone, in fp64, with the error it makes.
+    """
+    factors: dict[str, Factors] = {}
+    lost, whole, worst = 0.0, 0.0, ("", 0.0)
+    for name, (A, B) in trained.items():
+        s = start.scaling[name]
+        A0, B0 = start.factors[name]
+        if start.method == "lora":
+            joined = Factors(A.float(), s * B.float())
+        else:
+            joined = Factors(torch.cat([A, A0]).float(), s * torch.cat([B, -B0], dim=1).float())
+        if rank is None:
+            factors[name] = joined
+            continue
+        factors[name], S = _truncate(joined, rank)
+        cut, total = float(S[rank:].square().sum()), float(S.square().sum())
+        lost, whole = lost + cut, whole + total
+        own = math.sqrt(cut / total) if total else 0.0
+        worst = max(worst, (name, own), key=lambda pair: pair[1])
+    return PlainLora(factors, math.sqrt(lost / whole) if whole else 0.0, worst)
+
+
+def _truncate(factors: Factors, rank: int) -> tuple[Factors, Tensor]:
+    """Best rank-`rank` approximation of B A, balanced, and all singular values of B A."""
+    Q, R = torch.linalg.qr(factors.B.double())  # (m, k), (k, k)
+    P, T = torch.linalg.qr(factors.A.double().mT)  # (n, k), (k, k)
+    U, S, Vh = torch.linalg.svd(R @ T.mT)
+    root = S[:rank].sqrt()
+    A = root[:, None] * (P @ Vh[:rank].mT).mT  # (rank, n)
+    B = (Q @ U[:, :rank]) * root  # (m, rank)
+    return Factors(A.float(), B.float()), S
+
+
+def save_plain_lora(
+    folder: Path, plain: PlainLora, base: nn.Module, base_name: str, revision: str | None = None
+) -> int:
+    """Write adapter_config.json and adapter_model.safetensors; returns the rank.
+
+    Normalised for servers, which read little of the configuration: lora_alpha == r (the scale is
+    in B), one rank for all modules (padded with zeros), no patterns, no rsLoRA, explicit targets,
+    only lora_A and lora_B tensors in fp32.
+    """
+    rank = max(A.shape[0] for A, _ in plain.factors.values())
+    tensors = {}
+    for name, (A, B) in sorted(plain.factors.items()):
+        pad = rank - A.shape[0]
+        prefix = f"base_model.model.{name}"
+        tensors[f"{prefix}.lora_A.weight"] = nn.functional.pad(A, (0, 0, 0, pad)).contiguous()
+        tensors[f"{prefix}.lora_B.weight"] = nn.functional.pad(B, (0, pad)).contiguous()
+    modules = dict(base.named_modules())
+    transposed = {isinstance(modules[name], Conv1D) for name in plain.factors}
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base_name,
+        revision=revision,
+        r=rank,
+        lora_alpha=rank,
+        target_modules=target_names(base, set(plain.factors)),
+        fan_in_fan_out=transposed == {True},
+        inference_mode=True,
+    )
+    config.save_pretrained(str(folder))
+    write_bytes(folder / "adapter_model.safetensors", save(tensors, {"format": "pt"}))
+    return rank
+
+
+def target_names(base: nn.Module, adapted: set[str]) -> list[str]:
+    """The shortest list of targets that selects exactly `adapted` by PEFT's rule of suffixes."""
+    short = sorted({name.rpartition(".")[2] for name in adapted})
+    selected = {
+        name
+        for name, _ in base.named_modules()
+        if any(name == entry or name.endswith("." + entry) for entry in short)
+    }
+    return short if selected == adapted else sorted(adapted)
+
+
+def merge(base: PreTrainedModel, plain: PlainLora) -> None:
+    """W + dW into the weights of `base`, in place: added in fp32 and rounded once to its dtype."""
+    modules = dict(base.named_modules())
+    for name, (A, B) in plain.factors.items():
+        module = modules.get(name)
+        if not isinstance(module, nn.Linear | Conv1D):
+            raise UserError(f"wrong base: it has no linear layer {name}")
+        weight: Any = module.weight
+        delta = (B.double() @ A.double()).to(weight.device)
+        delta = delta.T if isinstance(module, Conv1D) else delta
+        with torch.no_grad():
+            weight.copy_((weight.double() + delta).to(weight.dtype))

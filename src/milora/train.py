@@ -1,0 +1,703 @@
+"""One fine-tuning run, from data to a plain LoRA adapter: read top to bottom, it is `train`.
+
+Everything the user can get wrong is checked before anything is written. Then each step leaves
+one whole artefact in the run folder, and `resume` continues after the last one there is:
+
+    config.yaml, run.json           what was asked; state, versions, hashes, checks, times
+    init/factors.safetensors        initial factors, computed once
+    checkpoints/checkpoint-N/       the trainer's resumable states
+    checkpoints/trained.safetensors the trained factors
+    adapter/                        the result (model/ for full fine-tuning)
+    evaluation.json, samples.jsonl  base against tuned
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import platform
+import resource
+import time
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+from peft import PeftModel
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.pytorch_utils import Conv1D
+
+from milora import adapter, export
+from milora.card import model_card
+from milora.data import Collator, Prepared, Row, Rows, overlap, prepare, read_rows, split_rows
+from milora.errors import UserError
+from milora.evaluate import Pair, Task, evaluate_task, general_text, knowledge_kept, load_task
+from milora.files import new_folder, read_json, sha256, write_bytes, write_json, write_text
+from milora.pretrained import Pretrained, load_pretrained
+from milora.progress import Progress, duration
+from milora.verify import make_probes
+
+# Below LoRA's: at s = 1 the best rate of MiLoRA was a third of LoRA's (method.md: sources).
+LEARNING_RATE = {
+    "lora": 3e-4, "milora": 1e-4, "pissa": 1e-4, "middle": 1e-4, "random": 1e-4, "full": 2e-5,
+}  # fmt: skip
+
+# TrainingArguments that milora sets itself, and what to use in their place.
+OWNED = {
+    "output_dir": "use the top-level output_dir",
+    "seed": "use the top-level seed",
+    "data_seed": "use the top-level seed",
+    "resume_from_checkpoint": "use --resume",
+    "remove_unused_columns": "leave it out",
+    "disable_tqdm": "leave it out",
+    "label_names": "leave it out",
+    "save_only_model": "it would make a run that cannot be resumed: leave it out",
+    "push_to_hub": "upload the adapter folder when it is done",
+    "deepspeed": "training is on one device: leave it out",
+    "fsdp": "training is on one device: leave it out",
+    "fsdp_config": "training is on one device: leave it out",
+    "bf16": "use dtype: bfloat16 (base in bf16, adapter in fp32; autocast would break step 0)",
+    "fp16": "use dtype: float16 (base in fp16, adapter in fp32; autocast would break step 0)",
+}
+STATE = "trained.safetensors"
+
+
+class Material(NamedTuple):
+    """What a run works on, read and checked, before anything is written."""
+
+    base: Pretrained
+    rows: Rows
+    train: Prepared
+    held_out: Prepared
+    first_rows: list[Row]
+    overlap: int
+    tasks: list[Task]
+    text: str
+    text_source: str
+    files: dict[str, str]  # name -> sha256
+
+
+def train(
+    *,
+    model: str,
+    output_dir: str,
+    data: Mapping[str, Any],
+    method: str = "milora",
+    seed: int = 0,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    early_stopping_patience: int = 0,
+    lora: Mapping[str, Any],
+    training: Mapping[str, Any],
+    evaluate: Mapping[str, Any],
+    resume: bool = False,
+    dry_run: bool = False,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Fine-tune, export and evaluate; returns the content of run.json (of the plan, if dry).
+
+    The arguments are the keys of the configuration file (docs/configuration.md). Raises UserError
+    for whatever the user must change; nothing is written in that case.
+    """
+    asked = {
+        "model": model, "method": method, "output_dir": output_dir, "seed": seed, "dtype": dtype,
+        "trust_remote_code": trust_remote_code, "early_stopping_patience": early_stopping_patience,
+        "data": dict(data), "lora": dict(lora), "training": dict(training),
+        "evaluate": dict(evaluate),
+    }  # fmt: skip
+    run = Path(output_dir)
+    resumed = _check_folder(run, asked, resume)
+    arguments = _training_arguments(method, training, run, seed, early_stopping_patience)
+    lora_config = None if method == "full" else adapter.lora_config(lora)
+    set_seed(seed)
+    material = _read(model, dtype, trust_remote_code, data, evaluate, seed, progress)
+    base = material.base
+    base_sha = adapter.base_sha256(base.model)
+    parameters = sum(p.numel() for p in base.model.parameters())
+    if dry_run:
+        return _plan(material, lora_config, method, arguments, progress)
+
+    # --- initial factors, the anchor, and the check that step 0 is the base
+    init = run / "init" / "factors.safetensors"
+    start = adapter.load_start(init) if method != "full" and init.exists() else None
+    stored_base = resumed.get("base", {}).get("sha256", base_sha)
+    if stored_base != base_sha:
+        raise UserError(
+            f"wrong base: {model} has sha256 {base_sha[:12]}, the run in {run} was made with "
+            f"{stored_base[:12]}: use that base, or another output_dir"
+        )
+    live: nn.Module = base.model
+    if lora_config is not None:
+        live, start = adapter.add_adapter(
+            base.model, lora_config, method, seed=seed, start=start,
+            progress=lambda name, done, total: progress("decomposing", done, total, name),
+        )  # fmt: skip
+    else:
+        base.model.requires_grad_(True)
+    collate = Collator(base.tokenizer, base.model)
+    probe = collate(_examples(material.train)[:4])
+    probe = {k: probe[k].to(base.model.device) for k in ("input_ids", "attention_mask")}
+    record = resumed or {
+        "state": "started",
+        "method": method,
+        "base": {
+            "model": model, "name": base.name, "license": base.license, "sha256": base_sha,
+            "dtype": str(base.model.dtype).removeprefix("torch."),
+        },
+        "versions": _versions(),
+        "data": _data_record(material),
+        "parameters": {
+            "trainable": sum(p.numel() for p in live.parameters() if p.requires_grad),
+            "all": parameters,
+        },
+        "coverage": _coverage(live) if isinstance(live, PeftModel) else {},
+        "seconds": {},
+    }  # fmt: skip
+    if "step0" not in record and isinstance(live, PeftModel):
+        difference = adapter.step0_difference(live, probe)
+        bound = adapter.step0_bound(base.model.dtype)
+        progress.say(f"step 0: adapted and base logits differ by {difference:.1e} (bound {bound})")
+        if not difference <= bound:
+            raise RuntimeError(
+                f"step 0 is not the base: the logits differ by {difference:.1e} of the largest, "
+                f"bound {bound}; nothing was trained, please report this"
+            )
+        record["step0"] = {"difference": difference, "bound": bound}
+    run.mkdir(parents=True, exist_ok=True)
+    if not resumed:
+        write_text(run / "config.yaml", yaml.safe_dump(asked, sort_keys=False, allow_unicode=True))
+        write_json(run / "run.json", record)
+    if start is not None and not init.exists():
+        init.parent.mkdir(exist_ok=True)
+        write_json(run / "init" / "spectra.json", start.spectra)
+        adapter.save_start(init, start)
+
+    # --- training
+    final = run / "checkpoints" / STATE
+    if not final.exists():
+        began = time.monotonic()
+        _fit(live, arguments, material, collate, run, early_stopping_patience, progress)
+        record["seconds"]["training"] = time.monotonic() - began
+        record["peak_memory_bytes"] = _peak_memory()
+        save_state(final, live)
+        record["state"] = "trained"
+        write_json(run / "run.json", record)
+    else:
+        load_state(final, live)
+
+    # --- the result
+    began = time.monotonic()
+    if isinstance(live, PeftModel) and start is not None:
+        live = _export(live, start, record, material, run, probe, asked, progress)
+        unchanged = adapter.base_sha256(live) == base_sha
+        record["base"]["unchanged"] = unchanged
+        if not unchanged:
+            raise RuntimeError("the base changed during the run, which must never be: report this")
+        pair = Pair(live)
+    else:
+        if not (run / "model").exists():
+            with new_folder(run / "model") as folder:
+                live.save_pretrained(folder)  # type: ignore[operator]
+                base.tokenizer.save_pretrained(folder)
+        other = load_pretrained(model, dtype, trust_remote_code).model
+        pair = Pair(live, other)
+    live.eval()
+    record["seconds"]["export"] = time.monotonic() - began
+    if not (run / "evaluation.json").exists():
+        began = time.monotonic()
+        result, samples = evaluate_all(
+            pair, base.tokenizer, material.tasks, (material.text, material.text_source),
+            int(evaluate["chunks"]), int(evaluate["batch_size"]), progress,
+        )  # fmt: skip
+        lines = "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples)
+        write_text(run / "samples.jsonl", lines)
+        write_json(run / "evaluation.json", result)
+        record["seconds"]["evaluation"] = time.monotonic() - began
+    if (run / "adapter").exists():
+        card = model_card(record, asked, read_json(run / "evaluation.json"))
+        write_text(run / "adapter" / "README.md", card)
+    record["state"] = "done"
+    write_json(run / "run.json", record)
+    return record
+
+
+def evaluate_all(
+    pair: Pair,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[Task],
+    text: tuple[str, str],
+    chunks: int,
+    batch_size: int,
+    progress: Progress,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Every task and the knowledge kept: the content of evaluation.json, and the samples."""
+    scores, samples = {}, []
+    for task in tasks:
+        scores[task.name], own = evaluate_task(pair, tokenizer, task, batch_size, progress)
+        samples += own
+    kept = knowledge_kept(pair, tokenizer, text[0], chunks, progress=progress)
+    return {"tasks": scores, "knowledge": {"text": text[1], **kept}}, samples
+
+
+def _check_folder(run: Path, asked: Mapping[str, Any], resume: bool) -> dict[str, Any]:
+    """run.json of the run to resume, or {} for a new one."""
+    there = run.exists() and any(run.iterdir()) if run.is_dir() or not run.exists() else True
+    if run.exists() and not run.is_dir():
+        raise UserError(f"output_dir: {run} is a file")
+    if not resume:
+        if there:
+            raise UserError(
+                f"output_dir: {run} already holds another run: choose a new folder, or continue "
+                "that run with --resume"
+            )
+        return {}
+    if not (run / "run.json").exists():
+        if there and not (run / "config.yaml").exists():
+            raise UserError(f"output_dir: {run} holds no run to resume")
+        return {}  # killed before its first step: begin it
+    stored = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    differ = [
+        f"{key} was {stored.get(key)!r} and is {value!r}"
+        for key, value in asked.items()
+        if key != "output_dir" and stored.get(key) != value
+    ]
+    if differ:
+        raise UserError(f"--resume: the configuration has changed: {'; '.join(differ)}")
+    record: dict[str, Any] = read_json(run / "run.json")
+    return record
+
+
+def _training_arguments(
+    method: str, training: Mapping[str, Any], run: Path, seed: int, patience: int
+) -> TrainingArguments:
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    for key, value in training.items():
+        if key in OWNED and value and not (key in ("bf16", "fp16") and method == "full"):
+            raise UserError(f"training.{key} is set by milora: {OWNED[key]}")
+        if key not in known:
+            near = difflib.get_close_matches(key, sorted(known), 1)
+            hint = f": did you mean {near[0]}?" if near else ""
+            raise UserError(f"training.{key} is not a field of TrainingArguments{hint}")
+    values: dict[str, Any] = {
+        "learning_rate": LEARNING_RATE[method],
+        "per_device_train_batch_size": 16,
+        "logging_steps": 10,
+        "warmup_steps": 0.03,
+        "eval_strategy": "epoch",
+        "save_strategy": "epoch",
+        "save_total_limit": 2,
+        "report_to": "none",
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+    if patience:
+        values |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
+    values |= training
+    values |= {
+        "output_dir": str(run / "checkpoints"),
+        "seed": seed,
+        "data_seed": seed,
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+        "prediction_loss_only": True,
+        "include_num_input_tokens_seen": "non_padding",
+    }
+    try:
+        return TrainingArguments(**values)
+    except (TypeError, ValueError, ImportError) as error:
+        raise UserError(f"training: {' '.join(str(error).split())}") from error
+
+
+def _read(
+    model: str,
+    dtype: str,
+    trust_remote_code: bool,
+    data: Mapping[str, Any],
+    evaluate: Mapping[str, Any],
+    seed: int,
+    progress: Progress,
+) -> Material:
+    read = {key: data[key] for key in ("format", "columns", "on_bad_row")}
+    source, held = data["train"], data["eval"]
+    rows = read_rows(source, **read)
+    progress.say(f"{source}: {len(rows.rows)} rows, read as {rows.format}")
+    for sentence in rows.skipped[:5]:
+        progress.say(f"skipped: {sentence}")
+    if len(rows.skipped) > 5:
+        progress.say(f"skipped: {len(rows.skipped) - 5} more")
+    if isinstance(held, str):
+        train_rows, held_rows = rows.rows, read_rows(held, **read, split="test").rows
+    else:
+        train_rows, held_rows = split_rows(rows.rows, held, seed)
+    tasks = [load_task(task) for task in evaluate["tasks"]]
+    names = [task.name for task in tasks]
+    if len(set(names)) < len(names):
+        raise UserError(f"evaluate.tasks: two tasks have one name ({', '.join(names)}): set name")
+    text, text_source = general_text(evaluate["knowledge"])
+    used = [source, held, evaluate["knowledge"], *(_task_file(t) for t in evaluate["tasks"])]
+    files = {f: sha256(Path(f)) for f in used if isinstance(f, str) and Path(f).is_file()}
+    base = load_pretrained(model, dtype, trust_remote_code)
+    prepared = prepare(base.tokenizer, train_rows, data["max_length"], source)
+    name = held if isinstance(held, str) else f"{source} (held out)"
+    prepared_held = prepare(base.tokenizer, held_rows, data["max_length"], name)
+    common = overlap(train_rows, held_rows)
+    for what, part in (("train", prepared), ("eval", prepared_held)):
+        progress.say(
+            f"{what}: {part.kept} rows kept, {part.shortened} shortened to {data['max_length']} "
+            f"tokens, {sum(part.refused.values())} refused; {part.tokens} tokens, "
+            f"{part.trained_tokens} of them trained"
+        )
+        for place in part.refused_places:
+            progress.say(f"refused: {place}")
+    if common:
+        progress.say(f"warning: {common} held-out questions also stand in the training rows")
+    return Material(
+        base, rows, prepared, prepared_held, train_rows[:3], common, tasks, text, text_source, files
+    )
+
+
+def _task_file(task: Any) -> str:
+    return str(task if isinstance(task, str) else task["file"])
+
+
+def _examples(part: Prepared) -> list[dict[str, list[int]]]:
+    return [{"input_ids": e.input_ids, "labels": e.labels} for e in part.examples]
+
+
+def _fit(
+    live: nn.Module,
+    arguments: TrainingArguments,
+    material: Material,
+    collate: Collator,
+    run: Path,
+    patience: int,
+    progress: Progress,
+) -> None:
+    checkpoint = last_complete_checkpoint(run / "checkpoints")
+    callbacks: list[TrainerCallback] = [Reporter(run / "metrics.jsonl", checkpoint, progress)]
+    if patience:
+        callbacks.append(EarlyStoppingCallback(patience))
+    trainer = MiloraTrainer(
+        model=live,
+        args=arguments,
+        train_dataset=_examples(material.train),  # type: ignore[arg-type]
+        eval_dataset=_examples(material.held_out),  # type: ignore[arg-type]
+        data_collator=collate,
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)
+    if checkpoint:
+        progress.say(f"continuing from {checkpoint.name}")
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except FloatingPointError as error:
+        raise UserError(str(error)) from error
+
+
+class MiloraTrainer(Trainer):
+    """transformers' Trainer with checkpoints of our own: the trainable tensors and no more.
+
+    Its own would hold a folder that loads as a LoRA and is wrong (A, B without the anchor), and
+    on resume it restores only the first active adapter and unfreezes the anchor.
+    """
+
+    def _live(self) -> nn.Module:
+        assert isinstance(self.model, nn.Module)
+        return self.model
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        save_state(folder / STATE, self._live())
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        load_state(Path(resume_from_checkpoint) / STATE, self._live())
+
+    def _load_best_model(self) -> None:
+        load_state(Path(str(self.state.best_model_checkpoint)) / STATE, self._live())
+
+
+class Reporter(TrainerCallback):
+    """metrics.jsonl, the progress display, and a stop when the loss is no number."""
+
+    def __init__(self, path: Path, checkpoint: Path | None, progress: Progress) -> None:
+        self.path, self.progress = path, progress
+        self.loss, self.began, self.tokens = math.nan, time.monotonic(), 0
+        step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        # Steps after the checkpoint are done again; a last line may be cut by a kill.
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        write_text(path, "".join(line + "\n" for line in kept))
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.began, self.tokens = time.monotonic(), int(state.num_input_tokens_seen)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        note = f"{self._rate(state):.0f} tokens/s"
+        if not math.isnan(self.loss):
+            note = f"loss {self.loss:.3f}  {note}"
+        self.progress("training", state.global_step, state.max_steps, note)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        logs = dict(logs or {})
+        self.loss = logs.get("loss", self.loss)
+        line = {"step": state.global_step, "tokens_per_second": round(self._rate(state), 1), **logs}
+        with self.path.open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps(line) + "\n")
+        for key in ("loss", "eval_loss"):
+            if not math.isfinite(logs.get(key, 0.0)):
+                raise FloatingPointError(
+                    f"{key} is {logs[key]} at step {state.global_step}: the run has diverged; use "
+                    f"a lower training.learning_rate (now {args.learning_rate}) and a new output_dir"
+                )
+        if "eval_loss" in logs:
+            self.progress.say(f"step {state.global_step}: eval loss {logs['eval_loss']:.4f}")
+
+    def _rate(self, state: TrainerState) -> float:
+        seconds = max(time.monotonic() - self.began, 1e-9)
+        return (int(state.num_input_tokens_seen) - self.tokens) / seconds
+
+
+def save_state(path: Path, model: nn.Module) -> None:
+    """All tensors that train, by parameter name, whole or not at all."""
+    tensors = {
+        n: p.detach().cpu().contiguous() for n, p in model.named_parameters() if p.requires_grad
+    }
+    write_bytes(path, save(tensors))
+
+
+def load_state(path: Path, model: nn.Module) -> None:
+    """Put back what `save_state` wrote. Raises UserError when it is of another model."""
+    tensors: dict[str, Tensor] = load_file(path)
+    wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if set(tensors) != set(wanted):
+        raise UserError(f"{path} is of another model or configuration than this run")
+    with torch.no_grad():
+        for name, parameter in wanted.items():
+            parameter.copy_(tensors[name])
+
+
+def last_complete_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that is whole. trainer_state.json is the last file to be written."""
+    found = []
+    for path in folder.glob("checkpoint-*"):
+        step = path.name.rpartition("-")[2]
+        needed = (STATE, "optimizer.pt", "scheduler.pt", "rng_state.pth")
+        try:
+            whole = read_json(path / "trainer_state.json")["global_step"] == int(step)
+        except (OSError, ValueError, KeyError):
+            continue
+        if whole and all((path / name).exists() for name in needed):
+            found.append((int(step), path))
+    return max(found)[1] if found else None
+
+
+def _export(
+    live: PeftModel,
+    start: adapter.Start,
+    record: dict[str, Any],
+    material: Material,
+    run: Path,
+    probe: Mapping[str, Tensor],
+    asked: Mapping[str, Any],
+    progress: Progress,
+) -> PeftModel:
+    """Write adapter/ and return the base with that very adapter, loaded by PEFT."""
+    live.eval()
+    keep = probe["attention_mask"].bool()
+    with torch.no_grad():
+        trained_logits = live(**probe).logits[keep].float()
+    plain = export.plain_lora(start, adapter.trained_factors(live))
+    base: PreTrainedModel = live.unload()  # type: ignore[operator]
+    base.requires_grad_(False)
+    if not (run / "adapter").exists():
+        with new_folder(run / "adapter") as folder:
+            rank = export.save_plain_lora(folder, plain, base, material.base.name)
+            material.base.tokenizer.save_pretrained(folder)
+            loaded = PeftModel.from_pretrained(base, folder)
+            with torch.no_grad():
+                logits = loaded(**probe).logits[keep].float()
+            difference = float((logits - trained_logits).abs().max() / trained_logits.abs().max())
+            probes = make_probes(loaded, material.base.tokenizer)
+            base = loaded.unload()
+            provenance = {
+                "format": "milora adapter 1",
+                "base": record["base"],
+                "weights_sha256": start.sha256,
+                "method": record["method"],
+                "rank": rank,
+                "step0": record["step0"],
+                "exported_against_trained": difference,
+                "versions": record["versions"],
+                "configuration": asked,
+                "probes": probes,
+            }
+            write_json(folder / "milora.json", provenance)
+            write_text(folder / "README.md", model_card(record, asked, None))
+            bound = 1e-5 if base.dtype == torch.float32 else 0.05
+            if difference > bound:
+                raise RuntimeError(
+                    f"the exported adapter differs from the trained one by {difference:.1e} of "
+                    f"the largest logit (bound {bound}): please report this"
+                )
+        progress.say(
+            f"{run / 'adapter'}: plain LoRA of rank {rank}, logits as trained to {difference:.1e}"
+        )
+    written = read_json(run / "adapter" / "milora.json")
+    record["adapter"] = {k: written[k] for k in ("rank", "exported_against_trained")}
+    record["state"] = "exported"
+    write_json(run / "run.json", record)
+    return PeftModel.from_pretrained(base, run / "adapter")
+
+
+def _plan(
+    material: Material,
+    lora_config: Any,
+    method: str,
+    arguments: TrainingArguments,
+    progress: Progress,
+) -> dict[str, Any]:
+    """What --dry-run shows: coverage, parameters, and memory and time measured on one step."""
+    base = material.base
+    live: nn.Module = base.model
+    coverage: dict[str, Any] = {}
+    decompose = 0.0
+    if lora_config is not None:
+        live, _ = adapter.add_adapter(base.model, lora_config, "lora")  # shapes only: no SVD
+        coverage = _coverage(live)  # type: ignore[arg-type]
+        if method in adapter.COMPONENT:
+            began = time.monotonic()
+            torch.linalg.svd(torch.randn(512, 512, dtype=torch.float64))
+            rate = (time.monotonic() - began) / 512**3
+            shapes = [adapter.weight_of(x).shape for x in adapter.adapted_layers(live).values()]  # type: ignore[arg-type]
+            decompose = rate * sum(m * n * min(m, n) for m, n in shapes)
+    else:
+        base.model.requires_grad_(True)
+    size = arguments.per_device_train_batch_size
+    examples = sorted(_examples(material.train), key=lambda e: len(e["input_ids"]))
+    middle = max(0, len(examples) // 2 - size // 2)
+    batch = Collator(base.tokenizer, base.model)(examples[middle : middle + size])
+    live.train()
+    seconds = 0.0
+    for _ in range(2):  # the first one warms up
+        began = time.monotonic()
+        live(**{k: v.to(base.model.device) for k, v in batch.items()}).loss.backward()
+        seconds = time.monotonic() - began
+    trainable = sum(p.numel() for p in live.parameters() if p.requires_grad)
+    per_epoch = math.ceil(len(examples) / size)
+    batches = per_epoch * arguments.num_train_epochs
+    if arguments.max_steps > 0:
+        batches = arguments.max_steps * arguments.gradient_accumulation_steps
+    # Adam's two moments come with the first step; the anchor is as large as the adapter.
+    extra = trainable * (8 + (4 if method in adapter.COMPONENT else 0))
+    return {
+        "samples": [_marked(base.tokenizer, e) for e in material.train.examples[:3]],
+        "data": _data_record(material),
+        "coverage": coverage,
+        "parameters": {"trainable": trainable},
+        "memory_bytes": _peak_memory() + extra,
+        "decomposition_seconds": decompose,
+        "training_seconds": batches * seconds,
+        "batches": batches,
+        "estimate": (
+            f"about {duration(decompose)} to decompose, {duration(batches * seconds)} to train "
+            f"({batches:.0f} batches of {size}), {(_peak_memory() + extra) / 2**30:.1f} GB of memory "
+            f"(measured on one step)"
+        ),
+    }
+
+
+def _marked(tokenizer: PreTrainedTokenizerBase, example: Any) -> list[tuple[str, bool]]:
+    """The row as pieces of text, each with whether the loss covers it."""
+    pieces: list[tuple[list[int], bool]] = []
+    for token, label in zip(example.input_ids, example.labels, strict=True):
+        trained = label != -100
+        if not pieces or pieces[-1][1] != trained:
+            pieces.append(([], trained))
+        pieces[-1][0].append(token)
+    return [(str(tokenizer.decode(ids)), trained) for ids, trained in pieces]
+
+
+def _coverage(live: PeftModel) -> dict[str, Any]:
+    """Which weights are adapted and which are not, by kind, with their numbers of parameters."""
+    adapted: dict[str, list[int]] = {}
+    left: dict[str, list[int]] = {}
+    layers = adapter.adapted_layers(live)
+    owned = {id(layer.get_base_layer().weight) for layer in layers.values()}
+    for name, layer in layers.items():
+        adapted.setdefault(name.rpartition(".")[2], []).append(adapter.weight_of(layer).numel())
+    inner: Any = live.base_model.model
+    for name, module in inner.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            # A fused stack of experts is one parameter of three dimensions: it must be named too.
+            matrix = isinstance(module, nn.Linear | Conv1D) or parameter.ndim == 3
+            if parameter.ndim < 2 or not matrix or ".lora_" in name or id(parameter) in owned:
+                continue
+            kind = (
+                name.rpartition(".")[2]
+                if parameter.ndim == 2
+                else f"{name.rpartition('.')[2]}.{key}"
+            )
+            left.setdefault(kind, []).append(parameter.numel())
+    inside, outside = (sum(sum(v) for v in part.values()) for part in (adapted, left))
+    return {
+        "adapted": {k: {"weights": len(v), "parameters": sum(v)} for k, v in adapted.items()},
+        "not_adapted": {k: {"weights": len(v), "parameters": sum(v)} for k, v in left.items()},
+        "share": inside / (inside + outside),
+    }
+
+
+def _data_record(material: Material) -> dict[str, Any]:
+    return {
+        "format": material.rows.format,
+        "sha256": material.files,
+        "skipped": len(material.rows.skipped),
+        "overlap": material.overlap,
+        **{
+            name: {
+                "kept": part.kept, "shortened": part.shortened, "refused": part.refused,
+                "tokens": part.tokens, "trained_tokens": part.trained_tokens,
+            }
+            for name, part in (("train", material.train), ("eval", material.held_out))
+        },
+    }  # fmt: skip
+
+
+def _versions() -> dict[str, str]:
+    packages = ("milora", "torch", "transformers", "peft", "accelerate", "safetensors")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def _peak_memory() -> int:
+    """Bytes: of the GPU where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
