@@ -222,9 +222,7 @@ def run(task: str, method: str, rate: float, out: Path) -> None:
         loaded = load_task(str(test_file))
         grade: Any = grade_expression if task == "mawps" else grade_word
         graded = Task(task, loaded.rows, grade, MAX_NEW_TOKENS[task])
-        scores, _ = evaluate_task(
-            Pair(opened.model), opened.base.tokenizer, graded, 16, progress
-        )
+        scores, _ = evaluate_task(Pair(opened.model), opened.base.tokenizer, graded, 16, progress)
     knowledge = json.loads((folder / "evaluation.json").read_text())["knowledge"]
     knowledge["text"] = "WikiText-2 test"
     keys = ("versions", "parameters", "step0", "adapter", "seconds", "peak_memory_bytes")

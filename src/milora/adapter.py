@@ -247,7 +247,8 @@ def _linear_names(model: nn.Module) -> list[str]:
 def _activate(model: PeftModel) -> None:
     """Both adapters active, the anchor frozen. PEFT's own switches set both trainable."""
     names = [name for name in (TRAINED, ANCHOR) if name in model.peft_config]
-    model.base_model.set_adapter(names)
+    tuner: Any = model.base_model
+    tuner.set_adapter(names)
     for layer in adapted_layers(model).values():
         if ANCHOR in layer.lora_A:
             layer.lora_A[ANCHOR].requires_grad_(False)

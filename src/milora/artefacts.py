@@ -57,9 +57,9 @@ def export_run(
         write_json(folder / "milora.json", provenance)
         if rank is not None:
             note = (
-                f"\n\n## Approximation\n\nThis is the best rank-{rank} approximation of the trained "
-                f"update (rank {largest}); relative error {plain.error:.2e} (Frobenius). The scores "
-                "above are those of the full update.\n"
+                f"\n\n## Approximation\n\nThis is the best rank-{rank} approximation of the "
+                f"trained update (rank {largest}); relative error {plain.error:.2e} (Frobenius). "
+                "The scores above are those of the full update.\n"
             )
             card = (folder / "README.md").read_text(encoding="utf-8").rstrip()
             write_text(folder / "README.md", card + note)

@@ -71,18 +71,19 @@ def model_card(
         "",
         "## Data",
         "",
-        f"- {data['train']['kept']} rows for training ({data['format']}), {data['eval']['kept']} held "
-        f"out; {data['train']['shortened']} shortened, {sum(data['train']['refused'].values())} "
-        "refused",
+        f"- {data['train']['kept']} rows for training ({data['format']}), {data['eval']['kept']} "
+        f"held out; {data['train']['shortened']} shortened, "
+        f"{sum(data['train']['refused'].values())} refused",
         *(f"- `{_safe(file)}`, sha256 `{digest[:16]}`" for file, digest in data["sha256"].items()),
         "",
         "## Recipe",
         "",
         *(f"- {_safe(line)}" for line in recipe),
         f"- {record['parameters']['trainable']:,} trained parameters of "
-        f"{record['parameters']['all']:,}; {record['seconds'].get('training', 0):.0f} s of training",
-        f"- at step 0 the logits differed from the base's by {record['step0']['difference']:.1e} "
-        "(relative to the largest)",
+        f"{record['parameters']['all']:,}; "
+        f"{record['seconds'].get('training', 0):.0f} s of training",
+        f"- at step 0 the logits differed from the base's by "
+        f"{record['step0']['difference']:.1e} (relative to the largest)",
         "",
     ]
     if evaluation:

@@ -86,11 +86,10 @@ def evaluate(
 ) -> None:
     """Base against tuned: accuracy, format failures, loss, and knowledge kept."""
     _quiet()
-    from milora.evaluate import Pair, general_text, load_task
+    from milora.evaluate import Pair, evaluate_all, general_text, load_task
     from milora.files import write_json, write_text
     from milora.pretrained import load_pretrained
     from milora.progress import Progress
-    from milora.train import evaluate_all
     from milora.verify import open_adapter
 
     if not (source / "milora.json").exists() and not (source / "run.json").exists():
@@ -227,7 +226,7 @@ def _print_scores(result: dict[str, Any]) -> None:
     table = Table("", "base", "tuned")
     for name, task in result["tasks"].items():
         cells = [
-            f"{task[s]['accuracy']:.3f}  ({task[s]['interval'][0]:.3f}-{task[s]['interval'][1]:.3f})"
+            "{:.3f}  ({:.3f}-{:.3f})".format(task[s]["accuracy"], *task[s]["interval"])
             for s in ("base", "tuned")
         ]
         table.add_row(f"{name}: accuracy of {task['rows']} (95 %)", *cells)
@@ -252,7 +251,11 @@ def _print_scores(result: dict[str, Any]) -> None:
 def _quiet() -> None:
     """transformers' own bars and hints would drown ours."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import warnings
+
     from transformers.utils import logging
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -68,7 +68,7 @@ class Encoded(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    examples: list[Encoded]
+    examples: list[dict[str, list[int]]]  # input_ids and labels of the usable rows
     kept: int
     shortened: int
     refused: dict[str, int]  # reason -> rows
@@ -355,15 +355,17 @@ def prepare(
     tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length: int, source: str
 ) -> Prepared:
     """Encode all rows. Raises UserError when none is left or more than a tenth was refused."""
-    examples, refused, places, longest = [], Counter[str](), [], 0
+    examples: list[dict[str, list[int]]] = []
+    refused, places, longest, shortened = Counter[str](), [], 0, 0
     for row in rows:
         found = encode(tokenizer, row, max_length)
         if isinstance(found, str):
             refused[found] += 1
             places.append(f"{row.place}: {found}")
-            longest = max(longest, len(encode_length(tokenizer, row)))
+            longest = max(longest, full_length(tokenizer, row))
         else:
-            examples.append(found)
+            examples.append({"input_ids": found.input_ids, "labels": found.labels})
+            shortened += found.shortened
     if len(examples) < 0.9 * len(rows):
         reasons = "; ".join(f"{count} x {reason}" for reason, count in refused.most_common())
         raise UserError(
@@ -374,19 +376,20 @@ def prepare(
     return Prepared(
         examples,
         len(examples),
-        sum(example.shortened for example in examples),
+        shortened,
         dict(refused),
         places[:5],
-        sum(len(example.input_ids) for example in examples),
-        sum(label != IGNORED for example in examples for label in example.labels),
+        sum(len(example["input_ids"]) for example in examples),
+        sum(label != IGNORED for example in examples for label in example["labels"]),
     )
 
 
-def encode_length(tokenizer: PreTrainedTokenizerBase, row: Row) -> list[int]:
-    """Ids of the whole row, uncut."""
-    if row.messages[0]["role"] == "text":
-        return _tokenize(tokenizer, row.messages[0]["content"])[0]
-    return _tokenize(tokenizer, _render(tokenizer, row.messages, answer_next=False))[0]
+def full_length(tokenizer: PreTrainedTokenizerBase, row: Row) -> int:
+    """Tokens of the whole row, uncut."""
+    text = row.messages[0]["content"]
+    if row.messages[0]["role"] != "text":
+        text = _render(tokenizer, row.messages, answer_next=False)
+    return len(_tokenize(tokenizer, text)[0])
 
 
 def split_rows(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
@@ -458,8 +461,10 @@ def _kind(value: Any) -> str:
         str: "a string",
         bool: "a boolean",
         int: "an integer",
+        float: "a number",
+        type(None): "null",
     }
-    return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")
+    return names.get(type(value), f"a {type(value).__name__}")
 
 
 def _cut(value: Any, limit: int = 60) -> str:

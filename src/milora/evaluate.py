@@ -91,7 +91,7 @@ def grader(match: str, pattern: str | None = None) -> Grader:
 
 def load_task(task: str | Mapping[str, Any], limit: int | None = None) -> Task:
     """A task from a data file: its path, or {file, name, match, pattern, max_new_tokens, limit}."""
-    options = {"file": task} if isinstance(task, str) else dict(task)
+    options: dict[str, Any] = {"file": task} if isinstance(task, str) else dict(task)
     file = options["file"]
     rows = read_rows(file).rows
     for row in rows:
@@ -133,10 +133,10 @@ def evaluate_task(
     scores: dict[str, Any] = {"rows": len(task.rows), "max_new_tokens": task.max_new_tokens}
     for state, entered in (("base", pair.base), ("tuned", pair.tuned)):
         with entered() as model:
+            what = f"{task.name}, {state}"
             answers = generate(
-                model, tokenizer, prompts, task.max_new_tokens, batch_size,
-                lambda done, total, state=state: progress(f"{task.name}, {state}", done, total),
-            )  # fmt: skip
+                model, tokenizer, prompts, task.max_new_tokens, batch_size, what, progress
+            )
             loss = answer_loss(model, tokenizer, task.rows, batch_size)
         verdicts = [task.grade(a.text, ref) for a, ref in zip(answers, references, strict=True)]
         right = verdicts.count("right")
@@ -152,6 +152,24 @@ def evaluate_task(
     return scores, samples
 
 
+def evaluate_all(
+    pair: Pair,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[Task],
+    text: tuple[str, str],
+    chunks: int,
+    batch_size: int,
+    progress: Progress = lambda what, done, total: None,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Every task and the knowledge kept: the content of evaluation.json, and the samples."""
+    scores, samples = {}, []
+    for task in tasks:
+        scores[task.name], own = evaluate_task(pair, tokenizer, task, batch_size, progress)
+        samples += own
+    kept = knowledge_kept(pair, tokenizer, text[0], chunks, progress=progress)
+    return {"tasks": scores, "knowledge": {"text": text[1], **kept}}, samples
+
+
 class Answer(NamedTuple):
     text: str
     ended: bool  # by an end-of-sequence token, not by the limit
@@ -163,7 +181,8 @@ def generate(
     prompts: Sequence[list[int]],
     max_new_tokens: int,
     batch_size: int = 16,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    what: str = "generating",
+    progress: Progress = lambda what, done, total: None,
 ) -> list[Answer]:
     """Greedy answers, in the order of `prompts` (token ids); computed longest prompt first."""
     stops = model.generation_config.eos_token_id
@@ -177,13 +196,14 @@ def generate(
     )
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     answers: dict[int, Answer] = {}
+    run: Any = model.generate
     for first in range(0, len(order), batch_size):
-        progress(first, len(order))
+        progress(what, first, len(order))
         chosen = order[first : first + batch_size]
         ids = pad([prompts[i] for i in chosen], tokenizer.pad_token_id, left=True)
         mask = pad([[1] * len(prompts[i]) for i in chosen], 0, left=True)
         with torch.no_grad():
-            whole = model.generate(
+            whole = run(
                 input_ids=ids.to(model.device),
                 attention_mask=mask.to(model.device),
                 generation_config=settings,
@@ -272,7 +292,8 @@ def general_text(source: str) -> tuple[str, str]:
     """(text, where it comes from). "default" is the prose of Python's own help topics."""
     if source == DEFAULT_TEXT:
         topics = pydoc_data.topics.topics
-        name = f"the help topics of Python {sys.version_info.major}.{sys.version_info.minor} (PSF licence)"
+        release = f"{sys.version_info.major}.{sys.version_info.minor}"
+        name = f"the help topics of Python {release} (PSF licence)"
         return "\n\n".join(topics[name] for name in sorted(topics)), name
     path = Path(source)
     if not path.is_file():

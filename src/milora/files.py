@@ -11,7 +11,7 @@ from typing import Any
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Replace `path` by `data` in one step. After a kill the old content or the new one is there."""
+    """Replace `path` by `data` in one step: after a kill the old content or the new is there."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as handle:

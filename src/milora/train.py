@@ -14,42 +14,43 @@ one whole artefact in the run folder, and `resume` continues after the last one 
 import dataclasses
 import difflib
 import json
-import math
 import platform
-import resource
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import yaml
-from peft import PeftModel
-from safetensors.torch import load_file, save
+from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers import (
     EarlyStoppingCallback,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     PrinterCallback,
-    Trainer,
     TrainerCallback,
-    TrainerControl,
-    TrainerState,
     TrainingArguments,
     set_seed,
 )
-from transformers.pytorch_utils import Conv1D
 
 from milora import adapter, export
 from milora.card import model_card
 from milora.data import Collator, Prepared, Row, Rows, overlap, prepare, read_rows, split_rows
 from milora.errors import UserError
-from milora.evaluate import Pair, Task, evaluate_task, general_text, knowledge_kept, load_task
-from milora.files import new_folder, read_json, sha256, write_bytes, write_json, write_text
+from milora.evaluate import Pair, Task, evaluate_all, general_text, load_task
+from milora.files import new_folder, read_json, sha256, write_json, write_text
+from milora.loop import (
+    STATE,
+    MiloraTrainer,
+    Reporter,
+    last_complete_checkpoint,
+    load_state,
+    save_state,
+)
 from milora.pretrained import Pretrained, load_pretrained
-from milora.progress import Progress, duration
+from milora.preview import coverage, peak_memory, plan
+from milora.progress import Progress
 from milora.verify import make_probes
 
 # Below LoRA's: at s = 1 the best rate of MiLoRA was a third of LoRA's (method.md: sources).
@@ -74,7 +75,6 @@ OWNED = {
     "bf16": "use dtype: bfloat16 (base in bf16, adapter in fp32; autocast would break step 0)",
     "fp16": "use dtype: float16 (base in fp16, adapter in fp32; autocast would break step 0)",
 }
-STATE = "trained.safetensors"
 
 
 class Material(NamedTuple):
@@ -123,14 +123,16 @@ def train(
     run = Path(output_dir)
     resumed = _check_folder(run, asked, resume)
     arguments = _training_arguments(method, training, run, seed, early_stopping_patience)
-    lora_config = None if method == "full" else adapter.lora_config(lora)
+    lora_config: LoraConfig | None = None
+    if method != "full":
+        lora_config = adapter.lora_config(lora)
     set_seed(seed)
     material = _read(model, dtype, trust_remote_code, data, evaluate, seed, progress)
     base = material.base
     base_sha = adapter.base_sha256(base.model)
     parameters = sum(p.numel() for p in base.model.parameters())
     if dry_run:
-        return _plan(material, lora_config, method, arguments, progress)
+        return plan(base, material.train, lora_config, method, arguments)
 
     # --- initial factors, the anchor, and the check that step 0 is the base
     init = run / "init" / "factors.safetensors"
@@ -150,7 +152,7 @@ def train(
     else:
         base.model.requires_grad_(True)
     collate = Collator(base.tokenizer, base.model)
-    probe = collate(_examples(material.train)[:4])
+    probe = collate(material.train.examples[:4])
     probe = {k: probe[k].to(base.model.device) for k in ("input_ids", "attention_mask")}
     record = resumed or {
         "state": "started",
@@ -165,7 +167,7 @@ def train(
             "trainable": sum(p.numel() for p in live.parameters() if p.requires_grad),
             "all": parameters,
         },
-        "coverage": _coverage(live) if isinstance(live, PeftModel) else {},
+        "coverage": coverage(live) if isinstance(live, PeftModel) else {},
         "seconds": {},
     }  # fmt: skip
     if "step0" not in record and isinstance(live, PeftModel):
@@ -193,7 +195,7 @@ def train(
         began = time.monotonic()
         _fit(live, arguments, material, collate, run, early_stopping_patience, progress)
         record["seconds"]["training"] = time.monotonic() - began
-        record["peak_memory_bytes"] = _peak_memory()
+        record["peak_memory_bytes"] = peak_memory()
         save_state(final, live)
         record["state"] = "trained"
         write_json(run / "run.json", record)
@@ -234,24 +236,6 @@ def train(
     record["state"] = "done"
     write_json(run / "run.json", record)
     return record
-
-
-def evaluate_all(
-    pair: Pair,
-    tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[Task],
-    text: tuple[str, str],
-    chunks: int,
-    batch_size: int,
-    progress: Progress,
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Every task and the knowledge kept: the content of evaluation.json, and the samples."""
-    scores, samples = {}, []
-    for task in tasks:
-        scores[task.name], own = evaluate_task(pair, tokenizer, task, batch_size, progress)
-        samples += own
-    kept = knowledge_kept(pair, tokenizer, text[0], chunks, progress=progress)
-    return {"tasks": scores, "knowledge": {"text": text[1], **kept}}, samples
 
 
 def _check_folder(run: Path, asked: Mapping[str, Any], resume: bool) -> dict[str, Any]:
@@ -375,10 +359,6 @@ def _task_file(task: Any) -> str:
     return str(task if isinstance(task, str) else task["file"])
 
 
-def _examples(part: Prepared) -> list[dict[str, list[int]]]:
-    return [{"input_ids": e.input_ids, "labels": e.labels} for e in part.examples]
-
-
 def _fit(
     live: nn.Module,
     arguments: TrainingArguments,
@@ -395,8 +375,8 @@ def _fit(
     trainer = MiloraTrainer(
         model=live,
         args=arguments,
-        train_dataset=_examples(material.train),  # type: ignore[arg-type]
-        eval_dataset=_examples(material.held_out),  # type: ignore[arg-type]
+        train_dataset=material.train.examples,  # type: ignore[arg-type]
+        eval_dataset=material.held_out.examples,  # type: ignore[arg-type]
         data_collator=collate,
         callbacks=callbacks,
     )
@@ -407,117 +387,6 @@ def _fit(
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except FloatingPointError as error:
         raise UserError(str(error)) from error
-
-
-class MiloraTrainer(Trainer):
-    """transformers' Trainer with checkpoints of our own: the trainable tensors and no more.
-
-    Its own would hold a folder that loads as a LoRA and is wrong (A, B without the anchor), and
-    on resume it restores only the first active adapter and unfreezes the anchor.
-    """
-
-    def _live(self) -> nn.Module:
-        assert isinstance(self.model, nn.Module)
-        return self.model
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        folder = Path(output_dir or str(self.args.output_dir))
-        folder.mkdir(parents=True, exist_ok=True)
-        save_state(folder / STATE, self._live())
-
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: nn.Module | None = None
-    ) -> None:
-        load_state(Path(resume_from_checkpoint) / STATE, self._live())
-
-    def _load_best_model(self) -> None:
-        load_state(Path(str(self.state.best_model_checkpoint)) / STATE, self._live())
-
-
-class Reporter(TrainerCallback):
-    """metrics.jsonl, the progress display, and a stop when the loss is no number."""
-
-    def __init__(self, path: Path, checkpoint: Path | None, progress: Progress) -> None:
-        self.path, self.progress = path, progress
-        self.loss, self.began, self.tokens = math.nan, time.monotonic(), 0
-        step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        # Steps after the checkpoint are done again; a last line may be cut by a kill.
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        write_text(path, "".join(line + "\n" for line in kept))
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.began, self.tokens = time.monotonic(), int(state.num_input_tokens_seen)
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        note = f"{self._rate(state):.0f} tokens/s"
-        if not math.isnan(self.loss):
-            note = f"loss {self.loss:.3f}  {note}"
-        self.progress("training", state.global_step, state.max_steps, note)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        logs = dict(logs or {})
-        self.loss = logs.get("loss", self.loss)
-        line = {"step": state.global_step, "tokens_per_second": round(self._rate(state), 1), **logs}
-        with self.path.open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps(line) + "\n")
-        for key in ("loss", "eval_loss"):
-            if not math.isfinite(logs.get(key, 0.0)):
-                raise FloatingPointError(
-                    f"{key} is {logs[key]} at step {state.global_step}: the run has diverged; use "
-                    f"a lower training.learning_rate (now {args.learning_rate}) and a new output_dir"
-                )
-        if "eval_loss" in logs:
-            self.progress.say(f"step {state.global_step}: eval loss {logs['eval_loss']:.4f}")
-
-    def _rate(self, state: TrainerState) -> float:
-        seconds = max(time.monotonic() - self.began, 1e-9)
-        return (int(state.num_input_tokens_seen) - self.tokens) / seconds
-
-
-def save_state(path: Path, model: nn.Module) -> None:
-    """All tensors that train, by parameter name, whole or not at all."""
-    tensors = {
-        n: p.detach().cpu().contiguous() for n, p in model.named_parameters() if p.requires_grad
-    }
-    write_bytes(path, save(tensors))
-
-
-def load_state(path: Path, model: nn.Module) -> None:
-    """Put back what `save_state` wrote. Raises UserError when it is of another model."""
-    tensors: dict[str, Tensor] = load_file(path)
-    wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if set(tensors) != set(wanted):
-        raise UserError(f"{path} is of another model or configuration than this run")
-    with torch.no_grad():
-        for name, parameter in wanted.items():
-            parameter.copy_(tensors[name])
-
-
-def last_complete_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that is whole. trainer_state.json is the last file to be written."""
-    found = []
-    for path in folder.glob("checkpoint-*"):
-        step = path.name.rpartition("-")[2]
-        needed = (STATE, "optimizer.pt", "scheduler.pt", "rng_state.pth")
-        try:
-            whole = read_json(path / "trainer_state.json")["global_step"] == int(step)
-        except (OSError, ValueError, KeyError):
-            continue
-        if whole and all((path / name).exists() for name in needed):
-            found.append((int(step), path))
-    return max(found)[1] if found else None
 
 
 def _export(
@@ -578,103 +447,6 @@ def _export(
     return PeftModel.from_pretrained(base, run / "adapter")
 
 
-def _plan(
-    material: Material,
-    lora_config: Any,
-    method: str,
-    arguments: TrainingArguments,
-    progress: Progress,
-) -> dict[str, Any]:
-    """What --dry-run shows: coverage, parameters, and memory and time measured on one step."""
-    base = material.base
-    live: nn.Module = base.model
-    coverage: dict[str, Any] = {}
-    decompose = 0.0
-    if lora_config is not None:
-        live, _ = adapter.add_adapter(base.model, lora_config, "lora")  # shapes only: no SVD
-        coverage = _coverage(live)  # type: ignore[arg-type]
-        if method in adapter.COMPONENT:
-            began = time.monotonic()
-            torch.linalg.svd(torch.randn(512, 512, dtype=torch.float64))
-            rate = (time.monotonic() - began) / 512**3
-            shapes = [adapter.weight_of(x).shape for x in adapter.adapted_layers(live).values()]  # type: ignore[arg-type]
-            decompose = rate * sum(m * n * min(m, n) for m, n in shapes)
-    else:
-        base.model.requires_grad_(True)
-    size = arguments.per_device_train_batch_size
-    examples = sorted(_examples(material.train), key=lambda e: len(e["input_ids"]))
-    middle = max(0, len(examples) // 2 - size // 2)
-    batch = Collator(base.tokenizer, base.model)(examples[middle : middle + size])
-    live.train()
-    seconds = 0.0
-    for _ in range(2):  # the first one warms up
-        began = time.monotonic()
-        live(**{k: v.to(base.model.device) for k, v in batch.items()}).loss.backward()
-        seconds = time.monotonic() - began
-    trainable = sum(p.numel() for p in live.parameters() if p.requires_grad)
-    per_epoch = math.ceil(len(examples) / size)
-    batches = per_epoch * arguments.num_train_epochs
-    if arguments.max_steps > 0:
-        batches = arguments.max_steps * arguments.gradient_accumulation_steps
-    # Adam's two moments come with the first step; the anchor is as large as the adapter.
-    extra = trainable * (8 + (4 if method in adapter.COMPONENT else 0))
-    return {
-        "samples": [_marked(base.tokenizer, e) for e in material.train.examples[:3]],
-        "data": _data_record(material),
-        "coverage": coverage,
-        "parameters": {"trainable": trainable},
-        "memory_bytes": _peak_memory() + extra,
-        "decomposition_seconds": decompose,
-        "training_seconds": batches * seconds,
-        "batches": batches,
-        "estimate": (
-            f"about {duration(decompose)} to decompose, {duration(batches * seconds)} to train "
-            f"({batches:.0f} batches of {size}), {(_peak_memory() + extra) / 2**30:.1f} GB of memory "
-            f"(measured on one step)"
-        ),
-    }
-
-
-def _marked(tokenizer: PreTrainedTokenizerBase, example: Any) -> list[tuple[str, bool]]:
-    """The row as pieces of text, each with whether the loss covers it."""
-    pieces: list[tuple[list[int], bool]] = []
-    for token, label in zip(example.input_ids, example.labels, strict=True):
-        trained = label != -100
-        if not pieces or pieces[-1][1] != trained:
-            pieces.append(([], trained))
-        pieces[-1][0].append(token)
-    return [(str(tokenizer.decode(ids)), trained) for ids, trained in pieces]
-
-
-def _coverage(live: PeftModel) -> dict[str, Any]:
-    """Which weights are adapted and which are not, by kind, with their numbers of parameters."""
-    adapted: dict[str, list[int]] = {}
-    left: dict[str, list[int]] = {}
-    layers = adapter.adapted_layers(live)
-    owned = {id(layer.get_base_layer().weight) for layer in layers.values()}
-    for name, layer in layers.items():
-        adapted.setdefault(name.rpartition(".")[2], []).append(adapter.weight_of(layer).numel())
-    inner: Any = live.base_model.model
-    for name, module in inner.named_modules():
-        for key, parameter in module.named_parameters(recurse=False):
-            # A fused stack of experts is one parameter of three dimensions: it must be named too.
-            matrix = isinstance(module, nn.Linear | Conv1D) or parameter.ndim == 3
-            if parameter.ndim < 2 or not matrix or ".lora_" in name or id(parameter) in owned:
-                continue
-            kind = (
-                name.rpartition(".")[2]
-                if parameter.ndim == 2
-                else f"{name.rpartition('.')[2]}.{key}"
-            )
-            left.setdefault(kind, []).append(parameter.numel())
-    inside, outside = (sum(sum(v) for v in part.values()) for part in (adapted, left))
-    return {
-        "adapted": {k: {"weights": len(v), "parameters": sum(v)} for k, v in adapted.items()},
-        "not_adapted": {k: {"weights": len(v), "parameters": sum(v)} for k, v in left.items()},
-        "share": inside / (inside + outside),
-    }
-
-
 def _data_record(material: Material) -> dict[str, Any]:
     return {
         "format": material.rows.format,
@@ -694,10 +466,3 @@ def _data_record(material: Material) -> dict[str, Any]:
 def _versions() -> dict[str, str]:
     packages = ("milora", "torch", "transformers", "peft", "accelerate", "safetensors")
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
-
-
-def _peak_memory() -> int:
-    """Bytes: of the GPU where there is one, else of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,136 @@
+"""transformers' Trainer with checkpoints of our own, and what it reports while it runs."""
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from milora.errors import UserError
+from milora.files import read_json, write_bytes, write_text
+from milora.progress import Progress
+
+STATE = "trained.safetensors"
+
+
+class MiloraTrainer(Trainer):
+    """transformers' Trainer with checkpoints of our own: the trainable tensors and no more.
+
+    Its own would hold a folder that loads as a LoRA and is wrong (A, B without the anchor), and
+    on resume it restores only the first active adapter and unfreezes the anchor.
+    """
+
+    def _live(self) -> nn.Module:
+        assert isinstance(self.model, nn.Module)
+        return self.model
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        save_state(folder / STATE, self._live())
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        load_state(Path(resume_from_checkpoint) / STATE, self._live())
+
+    def _load_best_model(self) -> None:
+        load_state(Path(str(self.state.best_model_checkpoint)) / STATE, self._live())
+
+
+class Reporter(TrainerCallback):
+    """metrics.jsonl, the progress display, and a stop when the loss is no number."""
+
+    def __init__(self, path: Path, checkpoint: Path | None, progress: Progress) -> None:
+        self.path, self.progress = path, progress
+        self.loss, self.began, self.tokens = math.nan, time.monotonic(), 0
+        step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        # Steps after the checkpoint are done again; a last line may be cut by a kill.
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        write_text(path, "".join(line + "\n" for line in kept))
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.began, self.tokens = time.monotonic(), int(state.num_input_tokens_seen)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        note = f"{self._rate(state):.0f} tokens/s"
+        if not math.isnan(self.loss):
+            note = f"loss {self.loss:.3f}  {note}"
+        self.progress("training", state.global_step, state.max_steps, note)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        logs = dict(logs or {})
+        self.loss = logs.get("loss", self.loss)
+        line = {"step": state.global_step, "tokens_per_second": round(self._rate(state), 1), **logs}
+        with self.path.open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps(line) + "\n")
+        for key in ("loss", "eval_loss"):
+            if not math.isfinite(logs.get(key, 0.0)):
+                raise FloatingPointError(
+                    f"{key} is {logs[key]} at step {state.global_step}: the run has diverged; use "
+                    f"a lower training.learning_rate (now {args.learning_rate}) and a new "
+                    "output_dir"
+                )
+        if "eval_loss" in logs:
+            self.progress.say(f"step {state.global_step}: eval loss {logs['eval_loss']:.4f}")
+
+    def _rate(self, state: TrainerState) -> float:
+        seconds = max(time.monotonic() - self.began, 1e-9)
+        return (int(state.num_input_tokens_seen) - self.tokens) / seconds
+
+
+def save_state(path: Path, model: nn.Module) -> None:
+    """All tensors that train, by parameter name, whole or not at all."""
+    tensors = {
+        n: p.detach().cpu().contiguous() for n, p in model.named_parameters() if p.requires_grad
+    }
+    write_bytes(path, save(tensors))
+
+
+def load_state(path: Path, model: nn.Module) -> None:
+    """Put back what `save_state` wrote. Raises UserError when it is of another model."""
+    tensors: dict[str, Tensor] = load_file(path)
+    wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if set(tensors) != set(wanted):
+        raise UserError(f"{path} is of another model or configuration than this run")
+    with torch.no_grad():
+        for name, parameter in wanted.items():
+            parameter.copy_(tensors[name])
+
+
+def last_complete_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that is whole. trainer_state.json is the last file to be written."""
+    found = []
+    for path in folder.glob("checkpoint-*"):
+        step = path.name.rpartition("-")[2]
+        needed = (STATE, "optimizer.pt", "scheduler.pt", "rng_state.pth")
+        try:
+            whole = read_json(path / "trainer_state.json")["global_step"] == int(step)
+        except (OSError, ValueError, KeyError):
+            continue
+        if whole and all((path / name).exists() for name in needed):
+            found.append((int(step), path))
+    return max(found)[1] if found else None

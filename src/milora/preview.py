@@ -1,0 +1,121 @@
+"""What --dry-run shows: samples with their loss mask, coverage, and memory and time on one step."""
+
+import math
+import resource
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from torch import nn
+from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers.pytorch_utils import Conv1D
+
+from milora import adapter
+from milora.data import IGNORED, Collator, Prepared
+from milora.pretrained import Pretrained
+from milora.progress import duration
+
+
+def plan(
+    base: Pretrained,
+    train: Prepared,
+    lora_config: LoraConfig | None,
+    method: str,
+    arguments: TrainingArguments,
+) -> dict[str, Any]:
+    """Coverage, parameters, and an estimate of memory and time, measured on one training step."""
+    live: nn.Module = base.model
+    covered: dict[str, Any] = {}
+    decompose = 0.0
+    if lora_config is not None:
+        adapted, _ = adapter.add_adapter(base.model, lora_config, "lora")  # shapes alone: no SVD
+        live = adapted
+        covered = coverage(adapted)
+        if method in adapter.COMPONENT:
+            began = time.monotonic()
+            torch.linalg.svd(torch.randn(512, 512, dtype=torch.float64))
+            rate = (time.monotonic() - began) / 512**3
+            layers = adapter.adapted_layers(adapted).values()
+            shapes = [adapter.weight_of(layer).shape for layer in layers]
+            decompose = rate * sum(m * n * min(m, n) for m, n in shapes)
+    else:
+        base.model.requires_grad_(True)
+    size = arguments.per_device_train_batch_size
+    examples = sorted(train.examples, key=lambda e: len(e["input_ids"]))
+    middle = max(0, len(examples) // 2 - size // 2)
+    collate = Collator(base.tokenizer, base.model)
+    live.train()
+    seconds = 0.0
+    # The longest batch shows the memory (and warms up), a middling one the time.
+    for chosen in (examples[-size:], examples[middle : middle + size]):
+        batch = {k: v.to(base.model.device) for k, v in collate(chosen).items()}
+        began = time.monotonic()
+        live(**batch).loss.backward()
+        seconds = time.monotonic() - began
+    trainable = sum(p.numel() for p in live.parameters() if p.requires_grad)
+    per_epoch = math.ceil(len(examples) / size)
+    batches = per_epoch * arguments.num_train_epochs
+    if arguments.max_steps > 0:
+        batches = arguments.max_steps * arguments.gradient_accumulation_steps
+    # Adam's two moments come with the first step; the anchor is as large as the adapter.
+    extra = trainable * (8 + (4 if method in adapter.COMPONENT else 0))
+    memory = peak_memory() + extra
+    return {
+        "samples": [marked(base.tokenizer, e) for e in train.examples[:3]],
+        "coverage": covered,
+        "parameters": {"trainable": trainable},
+        "memory_bytes": memory,
+        "decomposition_seconds": decompose,
+        "training_seconds": batches * seconds,
+        "batches": batches,
+        "estimate": f"about {duration(decompose)} to decompose, {duration(batches * seconds)} to "
+        f"train ({batches:.0f} batches of {size}), {memory / 2**30:.1f} GB of memory",
+    }
+
+
+def marked(
+    tokenizer: PreTrainedTokenizerBase, example: Mapping[str, list[int]]
+) -> list[tuple[str, bool]]:
+    """The row as pieces of text, each with whether the loss covers it."""
+    pieces: list[tuple[list[int], bool]] = []
+    for token, label in zip(example["input_ids"], example["labels"], strict=True):
+        trained = label != IGNORED
+        if not pieces or pieces[-1][1] != trained:
+            pieces.append(([], trained))
+        pieces[-1][0].append(token)
+    return [(str(tokenizer.decode(ids)), trained) for ids, trained in pieces]
+
+
+def coverage(live: PeftModel) -> dict[str, Any]:
+    """Which weights are adapted and which are not, by kind, with their numbers of parameters."""
+    adapted: dict[str, list[int]] = {}
+    left: dict[str, list[int]] = {}
+    layers = adapter.adapted_layers(live)
+    owned = {id(layer.get_base_layer().weight) for layer in layers.values()}
+    owned.add(id(live.get_input_embeddings().weight))  # a tied head is no weight of its own
+    for name, layer in layers.items():
+        adapted.setdefault(name.rpartition(".")[2], []).append(adapter.weight_of(layer).numel())
+    inner: Any = live.base_model.model
+    for name, module in inner.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            # A fused stack of experts is one parameter of three dimensions: it must be named too.
+            matrix = isinstance(module, nn.Linear | Conv1D) or parameter.ndim == 3
+            if parameter.ndim < 2 or not matrix or ".lora_" in name or id(parameter) in owned:
+                continue
+            kind = name.rpartition(".")[2] + (f".{key}" if parameter.ndim == 3 else "")
+            left.setdefault(kind, []).append(parameter.numel())
+    inside, outside = (sum(sum(v) for v in part.values()) for part in (adapted, left))
+    return {
+        "adapted": {k: {"weights": len(v), "parameters": sum(v)} for k, v in adapted.items()},
+        "not_adapted": {k: {"weights": len(v), "parameters": sum(v)} for k, v in left.items()},
+        "share": inside / (inside + outside),
+    }
+
+
+def peak_memory() -> int:
+    """Bytes: of the GPU where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
