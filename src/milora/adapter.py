@@ -15,7 +15,8 @@ import hashlib
 import inspect
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -141,6 +142,7 @@ def add_adapter(
     if isinstance(model, PeftModel) or any(isinstance(m, LoraLayer) for m in model.modules()):
         raise UserError("the model has an adapter already: load the base again")
     _check_targets(model, config)
+    config.fan_in_fan_out = any(isinstance(module, Conv1D) for module in model.modules())
     torch.manual_seed(seed)  # PEFT draws A from the global generator
     # TRAINED is not "default" on purpose: see docs/method.md, "What is on disk".
     try:
@@ -148,6 +150,7 @@ def add_adapter(
     except ValueError as error:
         raise UserError(f"lora.target_modules: {error}") from error
     layers = adapted_layers(peft_model)
+    _check_patterns(config, list(layers))
     embedding: Any = model.get_input_embeddings().weight  # type: ignore[operator]
     for name, layer in layers.items():
         base = layer.get_base_layer()
@@ -235,6 +238,22 @@ def _check_targets(model: PreTrainedModel, config: LoraConfig) -> None:
                 f"lora.target_modules: {entry!r} matches no module of this model; {hint}"
                 f"its linear layers are {', '.join(linear)}"
             )
+
+
+def _check_patterns(config: LoraConfig, names: Sequence[str]) -> None:
+    # PEFT passes over a key or a layer that selects nothing.
+    patterns = {"rank_pattern": config.rank_pattern, "alpha_pattern": config.alpha_pattern}
+    for option, pattern in patterns.items():
+        for key in pattern or {}:
+            if not any(re.match(rf"(.*\.)?({key})$", name) for name in names):
+                raise UserError(
+                    f"lora.{option}: {key!r} matches none of the {len(names)} adapted weights, "
+                    f"of which one is {names[0]}"
+                )
+    layers = config.layers_to_transform
+    for index in [layers] if isinstance(layers, int) else layers or []:
+        if not any(f".{index}." in name for name in names):
+            raise UserError(f"lora.layers_to_transform: no adapted weight is in layer {index}")
 
 
 def _linear_names(model: nn.Module) -> list[str]:
@@ -360,23 +379,24 @@ def save_start(path: Path, start: Start) -> None:
         # Not PEFT's names: nothing here can be loaded as if it were a plain LoRA.
         tensors[f"{name}.initial_A"] = A.cpu()
         tensors[f"{name}.initial_B"] = B.cpu()
-    metadata = {
+    # One key, since safetensors writes several in no fixed order: equal starts, equal bytes.
+    about = {
         "format": FORMAT,
         "method": start.method,
-        "scaling": json.dumps(start.scaling),
-        "sha256": json.dumps(start.sha256),
+        "scaling": start.scaling,
+        "sha256": start.sha256,
     }
-    write_bytes(path, save(tensors, metadata))
+    write_bytes(path, save(tensors, {"milora": json.dumps(about)}))
 
 
 def load_start(path: Path) -> Start:
     """Read what `save_start` wrote. Raises UserError when the file is not of that format."""
     try:
         with safe_open(path, framework="pt") as handle:
-            metadata = handle.metadata() or {}
-            if metadata.get("format") != FORMAT:
+            about = json.loads((handle.metadata() or {}).get("milora", "{}"))
+            if about.get("format") != FORMAT:
                 raise UserError(f"{path} is not a file of initial factors ({FORMAT})")
-            sha256 = json.loads(metadata["sha256"])
+            sha256 = about["sha256"]
             factors = {
                 name: Factors(
                     handle.get_tensor(f"{name}.initial_A"), handle.get_tensor(f"{name}.initial_B")
@@ -387,4 +407,4 @@ def load_start(path: Path) -> Start:
         raise
     except Exception as error:  # safetensors raises its own types, not exported under one base
         raise UserError(f"{path} cannot be read ({error}): start the run anew") from error
-    return Start(metadata["method"], factors, json.loads(metadata["scaling"]), sha256, {})
+    return Start(about["method"], factors, about["scaling"], sha256, {})

@@ -252,6 +252,7 @@ def knowledge_kept(
     The first `chunks` pieces of `length` tokens each; within a piece every token but the first
     is predicted from those before it. KL in nats, exact over the whole vocabulary, in fp32.
     """
+    length = min(length, positions(pair.model))
     cut = tokenizer(text[: chunks * length * 12], add_special_tokens=False)["input_ids"]
     pieces = [cut[i : i + length] for i in range(0, len(cut), length)][:chunks]
     pieces = [piece for piece in pieces if len(piece) > 1]
@@ -281,6 +282,23 @@ def knowledge_kept(
         "base_perplexity": math.exp(losses["base"] / count),
         "tuned_perplexity": math.exp(losses["tuned"] / count),
     }
+
+
+def positions(model: nn.Module) -> int:
+    """How many tokens the model takes at once; very many when its configuration sets no limit."""
+    config: Any = model.config
+    return int(getattr(config, "max_position_embeddings", None) or 10**9)
+
+
+def check_lengths(task: Task, tokenizer: PreTrainedTokenizerBase, limit: int) -> None:
+    """Raise UserError for a question that, with its answer, is longer than the model can take."""
+    for row in task.rows:
+        length = len(prompt_ids(tokenizer, row.messages[:-1])) + task.max_new_tokens
+        if length > limit:
+            raise UserError(
+                f"{row.place}: the question and max_new_tokens ({task.max_new_tokens}) are "
+                f"{length} tokens, the model has {limit} positions: shorten one of them"
+            )
 
 
 def kl(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ def _truncate(factors: Factors, rank: int) -> tuple[Factors, Tensor]:
     """Best rank-`rank` approximation of B A, balanced, and all singular values of B A."""
     Q, R = torch.linalg.qr(factors.B.double())  # (m, k), (k, k)
     P, T = torch.linalg.qr(factors.A.double().mT)  # (n, k), (k, k)
-    U, S, Vh = torch.linalg.svd(R @ T.mT)
+    U, S, Vh = torch.linalg.svd(R @ T.mT, full_matrices=False)
     root = S[:rank].sqrt()
     A = root[:, None] * (P @ Vh[:rank].mT).mT  # (rank, n)
     B = (Q @ U[:, :rank]) * root  # (m, rank)

@@ -134,3 +134,17 @@ def last_complete_checkpoint(folder: Path) -> Path | None:
         if whole and all((path / name).exists() for name in needed):
             found.append((int(step), path))
     return max(found)[1] if found else None
+
+
+def has_ended(checkpoint: Path) -> bool:
+    """Whether training ended, by its last step or by early stopping, when this was written."""
+    state = read_json(checkpoint / "trainer_state.json")
+    return bool(state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"])
+
+
+def best_or_last(checkpoint: Path, arguments: TrainingArguments) -> Path:
+    """The checkpoint that a run which ended at `checkpoint` takes its result from."""
+    state = read_json(checkpoint / "trainer_state.json")
+    if arguments.load_best_model_at_end and state["best_global_step"]:
+        return checkpoint.with_name(f"checkpoint-{state['best_global_step']}")
+    return checkpoint

@@ -38,12 +38,22 @@ from milora import adapter, export
 from milora.card import model_card
 from milora.data import Collator, Prepared, Row, Rows, overlap, prepare, read_rows, split_rows
 from milora.errors import UserError
-from milora.evaluate import Pair, Task, evaluate_all, general_text, load_task
+from milora.evaluate import (
+    Pair,
+    Task,
+    check_lengths,
+    evaluate_all,
+    general_text,
+    load_task,
+    positions,
+)
 from milora.files import new_folder, read_json, sha256, write_json, write_text
 from milora.loop import (
     STATE,
     MiloraTrainer,
     Reporter,
+    best_or_last,
+    has_ended,
     last_complete_checkpoint,
     load_state,
     save_state,
@@ -67,6 +77,7 @@ OWNED = {
     "remove_unused_columns": "leave it out",
     "disable_tqdm": "leave it out",
     "label_names": "leave it out",
+    "restore_callback_states_from_checkpoint": "leave it out",
     "save_only_model": "it would make a run that cannot be resumed: leave it out",
     "push_to_hub": "upload the adapter folder when it is done",
     "deepspeed": "training is on one device: leave it out",
@@ -300,6 +311,7 @@ def _training_arguments(
         "label_names": ["labels"],
         "prediction_loss_only": True,
         "include_num_input_tokens_seen": "non_padding",
+        "restore_callback_states_from_checkpoint": True,  # the patience of early stopping
     }
     try:
         return TrainingArguments(**values)
@@ -336,6 +348,14 @@ def _read(
     used = [source, held, evaluate["knowledge"], *(_task_file(t) for t in evaluate["tasks"])]
     files = {f: sha256(Path(f)) for f in used if isinstance(f, str) and Path(f).is_file()}
     base = load_pretrained(model, dtype, trust_remote_code)
+    longest = positions(base.model)
+    if data["max_length"] > longest:
+        raise UserError(
+            f"data.max_length is {data['max_length']}, but {model} has {longest} positions: "
+            f"set at most {longest}"
+        )
+    for task in tasks:
+        check_lengths(task, base.tokenizer, longest)
     prepared = prepare(base.tokenizer, train_rows, data["max_length"], source)
     name = held if isinstance(held, str) else f"{source} (held out)"
     prepared_held = prepare(base.tokenizer, held_rows, data["max_length"], name)
@@ -369,6 +389,9 @@ def _fit(
     progress: Progress,
 ) -> None:
     checkpoint = last_complete_checkpoint(run / "checkpoints")
+    if checkpoint and has_ended(checkpoint):  # the Trainer would do one step more
+        load_state(best_or_last(checkpoint, arguments) / STATE, live)
+        return
     callbacks: list[TrainerCallback] = [Reporter(run / "metrics.jsonl", checkpoint, progress)]
     if patience:
         callbacks.append(EarlyStoppingCallback(patience))

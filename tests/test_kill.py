@@ -1,0 +1,101 @@
+"""Invariant 6: after a kill at any instant, resuming ends with the same adapter, bit for bit."""
+
+import json
+import multiprocessing
+import signal
+import time
+from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+
+import pytest
+from runs import result_hashes, run, run_and_kill, settings
+
+Tiny = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def children() -> ForkServerContext:
+    """Processes that begin with everything imported, so that a kill costs no ten seconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["runs", "milora.train"])
+    return context
+
+
+@pytest.fixture(scope="module")
+def unbroken(
+    tiny: Tiny, tmp_path_factory: pytest.TempPathFactory, children: ForkServerContext
+) -> tuple[Path, dict[str, str], float]:
+    """The folder with the data, the hashes of an unbroken run in a child, and its seconds."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    began = time.monotonic()
+    child = children.Process(target=run, args=(settings(tiny("llama"), folder),))
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+    return folder, result_hashes(folder / "run"), time.monotonic() - began
+
+
+def check_resumed(
+    children: ForkServerContext, arguments: dict[str, object], wanted: dict[str, str]
+) -> None:
+    folder = Path(str(arguments["output_dir"]))
+    child = children.Process(target=run, args=(arguments,), kwargs={"resume": folder.exists()})
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+    assert result_hashes(folder) == wanted
+    assert json.loads((folder / "run.json").read_text())["state"] == "done"
+    assert not [p for p in (folder / "adapter").iterdir() if p.name.endswith(".tmp")]
+
+
+@pytest.mark.parametrize(
+    "at_write",
+    [1, 6, 24, 40]
+    + [pytest.param(n, marks=pytest.mark.slow) for n in (2, 3, 4, 5, *range(8, 80, 5))],
+)
+def test_killed_at_the_nth_write(
+    at_write: int,
+    tiny: Tiny,
+    tmp_path: Path,
+    unbroken: tuple[Path, dict[str, str], float],
+    children: ForkServerContext,
+) -> None:
+    folder, wanted, _ = unbroken
+    data = {"train": str(folder / "rows.jsonl")}
+    tasks = {"tasks": [{"file": data["train"], "max_new_tokens": 3, "limit": 4}]}
+    arguments = settings(tiny("llama"), tmp_path, data=data, evaluate=tasks)
+    child = children.Process(target=run_and_kill, args=(arguments, False, at_write))
+    child.start()
+    child.join()
+    assert child.exitcode in (-signal.SIGKILL, 0)
+    # And once more while resuming.
+    child = children.Process(
+        target=run_and_kill, args=(arguments, Path(str(arguments["output_dir"])).exists(), 5)
+    )
+    child.start()
+    child.join()
+    assert child.exitcode in (-signal.SIGKILL, 0)
+    check_resumed(children, arguments, wanted)
+
+
+@pytest.mark.parametrize(
+    "share", [0.5, *(pytest.param(s, marks=pytest.mark.slow) for s in (0.3, 0.6, 0.7, 0.8, 0.9))]
+)
+def test_killed_at_some_moment(
+    share: float,
+    tiny: Tiny,
+    tmp_path: Path,
+    unbroken: tuple[Path, dict[str, str], float],
+    children: ForkServerContext,
+) -> None:
+    folder, wanted, seconds = unbroken
+    data = {"train": str(folder / "rows.jsonl")}
+    tasks = {"tasks": [{"file": data["train"], "max_new_tokens": 3, "limit": 4}]}
+    arguments = settings(tiny("llama"), tmp_path, data=data, evaluate=tasks)
+    child = children.Process(target=run, args=(arguments,))
+    child.start()
+    time.sleep(share * seconds)
+    child.kill()
+    child.join()
+    check_resumed(children, arguments, wanted)

@@ -1,0 +1,366 @@
+"""A whole run on tiny models: the run folder, the invariants in it, and resuming."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from peft import AutoPeftModelForCausalLM, PeftModel
+from runs import result_hashes, run, settings, write_rows
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from milora.artefacts import export_run
+from milora.errors import UserError
+from milora.files import sha256
+from milora.verify import open_adapter, verify
+
+Tiny = Callable[[str], Path]
+
+
+def files(folder: Path) -> set[str]:
+    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def finished(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One run of method milora, shared by the tests that only read it."""
+    folder = tmp_path_factory.mktemp("finished")
+    run(settings(tiny("llama"), folder))
+    return folder / "run"
+
+
+def test_the_run_folder(finished: Path, tiny: Tiny) -> None:
+    assert files(finished) >= {
+        "config.yaml",
+        "run.json",
+        "init/factors.safetensors",
+        "init/spectra.json",
+        "checkpoints/trained.safetensors",
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+        "adapter/README.md",
+        "adapter/milora.json",
+        "adapter/tokenizer.json",
+        "adapter/chat_template.jinja",
+        "metrics.jsonl",
+        "evaluation.json",
+        "samples.jsonl",
+    }
+    record = json.loads((finished / "run.json").read_text())
+    assert record["state"] == "done"
+    assert record["base"]["unchanged"] is True
+    assert 0 <= record["step0"]["difference"] <= 1e-5
+    assert record["adapter"]["exported_against_trained"] <= 1e-5
+    assert record["data"]["train"]["kept"] == 19
+    assert record["parameters"]["trainable"] == sum(
+        tensor.numel()
+        for tensor in load_file(finished / "checkpoints/trained.safetensors").values()
+    )
+    metrics = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [m["step"] for m in metrics if "loss" in m] == [1, 2, 3, 4, 5, 6]
+    losses = [m["loss"] for m in metrics if "loss" in m]
+    assert losses[-1] < losses[0]
+    assert [m["step"] for m in metrics if "eval_loss" in m] == [2, 4, 6]
+    assert yaml.safe_load((finished / "config.yaml").read_text())["model"] == str(tiny("llama"))
+    evaluation = json.loads((finished / "evaluation.json").read_text())
+    assert evaluation["knowledge"]["kl"] > 0
+    assert evaluation["tasks"]["rows"]["rows"] == 4
+    assert len((finished / "samples.jsonl").read_text().splitlines()) == 4
+
+
+def test_the_base_on_disk_is_untouched(tiny: Tiny, tmp_path: Path) -> None:
+    base = tiny("tied")
+    before = {name: sha256(base / name) for name in files(base)}
+    run(settings(base, tmp_path))
+    assert {name: sha256(base / name) for name in files(base)} == before
+
+
+def test_one_artefact(finished: Path, tiny: Tiny) -> None:
+    """No folder of the run but adapter/ loads as an adapter or a model."""
+    folders = [finished, *(p for p in finished.rglob("*") if p.is_dir())]
+    assert len(folders) > 3
+    for folder in folders:
+        if folder == finished / "adapter":
+            AutoPeftModelForCausalLM.from_pretrained(folder)
+            continue
+        base = AutoModelForCausalLM.from_pretrained(tiny("llama"))
+        with pytest.raises(Exception, match=r"(?i)config|not|find"):
+            PeftModel.from_pretrained(base, folder)
+        with pytest.raises((OSError, ValueError)):
+            AutoModelForCausalLM.from_pretrained(folder)
+    assert not list(finished.rglob("*.bin"))
+    assert not list(finished.rglob("training_args*"))
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gpt2", "tied"])
+def test_the_exported_adapter_is_what_was_trained(kind: str, tiny: Tiny, tmp_path: Path) -> None:
+    run(settings(tiny(kind), tmp_path, lora={"lora_alpha": 6, "use_rslora": True}))
+    checks = verify(tmp_path / "run")
+    assert [check.name for check in checks] == [
+        "base",
+        "step 0",
+        "format",
+        "probes, base",
+        "probes, tuned",
+    ]
+    assert all(check.holds for check in checks)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_sixteen_bit_starts_exactly_at_the_base(dtype: str, tiny: Tiny, tmp_path: Path) -> None:
+    record = run(settings(tiny("llama"), tmp_path, dtype=dtype, training={"learning_rate": 1e-3}))
+    assert record["step0"] == {"difference": 0.0, "bound": 0.0}
+    assert all(check.holds for check in verify(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("method", ["pissa", "middle", "random", "lora"])
+def test_the_other_methods(method: str, tiny: Tiny, tmp_path: Path) -> None:
+    record = run(settings(tiny("llama"), tmp_path, method=method))
+    assert record["adapter"]["rank"] == (4 if method == "lora" else 8)
+    assert all(check.holds for check in verify(tmp_path / "run"))
+
+
+def test_full_fine_tuning(tiny: Tiny, tmp_path: Path) -> None:
+    arguments = settings(tiny("tied"), tmp_path, method="full", training={"learning_rate": 1e-3})
+    record = run(arguments)
+    assert record["state"] == "done"
+    assert record["parameters"]["trainable"] == record["parameters"]["all"]
+    assert not (tmp_path / "run" / "adapter").exists()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    base = AutoModelForCausalLM.from_pretrained(tiny("tied"))
+    assert not torch.equal(model.model.embed_tokens.weight, base.model.embed_tokens.weight)
+    kept = json.loads((tmp_path / "run" / "evaluation.json").read_text())["knowledge"]
+    assert kept["kl"] > 0
+
+
+def test_two_runs_are_equal_bit_for_bit(tiny: Tiny, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        rows = {"train": str(write_rows(tmp_path / "rows.jsonl"))}
+        run(settings(tiny("gpt2"), tmp_path / name, data=rows))
+    a, b = (load_file(tmp_path / n / "run/adapter/adapter_model.safetensors") for n in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in a | b)
+
+
+def test_accumulating_gradients_gives_the_same_adapter(tiny: Tiny, tmp_path: Path) -> None:
+    """4 x 2 equals 1 x 8, although the answers are of unequal length: the loss is per token."""
+    found = []
+    for size, steps in ((8, 1), (2, 4)):
+        folder = tmp_path / str(size)
+        folder.mkdir()
+        training = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
+        run(settings(tiny("llama"), folder, lora={"lora_dropout": 0.0}, training=training))
+        found.append(load_file(folder / "run/checkpoints/trained.safetensors"))
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(tensor, found[1][name], atol=2e-4, rtol=1e-3)
+
+
+def test_gradient_checkpointing_gives_the_same_adapter(tiny: Tiny, tmp_path: Path) -> None:
+    found = []
+    for on in (False, True):
+        folder = tmp_path / str(on)
+        folder.mkdir()
+        run(settings(tiny("llama"), folder, training={"gradient_checkpointing": on}))
+        found.append(load_file(folder / "run/checkpoints/trained.safetensors"))
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(tensor, found[1][name], atol=1e-6, rtol=1e-5)
+
+
+def test_the_first_loss_is_that_of_the_base(finished: Path, tiny: Tiny) -> None:
+    """An independent forward over the same rows: mask, normalisation and step 0 in one figure."""
+    from milora.data import IGNORED, encode, read_rows, split_rows
+
+    config = yaml.safe_load((finished / "config.yaml").read_text())
+    rows = read_rows(config["data"]["train"]).rows
+    _, held = split_rows(rows, 0.2, 0)
+    tokenizer = AutoTokenizer.from_pretrained(tiny("llama"))
+    model = AutoModelForCausalLM.from_pretrained(tiny("llama"))
+    total, count = 0.0, 0
+    for row in held:
+        example: Any = encode(tokenizer, row, 64)
+        with torch.no_grad():
+            logits = model(torch.tensor([example.input_ids])).logits[0].log_softmax(-1)
+        for place, label in enumerate(example.labels):
+            if label != IGNORED:
+                total, count = total - float(logits[place - 1, label]), count + 1
+    from milora.evaluate import answer_loss
+
+    assert answer_loss(model, tokenizer, held) == pytest.approx(total / count, rel=1e-5)
+
+
+def test_early_stopping_keeps_the_best(tiny: Tiny, tmp_path: Path) -> None:
+    training = {"learning_rate": 0.3, "max_steps": 40, "save_steps": 1, "eval_steps": 1}
+    run(settings(tiny("llama"), tmp_path, early_stopping_patience=2, training=training))
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    losses = {m["step"]: m["eval_loss"] for m in map(json.loads, lines) if "eval_loss" in m}
+    best = min(losses, key=lambda step: losses[step])
+    assert max(losses) == best + 2 < 40
+    kept = load_file(tmp_path / f"run/checkpoints/checkpoint-{best}/trained.safetensors")
+    final = load_file(tmp_path / "run/checkpoints/trained.safetensors")
+    assert all(torch.equal(final[name], kept[name]) for name in final)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tiny: Tiny, tmp_path: Path) -> None:
+    training = {"learning_rate": 1e30, "max_grad_norm": 0.0}
+    with pytest.raises(UserError, match=r"diverged; use a lower training\.learning_rate"):
+        run(settings(tiny("llama"), tmp_path, training=training))
+
+
+def test_resume_goes_on_where_the_run_stood(
+    finished: Path, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from milora import train as module
+
+    arguments = settings(tiny("llama"), tmp_path)
+    wanted = json.loads((finished / "metrics.jsonl").read_text().splitlines()[4])
+
+    def stop(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "save_state", stop)  # after the last step, before the result
+        with pytest.raises(KeyboardInterrupt):
+            run(arguments)
+    with pytest.raises(UserError, match="already holds another run"):
+        run(arguments)
+    with pytest.raises(UserError, match="configuration has changed: seed was 0 and is 1"):
+        run(arguments | {"seed": 1}, resume=True)
+
+    def no_svd(*args: object, **kwargs: object) -> None:
+        raise AssertionError("decomposed again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.linalg, "svd", no_svd)
+        run(arguments, resume=True)
+    lines = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [m["step"] for m in lines if "loss" in m] == [1, 2, 3, 4, 5, 6]
+    assert lines[4]["loss"] == wanted["loss"]
+    ours, theirs = result_hashes(tmp_path / "run"), result_hashes(finished)
+    for name in ("init/factors.safetensors", "adapter/adapter_model.safetensors"):
+        assert ours[name] == theirs[name]
+    # Resuming a finished run changes nothing.
+    run(arguments, resume=True)
+    assert result_hashes(tmp_path / "run") == ours
+
+
+def test_resuming_on_a_changed_base_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    model = AutoModelForCausalLM.from_pretrained(tiny("llama"))
+    model.save_pretrained(base)
+    AutoTokenizer.from_pretrained(tiny("llama")).save_pretrained(base)
+    arguments = settings(base, tmp_path)
+    run(arguments)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] += 1
+    model.save_pretrained(base)
+    with pytest.raises(UserError, match="wrong base"):
+        run(arguments, resume=True)
+    with pytest.raises(UserError, match=r"wrong base: .* differs .* in 1 weights"):
+        open_adapter(tmp_path / "run")
+
+
+def test_exports_of_a_finished_run(finished: Path, tiny: Tiny, tmp_path: Path) -> None:
+    said = export_run(finished, tmp_path / "merged", "merged", None)
+    assert "merged weights" in said
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    opened = open_adapter(finished)
+    ids = torch.arange(2, 40)[None]
+    with torch.no_grad():
+        wanted, found = opened.model(input_ids=ids).logits, merged(input_ids=ids).logits
+    assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    said = export_run(finished, tmp_path / "exact", "lora", None)
+    assert "rank 8, exact" in said
+    assert all(check.holds for check in verify(tmp_path / "exact"))
+    said = export_run(finished, tmp_path / "small", "lora", 2)
+    assert "rank 2; relative error of the update" in said
+    assert all(check.holds for check in verify(tmp_path / "small"))
+    assert "rank-2 approximation" in (tmp_path / "small" / "README.md").read_text()
+    for arguments, reason in (
+        ((tmp_path / "small", "lora", None), "exists already"),
+        ((tmp_path / "new", "lora", 9), "has rank 8"),
+        ((tmp_path / "new", "gguf", None), "use lora or merged"),
+        ((tmp_path / "new", "merged", 2), "--rank goes with"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            export_run(finished, *arguments)
+    assert not (tmp_path / "new").exists()
+
+
+def test_verify_sees_a_changed_adapter_and_a_wrong_base(
+    finished: Path, tiny: Tiny, tmp_path: Path
+) -> None:
+    from safetensors.torch import save_file
+
+    export_run(finished, tmp_path / "copy", "lora", None)
+    path = tmp_path / "copy" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if "lora_B" in name)
+    tensors[name] *= 1.5
+    save_file(tensors, path, {"format": "pt"})
+    failed = [check.name for check in verify(tmp_path / "copy") if not check.holds]
+    assert failed == ["probes, tuned"]
+    for other in ("qwen2", "gpt2"):
+        with pytest.raises(UserError, match="wrong base"):
+            verify(finished, str(tiny(other)))
+
+
+def test_chat_answers_from_both(finished: Path) -> None:
+    from milora.chat import replies
+
+    opened = open_adapter(finished)
+    said = list(replies(opened.model, opened.base.tokenizer, ["1 + 1 =", "2 + 2 ="], 4))
+    assert len(said) == 2
+    assert said == list(replies(opened.model, opened.base.tokenizer, ["1 + 1 =", "2 + 2 ="], 4))
+
+
+def test_a_dry_run_writes_nothing_and_shows_what_is_trained(tiny: Tiny, tmp_path: Path) -> None:
+    plan = run(settings(tiny("llama"), tmp_path), dry_run=True)
+    assert not (tmp_path / "run").exists()
+    trained = "".join(text for text, is_trained in plan["samples"][0] if is_trained)
+    assert trained == "0</s>"
+    assert len(plan["samples"]) == 3
+    assert set(plan["coverage"]["adapted"]) == {
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    }  # fmt: skip
+    assert plan["coverage"]["not_adapted"] == {"lm_head": {"weights": 1, "parameters": 258 * 32}}
+    assert plan["memory_bytes"] > 0
+
+
+def test_resuming_after_the_last_step_of_early_stopping(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from milora import train as module
+
+    training = {"learning_rate": 0.3, "max_steps": 40, "save_steps": 1, "eval_steps": 1}
+    arguments = settings(tiny("llama"), tmp_path, early_stopping_patience=2, training=training)
+    real = module.save_state
+
+    def stop(*args: Any, **kwargs: Any) -> None:
+        real(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "save_state", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(arguments)
+    final = tmp_path / "run/checkpoints/trained.safetensors"
+    wanted = sha256(final)
+    steps = len((tmp_path / "run/metrics.jsonl").read_text().splitlines())
+    final.unlink()
+    run(arguments, resume=True)
+    assert sha256(final) == wanted
+    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == steps
+
+
+def test_lengths_that_the_model_cannot_take_are_refused(tiny: Tiny, tmp_path: Path) -> None:
+    arguments = settings(tiny("gpt2"), tmp_path, data={"max_length": 300})
+    with pytest.raises(UserError, match=r"data.max_length is 300, but .* has 256 positions"):
+        run(arguments)
+    tasks = {"tasks": [{"file": arguments["data"]["train"], "max_new_tokens": 250}]}
+    with pytest.raises(UserError, match=r"rows.jsonl, line 1: the question and max_new_tokens"):
+        run(settings(tiny("gpt2"), tmp_path, evaluate=tasks))
+    assert not (tmp_path / "run").exists()
