@@ -1,0 +1,264 @@
+"""Invariant 7 on the command itself: one sentence, exit code 2, and nothing written."""
+
+import errno
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from runs import write_rows
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from milora.cli import main
+
+Tiny = Callable[[str], Path]
+
+
+class Command:
+    """Runs `milora ...` in this process, in a folder of its own."""
+
+    def __init__(self, folder: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.folder, self.model, self.capsys = folder, model, capsys
+        write_rows(folder / "rows.jsonl")
+
+    def config(self, **changes: Any) -> str:
+        values: dict[str, Any] = {
+            "model": str(self.model),
+            "output_dir": "run",
+            "data": {"train": "rows.jsonl", "eval": 0.2, "max_length": 64},
+            "lora": {"r": 4, "target_modules": ["q_proj", "v_proj"]},
+            "training": {"max_steps": 2, "per_device_train_batch_size": 4},
+            "evaluate": {"tasks": ["rows.jsonl"], "chunks": 1},
+        }
+        for key, value in changes.items():
+            values[key] = values[key] | value if isinstance(values.get(key), dict) else value
+        (self.folder / "run.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+        return "run.yaml"
+
+    def __call__(self, *words: str) -> tuple[int, str, str]:
+        sys.argv = ["milora", *words]
+        self.capsys.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        out, err = self.capsys.readouterr()
+        return code, out, err
+
+    def refused(self, *words: str) -> str:
+        """The one sentence; nothing but the inputs may be in the folder."""
+        before = {p for p in self.folder.rglob("*")}
+        code, _, err = self(*words)
+        assert code == 2, err
+        assert "Traceback" not in err
+        last = err.strip().splitlines()[-1]
+        assert last.startswith("milora: ")
+        assert {p for p in self.folder.rglob("*")} == before
+        return last
+
+
+@pytest.fixture
+def command(
+    tmp_path: Path,
+    tiny: Tiny,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Command:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [])
+    return Command(tmp_path, tiny("llama"), capsys)
+
+
+def test_a_whole_run_and_what_follows(command: Command) -> None:
+    config = command.config()
+    code, out, err = command("train", config, "--dry-run")
+    assert code == 0
+    assert "⟦0</s>⟧" in out
+    assert "adapted: q_proj (2 weights" in out
+    assert "not adapted: k_proj (2 weights" in out
+    assert "19 rows kept, 0 shortened to 64 tokens, 0 refused" in err
+    assert not Path("run").exists()
+    code, out, err = command("train", config, "training.learning_rate=1e-3")
+    assert code == 0
+    assert "step 0: adapted and base logits differ by" in err
+    assert "training: 2/2" in err
+    assert "The result: run/adapter" in out
+    assert "KL(base || tuned)" in out
+    assert yaml.safe_load(Path("run/config.yaml").read_text())["training"]["learning_rate"] == 1e-3
+    code, out, _ = command("verify", "run/adapter")
+    assert code == 0
+    assert out.count("ok  ") == 5
+    code, out, _ = command("eval", "run", "--limit", "3", "--out", "again.json")
+    assert code == 0
+    assert "rows: accuracy of 3" in out
+    assert json.loads(Path("again.json").read_text())["tasks"]["rows"]["rows"] == 3
+    code, out, _ = command("export", "run", "--to", "lora", "--rank", "3", "--out", "small")
+    assert code == 0
+    assert "plain LoRA of rank 3; relative error" in out
+    assert "already holds another run" in command.refused("train", config)
+
+
+def test_eval_of_a_plain_model(command: Command) -> None:
+    code, out, _ = command("eval", str(command.model), "--tasks", "rows.jsonl", "--limit", "2")
+    assert code == 0
+    assert "rows: accuracy of 2" in out
+
+
+def test_chat_reads_lines(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+
+    command("train", command.config())
+    monkeypatch.setattr(sys, "stdin", io.StringIO("1 + 1 =\n\n"))
+    code, out, _ = command("chat", "run", "--max-new-tokens", "3")
+    assert code == 0
+    assert out.count("base: ") == out.count("tuned: ") == 1
+
+
+DATA = [
+    ("missing.jsonl", None, "missing.jsonl does not exist"),
+    ("empty.jsonl", "", "empty.jsonl holds no rows"),
+    (
+        "broken.jsonl",
+        '{"prompt": "a", "completion": "b"}\n{"prompt": "a", "compl\n',
+        "broken.jsonl, line 2 is not JSON",
+    ),
+    (
+        "number.jsonl",
+        '{"prompt": "a", "completion": "b"}\n{"prompt": 3, "completion": "b"}\n',
+        "number.jsonl, line 2: 'prompt' is an integer 3; a string belongs there",
+    ),
+    (
+        "role.jsonl",
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "robot", "content": "b"}]}\n',
+        "role.jsonl, line 1, message 2: unknown role 'robot'",
+    ),
+    (
+        "long.jsonl",
+        json.dumps({"prompt": "word " * 50, "completion": "b"}) + "\n",
+        "long.jsonl: only 0 of 1 rows can be used",
+    ),
+    ("rows.txt", "text", "rows.txt: use a .jsonl, .json, .csv or .parquet file"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "said"), DATA)
+def test_bad_data(name: str, content: str | None, said: str, command: Command) -> None:
+    if content is not None:
+        (command.folder / name).write_text(content, encoding="utf-8")
+        write_rows(command.folder / "rows.jsonl")
+    config = command.config(data={"train": name, "eval": "rows.jsonl"})
+    assert said in command.refused("train", config)
+
+
+CONFIGURATIONS = [
+    ({"learning_rat": 1e-4}, "unknown key learning_rat"),
+    ({"methud": "milora"}, "unknown key methud, did you mean method?"),
+    ({"training": {"learning_rat": 1e-4}}, "training.learning_rat is not a field of Training"),
+    ({"training": {"output_dir": "x"}}, "training.output_dir is set by milora"),
+    ({"training": {"bf16": True}}, "training.bf16 is set by milora: use dtype: bfloat16"),
+    ({"data": {"max_lenght": 5}}, "unknown key data.max_lenght, did you mean max_length?"),
+    ({"method": "mirola"}, "method is 'mirola'"),
+    ({"lora": {"r": 17}}, "v_proj is 16 x 32: at most 16 fits"),
+    ({"lora": {"target_modules": ["q_proj", "nothing"]}}, "'nothing' matches no module"),
+    ({"lora": {"target_modules": ["nothing"]}}, "'nothing' matches no module"),
+    ({"model": "./no/such/folder"}, "./no/such/folder is not a folder, a .gguf file or a hub id"),
+    ({"model": "some/model-that-is-not-here"}, "cannot be loaded"),
+    ({"model": "weights.gguf"}, "weights.gguf does not exist"),
+    ({"evaluate": {"tasks": ["gsm8k.jsonl"]}}, "gsm8k.jsonl does not exist"),
+    ({"evaluate": {"knowledge": "no.txt"}}, "evaluate.knowledge: no.txt does not exist"),
+    ({"evaluate": {"tasks": [{"file": "rows.jsonl", "match": "json5"}]}}, "match is 'json5'"),
+]
+
+
+@pytest.mark.parametrize(("changes", "said"), CONFIGURATIONS)
+def test_bad_configuration(changes: dict[str, Any], said: str, command: Command) -> None:
+    assert said in command.refused("train", command.config(**changes))
+
+
+def test_the_configuration_file_itself(command: Command) -> None:
+    assert "none.yaml does not exist" in command.refused("train", "none.yaml")
+    assert "give a configuration" in command.refused("train")
+    Path("bad.yaml").write_text("model: a\nmodel: b\n")
+    assert "line 2: the key 'model' is given twice" in command.refused("train", "bad.yaml")
+    assert "write key=value" in command.refused("train", command.config(), "seed")
+    code, out, _ = command("train", "--print-default")
+    assert code == 0
+    assert yaml.safe_load(out)["method"] == "milora"
+
+
+def test_a_nan_in_a_weight(command: Command, tiny: Tiny) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny("llama"))
+    with torch.no_grad():
+        model.model.layers[1].self_attn.v_proj.weight[0, 0] = float("nan")
+    model.save_pretrained("damaged")
+    AutoTokenizer.from_pretrained(tiny("llama")).save_pretrained("damaged")
+    said = command.refused("train", command.config(model="damaged"))
+    assert "model.layers.1.self_attn.v_proj.weight holds NaN or infinite values" in said
+
+
+def test_a_wrong_base_for_an_adapter(command: Command, tiny: Tiny) -> None:
+    command("train", command.config())
+    for verb in (("verify", "run", "--base"),):
+        said = command.refused(*verb, str(tiny("gpt2")))
+        assert said.startswith("milora: wrong base: ")
+    assert "not a finished run" in command.refused("verify", str(tiny("llama")))
+    assert "is not there" in command.refused("chat", "nowhere")
+
+
+def test_no_room_on_the_disk(command: Command) -> None:
+    """The largest file that may be written is smaller than the adapter: the kernel says no."""
+    config = command.config()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        code, _, err = command("train", config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert code == 2
+    assert "no room left to write" in err.strip().splitlines()[-1]
+    assert not (command.folder / "run" / "adapter").exists()
+    assert not list((command.folder / "run").rglob("*.tmp"))
+    assert command("train", config, "--resume")[0] == 0
+
+
+def test_a_folder_that_cannot_be_written(command: Command) -> None:
+    Path("file").write_text("")
+    said = command.refused("train", command.config(output_dir="file/run"))
+    assert "cannot write" in said or "is a file" in said
+    assert errno.ENOSPC  # the full disk itself is the test above
+
+
+def test_help_is_quick_and_imports_no_torch() -> None:
+    script = (
+        "import sys, milora.cli\nsys.argv = ['milora', '--help']\n"
+        "try: milora.cli.main()\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'peft', 'pydantic'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for verb in ("train", "eval", "export", "verify", "chat"):
+        assert verb in done.stdout
+
+
+@pytest.mark.parametrize("verb", ["train", "eval", "export", "verify", "chat"])
+def test_every_verb_has_help_with_an_example(verb: str, command: Command) -> None:
+    code, out, _ = command(verb, "--help")
+    assert code == 0
+    assert "Example: milora" in out
+
+
+def test_the_command_is_installed() -> None:
+    path = Path(sys.executable).parent / "milora"
+    done = subprocess.run([path, "train", "none.yaml"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("milora: none.yaml does not exist")
+    assert os.access(path, os.X_OK)
