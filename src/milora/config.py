@@ -167,8 +167,8 @@ def _sentence(error: ValidationError) -> str:
         ]
         key = ".".join(where)
         if problem["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(where[-1], _known(where[:-1]), 1)
-            found.append(f"unknown key {key}" + (f", did you mean {near[0]}?" if near else ""))
+            near = _nearest(where)
+            found.append(f"unknown key {key}" + (f", did you mean {near}?" if near else ""))
         elif problem["type"] == "missing":
             found.append(f"{key} is missing")
         else:
@@ -178,11 +178,22 @@ def _sentence(error: ValidationError) -> str:
     return "; ".join(dict.fromkeys(found))
 
 
-def _known(where: Sequence[str]) -> list[str]:
-    blocks: dict[str, type[BaseModel]] = {"data": Data, "evaluate": Evaluate}
-    if not where:
-        return list(Config.model_fields)
-    if "tasks" in where:
-        return list(TaskFile.model_fields)
-    block = blocks.get(where[0])
-    return list(block.model_fields) if block else []
+def _nearest(where: Sequence[str]) -> str | None:
+    """The known key that `where` may have meant: in its own block, else in another."""
+    blocks: dict[str, list[str]] = {
+        "data": list(Data.model_fields),
+        "lora": ["r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora"],
+        "evaluate": list(Evaluate.model_fields),
+        "training": ["learning_rate", "num_train_epochs", "max_steps", "report_to"],
+    }
+    *block, key = where
+    if "tasks" in block:
+        known = list(TaskFile.model_fields)
+    else:
+        known = blocks.get(block[0], []) if block else list(Config.model_fields)
+    near = difflib.get_close_matches(key, known, 1, 0.7)
+    if near or block:
+        return near[0] if near else None
+    homes = {inner: f"{name}.{inner}" for name, keys in blocks.items() for inner in keys}
+    near = difflib.get_close_matches(key, homes, 1, 0.7)
+    return homes[near[0]] if near else None

@@ -156,7 +156,7 @@ def _read_records(
                     f"{error.colno}); a file with one object a line must be named .jsonl"
                 ) from error
             if not isinstance(loaded, list):
-                raise UserError(f"{source} must hold a list of rows, not a {_kind(loaded)}")
+                raise UserError(f"{source} must hold a list of rows, not {_kind(loaded)}")
             for number, value in enumerate(loaded, 1):
                 place = f"{source}, row {number}"
                 records.append((_record(value, place), place))
@@ -170,13 +170,17 @@ def _read_records(
         else:
             import pyarrow.parquet
 
-            for number, value in enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1):
+            try:
+                table = pyarrow.parquet.read_table(path)
+            except pyarrow.ArrowException as error:
+                raise UserError(f"{source} cannot be read as Parquet: {error}") from error
+            for number, value in enumerate(table.to_pylist(), 1):
                 records.append((value, f"{source}, row {number}"))
     except UnicodeDecodeError as error:
         raise UserError(f"{source} is not UTF-8 (byte {error.start}): save it as UTF-8") from error
     except csv.Error as error:
         raise UserError(f"{source} is not valid CSV ({error})") from error
-    except OSError as error:  # pyarrow's errors for a damaged file are OSError or ValueError
+    except OSError as error:
         raise UserError(f"{source} cannot be read: {error}") from error
     return records, skipped
 
@@ -308,9 +312,13 @@ def encode(tokenizer: PreTrainedTokenizerBase, row: Row, max_length: int) -> Enc
     """Token ids of a conversation, labels on every assistant turn, its end-of-sequence included.
 
     Returns the reason as a string when the row cannot be used: nothing to learn is left within
-    `max_length`, or the chat template rewrites earlier turns. Too long rows are cut at the end.
+    `max_length`, its text spells a special token, or the chat template rewrites earlier turns.
+    Too long rows are cut at the end.
     """
     eos = tokenizer.eos_token_id
+    for token in tokenizer.all_special_tokens:  # it would be read as the end, or as a new turn
+        if any(token in message["content"] for message in row.messages):
+            return f"it spells the special token {token}"
     if row.messages[0]["role"] == "text":
         text = row.messages[0]["content"]
         if not text.strip():

@@ -1,0 +1,340 @@
+"""From files to token ids: what is read, what is refused and why, and which tokens train."""
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import processors
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from milora.data import (
+    IGNORED,
+    Collator,
+    Encoded,
+    Row,
+    encode,
+    overlap,
+    prepare,
+    prompt_ids,
+    read_rows,
+    split_rows,
+)
+from milora.errors import UserError
+
+USER = {"role": "user", "content": "Q"}
+ANSWER = {"role": "assistant", "content": "A"}
+SHAPES: dict[str, dict[str, Any]] = {
+    "messages": {"messages": [USER, ANSWER]},
+    "sharegpt": {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]},
+    "alpaca": {"instruction": "Q", "input": "", "output": "A"},
+    "prompt-completion": {"prompt": "Q", "completion": "A"},
+}
+
+
+def write(path: Path, *records: Any) -> str:
+    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), "utf-8")
+    return str(path)
+
+
+def refused(source: str, **options: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        read_rows(source, **options)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes_are_recognised_by_their_columns(shape: str, tmp_path: Path) -> None:
+    found = read_rows(write(tmp_path / "a.jsonl", SHAPES[shape]))
+    assert found.format == shape
+    assert found.rows[0].messages == [USER, ANSWER]
+    assert found.rows[0].place.endswith("a.jsonl, line 1")
+
+
+def test_text_alpaca_input_and_columns(tmp_path: Path) -> None:
+    found = read_rows(write(tmp_path / "a.jsonl", {"text": "prose"}))
+    assert found.rows[0].messages == [{"role": "text", "content": "prose"}]
+    row = {"instruction": "I", "input": "X", "output": "A", "system": "S"}
+    messages = read_rows(write(tmp_path / "b.jsonl", row)).rows[0].messages
+    assert [m["content"] for m in messages] == ["S", "I\n\nX", "A"]
+    source = write(tmp_path / "c.jsonl", {"question": "Q", "answer": "A", "text": "T"})
+    mapped = read_rows(
+        source, columns={"prompt": "question", "completion": "answer"}, format="prompt-completion"
+    )
+    assert mapped.rows[0].messages == [USER, ANSWER]
+    assert "no column 'frage' (data.columns); it has question, answer" in refused(
+        source, columns={"prompt": "frage"}
+    )
+
+
+@pytest.mark.parametrize("ending", ["json", "csv", "parquet", "jsonl"])
+def test_file_types(ending: str, tmp_path: Path) -> None:
+    rows = [{"prompt": 'q "1", ü', "completion": "a\nb"}, {"prompt": "q2", "completion": "語"}]
+    path = tmp_path / f"rows.{ending}"
+    if ending == "json":
+        path.write_text(json.dumps(rows), encoding="utf-8")
+    elif ending == "jsonl":
+        path.write_text("\ufeff" + "\n\n".join(json.dumps(r) for r in rows), encoding="utf-8")
+    elif ending == "csv":
+        with path.open("w", encoding="utf-8", newline="") as handle:
+            writer = csv.DictWriter(handle, ["prompt", "completion"])
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    found = read_rows(str(path)).rows
+    assert [r.messages[0]["content"] for r in found] == ['q "1", ü', "q2"]
+    assert [r.messages[1]["content"] for r in found] == ["a\nb", "語"]
+
+
+BAD = [
+    ({"prompt": 3, "completion": "b"}, "'prompt' is an integer 3; a string belongs there"),
+    ({"prompt": None, "completion": "b"}, "'prompt' is null None"),
+    ({"prompt": "a"}, "'completion' is missing; a string belongs there"),
+    ({"prompt": ["a"], "completion": "b"}, "'prompt' is a list ['a']"),
+    (["a", "b"], "is a list; an object with named columns belongs there"),
+]
+
+
+@pytest.mark.parametrize(("record", "said"), BAD)
+def test_a_bad_row_is_named(record: Any, said: str, tmp_path: Path) -> None:
+    good = {"prompt": "a", "completion": "b"}
+    source = write(tmp_path / "a.jsonl", good, record, good)
+    assert f"{source}, line 2" in refused(source)
+    assert said in refused(source)
+    found = read_rows(source, on_bad_row="skip")
+    assert len(found.rows) == 2
+    assert len(found.skipped) == 1
+    assert said in found.skipped[0]
+    only = write(tmp_path / "b.jsonl", record, record)
+    if isinstance(record, dict) and "completion" in record:
+        assert "all 2 rows are bad" in refused(only, on_bad_row="skip")
+
+
+CONVERSATIONS = [
+    ([{"role": "robot", "content": "x"}], "message 1: unknown role 'robot'; use one of system"),
+    ([USER, {"role": "assistant", "content": 5}], "message 2: 'content' is an integer 5"),
+    ([USER, "A"], "message 2 is a string"),
+    ([USER, {"content": "A"}], "message 2: unknown role None"),
+    ([], "'messages' must be a list of at least one message"),
+    ("Q", "'messages' must be a list"),
+    ([USER], "no message of the assistant"),
+]
+
+
+@pytest.mark.parametrize(("turns", "said"), CONVERSATIONS)
+def test_a_bad_conversation_is_named(turns: Any, said: str, tmp_path: Path) -> None:
+    assert said in refused(write(tmp_path / "a.jsonl", {"messages": turns}))
+
+
+def test_bad_files(tmp_path: Path) -> None:
+    assert "none.jsonl does not exist" in refused(str(tmp_path / "none.jsonl"))
+    assert "no data set on the hub" in refused("some/data-set")
+    for name, content, said in (
+        ("empty.jsonl", b"\n\n", "holds no rows"),
+        ("empty.json", b"[]", "holds no rows"),
+        ("empty.csv", b"prompt,completion\n", "holds no rows"),
+        ("a.jsonl", b'{"prompt": "a", "completion": "b"}\n{"pro\n', "line 2 is not JSON"),
+        ("a.json", b'[{"a": 1},\n{"b" 2}]', "a.json, line 2 is not JSON"),
+        ("b.json", b'{"a": 1}\n{"a": 2}', "must be named .jsonl"),
+        ("c.json", b'{"a": 1}', "must hold a list of rows, not an object"),
+        ("a.csv", b"prompt,completion\na,b\na,b,c\n", "row 2 has another number of fields"),
+        ("b.csv", b"prompt,completion\na\n", "row 1 has another number of fields"),
+        ("latin.jsonl", '{"prompt": "ü"}'.encode("latin-1"), "is not UTF-8 (byte"),
+        ("a.parquet", b"no parquet at all", "cannot be read"),
+        ("a.xlsx", b"", "use a .jsonl, .json, .csv or .parquet file"),
+        ("odd.jsonl", b'{"frage": "a", "antwort": "b"}', "columns frage, antwort are of no known"),
+    ):
+        path = tmp_path / name
+        path.write_bytes(content)
+        assert said in refused(str(path)), name
+
+
+def trained_text(tokenizer: PreTrainedTokenizerBase, found: Encoded) -> str:
+    return str(tokenizer.decode([label for label in found.labels if label != IGNORED]))
+
+
+def encoded(tokenizer: PreTrainedTokenizerBase, row: Row, max_length: int = 4096) -> Encoded:
+    found = encode(tokenizer, row, max_length)
+    assert isinstance(found, Encoded), found
+    assert len(found.input_ids) == len(found.labels)
+    pairs = zip(found.input_ids, found.labels, strict=True)
+    assert all(label in (IGNORED, token) for token, label in pairs)
+    return found
+
+
+def with_bos() -> PreTrainedTokenizerBase:
+    """A tokenizer that puts a BOS in front by itself, as Llama's does."""
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    assert tokenizer("x")["input_ids"][0] == 0
+    return tokenizer
+
+
+@pytest.mark.parametrize("make", [make_tokenizer, with_bos, lambda: make_tokenizer(chat=False)])
+def test_the_loss_covers_every_answer_with_its_end_and_nothing_else(
+    make: Callable[[], PreTrainedTokenizerBase],
+) -> None:
+    tokenizer = make()
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        USER,
+        {"role": "assistant", "content": "First."},
+        {"role": "user", "content": "And?"},
+        {"role": "assistant", "content": "Second."},
+    ]
+    found = encoded(tokenizer, Row(turns, "x"))
+    assert trained_text(tokenizer, found) == "First.</s>Second.</s>"
+    assert found.input_ids.count(0) <= 1
+    if tokenizer.chat_template:
+        assert found.input_ids[0] == 0
+    assert not found.shortened
+    # What the model reads before it answers is the same in training and afterwards.
+    prompt = prompt_ids(tokenizer, turns[:-1])
+    assert found.input_ids[: len(prompt)] == prompt
+    assert found.labels[len(prompt)] != IGNORED
+    assert found.labels[len(prompt) - 1] == IGNORED
+
+
+def test_without_a_template_the_plain_one_is_used() -> None:
+    tokenizer = make_tokenizer(chat=False)
+    text = tokenizer.decode(encoded(tokenizer, Row([USER, ANSWER], "x")).input_ids)
+    assert text == (
+        "Below is an instruction that describes a task. Write a response that appropriately "
+        "completes the request.\n\n### Instruction:\nQ\n\n### Response:\nA</s>"
+    )
+
+
+def test_plain_text_trains_on_all_but_the_first_token() -> None:
+    tokenizer = with_bos()
+    found = encoded(tokenizer, Row([{"role": "text", "content": "prose"}], "x"))
+    assert tokenizer.decode(found.input_ids) == "<s>prose</s>"
+    assert trained_text(tokenizer, found) == "prose</s>"
+
+
+text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30)
+
+
+@given(text, text)
+def test_any_text_keeps_mask_and_prompt(question: str, answer: str) -> None:
+    tokenizer = make_tokenizer()
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    found = encode(tokenizer, Row(messages, "x"), 4096)
+    if not answer.strip():
+        assert found == "empty answer"
+        return
+    assert isinstance(found, Encoded)
+    assert trained_text(tokenizer, found) == answer + "</s>"
+    prompt = prompt_ids(tokenizer, messages[:1])
+    assert found.input_ids[: len(prompt)] == prompt
+    assert found.labels[: len(prompt)] == [IGNORED] * len(prompt)
+
+
+@pytest.mark.parametrize("role", ["user", "assistant", "system"])
+def test_a_row_cannot_forge_a_special_token(role: str) -> None:
+    """Text that spells the end or the beginning of a sequence would end an answer early."""
+    messages = (
+        [USER, ANSWER] if role != "system" else [{"role": role, "content": "S"}, USER, ANSWER]
+    )
+    messages = [m | {"content": "x</s>y"} if m["role"] == role else m for m in messages]
+    found = encode(make_tokenizer(), Row(messages, "x"), 4096)
+    assert found == "it spells the special token </s>"
+    plain = encode(make_tokenizer(), Row([{"role": "text", "content": "a<s>b"}], "x"), 4096)
+    assert plain == "it spells the special token <s>"
+
+
+def test_a_template_that_rewrites_earlier_turns_is_noticed() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if loop.last or m['role'] == 'user' %}"
+        "<|{{ m['role'] }}|>{{ m['content'] }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    row = Row([USER, ANSWER, USER, ANSWER], "x")
+    assert encode(tokenizer, row, 4096) == "the chat template changes earlier turns"
+    found = encoded(tokenizer, Row([USER, ANSWER], "x"))
+    assert trained_text(tokenizer, found) == "A</s>"  # the end that the template forgot
+
+
+def test_long_rows_are_cut_or_refused() -> None:
+    tokenizer = make_tokenizer()
+    row = Row([USER, {"role": "assistant", "content": "long answer"}], "x")
+    whole = encoded(tokenizer, row)
+    start = len(prompt_ids(tokenizer, row.messages[:1]))
+    cut = encoded(tokenizer, row, start + 4)
+    assert cut.shortened
+    assert cut.input_ids == whole.input_ids[: start + 4]
+    assert trained_text(tokenizer, cut) == "long"  # no end where there is none
+    assert encode(tokenizer, row, start) == f"the question fills max_length ({start})"
+
+
+def test_counts_and_the_limit_on_refused_rows() -> None:
+    tokenizer = make_tokenizer()
+    good = [Row([USER, ANSWER], f"r {i}") for i in range(19)]
+    long = Row([{"role": "user", "content": "word " * 40}, ANSWER], "r long")
+    found = prepare(tokenizer, [*good, long], 40, "file")
+    assert (found.kept, found.shortened) == (19, 0)
+    assert found.refused == {"the question fills max_length (40)": 1}
+    assert found.refused_places == ["r long: the question fills max_length (40)"]
+    assert found.trained_tokens == 19 * 2
+    with pytest.raises(UserError) as caught:
+        prepare(tokenizer, [*good, *[long] * 3], 40, "file")
+    said = str(caught.value)
+    assert "file: only 19 of 22 rows can be used (3 x the question fills max_length (40))" in said
+    assert "the longest refused row has" in said
+    assert "data.max_length is 40" in said
+
+
+def test_splitting() -> None:
+    rows = [Row([USER, ANSWER], str(i)) for i in range(50)]
+    train, held = split_rows(rows, 0.1, 7)
+    assert len(held) == 5
+    assert {r.place for r in train} | {r.place for r in held} == {str(i) for i in range(50)}
+    assert split_rows(rows, 0.1, 7) == (train, held)
+    assert split_rows(rows, 0.1, 8) != (train, held)
+    assert len(split_rows(rows[:2], 0.01, 0)[1]) == 1
+    with pytest.raises(UserError, match="1 row cannot be split"):
+        split_rows(rows[:1], 0.5, 0)
+
+
+def test_overlap_ignores_case_and_space() -> None:
+    train = [Row([{"role": "user", "content": "Is it  so?"}, ANSWER], "a")]
+    held = [Row([{"role": "user", "content": "is it so?"}, {**ANSWER, "content": "B"}], "b")]
+    assert overlap(train, held) == 1
+    assert overlap(train, [Row([USER, ANSWER], "c")]) == 0
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_fewer_logits_give_the_same_loss(kind: str, load: Callable[[str], PreTrainedModel]) -> None:
+    tokenizer, model = make_tokenizer(), load(kind)
+    rows = [
+        Row([{"role": "user", "content": "q" * n}, {"role": "assistant", "content": "a" * m}], "")
+        for n, m in ((3, 9), (20, 2), (8, 5))
+    ]
+    examples = prepare(tokenizer, rows, 512, "x").examples
+    batch = Collator(tokenizer, model)(examples)
+    assert batch["attention_mask"].sum(1).tolist() == [len(e["input_ids"]) for e in examples]
+    ends = (batch["labels"] == tokenizer.eos_token_id).sum(1)
+    assert ends.tolist() == [1, 1, 1]  # EOS is the padding token too, and trained all the same
+    with torch.no_grad():
+        few = model(**batch)
+        plain = {k: batch[k] for k in ("input_ids", "attention_mask", "labels")}
+        all_of_them = model(**plain)
+    assert few.logits.shape[1] < all_of_them.logits.shape[1]
+    torch.testing.assert_close(few.loss, all_of_them.loss)
+
+    class Old(torch.nn.Module):
+        def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> None: ...
+
+    assert set(Collator(tokenizer, Old())(examples)) == {"input_ids", "attention_mask", "labels"}

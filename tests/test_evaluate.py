@@ -1,0 +1,220 @@
+"""Graders, generation and knowledge kept, against independent computations on tiny models."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
+from test_adapter import config, perturb
+from transformers import PreTrainedModel
+
+from milora.adapter import add_adapter
+from milora.data import Row
+from milora.errors import UserError
+from milora.evaluate import (
+    Pair,
+    Task,
+    check_lengths,
+    evaluate_task,
+    general_text,
+    generate,
+    grader,
+    kl,
+    knowledge_kept,
+    load_task,
+    wilson,
+)
+
+Load = Callable[[str], PreTrainedModel]
+RECORD = '{"a": 1, "b": [1, 2]}'
+
+
+@pytest.mark.parametrize(
+    ("match", "pattern", "answer", "reference", "verdict"),
+    [
+        ("exact", None, " yes\n", "yes", "right"),
+        ("exact", None, "Yes", "yes", "wrong"),
+        ("exact", None, "", "yes", "wrong"),
+        ("exact", "yes|no", "no", "yes", "wrong"),
+        ("exact", "yes|no", "yes!", "yes", "format"),
+        ("exact", "yes|no", "", "yes", "format"),
+        ("json", None, '{"b":[1,2],"a":1}', RECORD, "right"),
+        ("json", None, '{"b":[2,1],"a":1}', RECORD, "wrong"),
+        ("json", None, '{"a": true, "b": [1, 2]}', RECORD, "wrong"),
+        ("json", None, '{"a": 1.0, "b": [1, 2]}', RECORD, "wrong"),
+        ("json", None, '{"a": 1}', RECORD, "wrong"),
+        ("json", None, RECORD + " and more", RECORD, "format"),
+        ("json", None, "{'a': 1}", RECORD, "format"),
+        ("json", None, "", RECORD, "format"),
+        ("json", None, "NaN", RECORD, "wrong"),
+        ("json", None, "[" * 100_000, RECORD, "format"),
+        ("json", r"\{.*\}", "[1]", RECORD, "format"),
+    ],
+)
+def test_graders(
+    match: str, pattern: str | None, answer: str, reference: str, verdict: str
+) -> None:
+    assert grader(match, pattern)(answer, reference) == verdict
+
+
+def test_a_grader_that_does_not_exist() -> None:
+    with pytest.raises(UserError, match="match is 'fuzzy'; use exact or json"):
+        grader("fuzzy")
+    with pytest.raises(UserError, match="no regular expression"):
+        grader("exact", "(")
+
+
+def test_wilson() -> None:
+    # Newcombe 1998, table I: 81 of 263, and 15 of 148.
+    assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
+    assert wilson(15, 148) == pytest.approx((0.0624, 0.1605), abs=1e-4)
+    assert wilson(0, 20)[0] == 0
+    assert wilson(20, 20)[1] == 1
+    assert wilson(0, 20)[1] > 0.1
+
+
+@given(st.integers(2, 9), st.integers(0, 99))
+def test_kl_against_fp64(size: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    p, q = (4 * torch.randn(5, size, generator=generator) for _ in "pq")
+    found = kl(p.log_softmax(-1), q.log_softmax(-1))
+    P, Q = p.double().softmax(-1), q.double().softmax(-1)
+    wanted = (P * (P.log() - Q.log())).sum(-1)
+    torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-6)
+    assert kl(p.log_softmax(-1), p.log_softmax(-1)).abs().max() == 0
+
+
+def test_knowledge_kept(load: Load) -> None:
+    tokenizer = make_tokenizer()
+    text = "The quick brown fox jumps over the lazy dog. " * 8
+    model, _ = add_adapter(load("llama"), config("llama"), "milora")
+    same = knowledge_kept(Pair(model), tokenizer, text, chunks=3, length=50)
+    assert same["tokens"] == 3 * 49
+    assert abs(same["kl"]) < 1e-7  # rounding of step 0 in fp32
+    assert same["top_token_agreement"] == 1
+    perturb(model)
+    found = knowledge_kept(Pair(model), tokenizer, text, chunks=3, length=50)
+    # The same by hand, in fp64, and against a second model instead of the adapter off.
+    ids = torch.tensor(tokenizer(text)["input_ids"][:150]).view(3, 50)
+    base = load("llama")
+    with torch.no_grad():
+        log_p = base(ids).logits[:, :-1].double().log_softmax(-1)
+        log_q = model(ids).logits[:, :-1].double().log_softmax(-1)
+    each = (log_p.exp() * (log_p - log_q)).sum(-1)
+    assert found["kl"] == pytest.approx(float(each.mean()), abs=1e-6)
+    assert found["kl_p99"] == pytest.approx(float(each.flatten().quantile(0.99)), abs=1e-6)
+    for name, log in (("base", log_p), ("tuned", log_q)):
+        loss = -log.gather(-1, ids[:, 1:, None]).mean()
+        assert found[f"{name}_perplexity"] == pytest.approx(math.exp(loss), rel=1e-5)
+    other = knowledge_kept(Pair(model, load("llama")), tokenizer, text, chunks=3, length=50)
+    assert other == found
+    agreement = (log_p.argmax(-1) == log_q.argmax(-1)).float().mean()
+    assert found["top_token_agreement"] == pytest.approx(float(agreement))
+
+
+def test_text_that_is_too_short(load: Load) -> None:
+    with pytest.raises(UserError, match="fewer than 2 tokens"):
+        knowledge_kept(Pair(load("llama")), make_tokenizer(), "a")
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_batched_answers_equal_single_ones(kind: str, load: Load) -> None:
+    tokenizer, model = make_tokenizer(), load(kind)
+    prompts = [tokenizer(text)["input_ids"] for text in ("a", "a longer one", "mid len", "zz")]
+    together = generate(model, tokenizer, prompts, 8, batch_size=3)
+    for prompt, answer in zip(prompts, together, strict=True):
+        assert generate(model, tokenizer, [prompt], 8) == [answer]
+        ids = list(prompt)  # and greedy decoding by hand
+        for _ in range(8):
+            with torch.no_grad():
+                ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        said = ids[len(prompt) :]
+        ended = tokenizer.eos_token_id in said
+        kept = said[: said.index(tokenizer.eos_token_id)] if ended else said
+        assert answer.text == tokenizer.decode(kept, skip_special_tokens=True).strip()
+        assert answer.ended == ended
+
+
+def test_an_answer_stops_at_the_end_token(load: Load) -> None:
+    tokenizer, model = make_tokenizer(), load("llama")
+    prompt = [5, 6, 7]
+    (answer,) = generate(model, tokenizer, [prompt], 5)
+    assert not answer.ended
+    said = model.generate(torch.tensor([prompt]), max_new_tokens=5, do_sample=False)[0, 3:]
+    # Chat models have several tokens that end a turn; here the third one said is such.
+    model.generation_config.eos_token_id = [9, int(said[2])]
+    (answer,) = generate(model, tokenizer, [prompt], 5)
+    assert answer.ended
+    first = said.tolist().index(int(said[2]))
+    assert answer.text == tokenizer.decode(said[:first], skip_special_tokens=True).strip()
+
+
+def test_a_task_end_to_end(load: Load, tmp_path: Path) -> None:
+    tokenizer, model = make_tokenizer(), load("llama")
+    rows = [
+        Row([{"role": "user", "content": q}, {"role": "assistant", "content": "x"}], q)
+        for q in ("one", "two", "three")
+    ]
+    base = [a.text for a in generate(model, tokenizer, [[*p] for p in _prompts(rows)], 6)]
+    right = {"one": base[0]}
+
+    def grade(answer: str, reference: str) -> str:
+        return "right" if answer in right.values() else "format"
+
+    scores, samples = evaluate_task(
+        Pair(model),
+        tokenizer,
+        Task("t", rows, grade, 6),  # type: ignore[arg-type]
+    )
+    assert scores["rows"] == 3
+    expected = sum(answer == base[0] for answer in base) / 3
+    for state in ("base", "tuned"):
+        assert scores[state]["accuracy"] == pytest.approx(expected)
+        assert scores[state]["format_failures"] == pytest.approx(1 - expected)
+        assert scores[state]["loss"] > 0
+    assert [s["row"] for s in samples] == ["one", "two", "three"]
+    assert [s["base"]["answer"] for s in samples] == base
+    json.dumps(scores), json.dumps(samples)
+
+
+def _prompts(rows: list[Row]) -> list[list[int]]:
+    from milora.data import prompt_ids
+
+    return [prompt_ids(make_tokenizer(), row.messages[:-1]) for row in rows]
+
+
+def test_loading_tasks(tmp_path: Path) -> None:
+    path = tmp_path / "qa.jsonl"
+    path.write_text('{"prompt": "a", "completion": "{}"}\n{"prompt": "b", "completion": "c"}\n')
+    task = load_task(str(path))
+    assert (task.name, len(task.rows), task.max_new_tokens) == ("qa", 2, 64)
+    assert len(load_task(str(path), 1).rows) == 1
+    assert len(load_task({"file": str(path), "limit": 1, "name": "n"}).rows) == 1
+    with pytest.raises(UserError, match=r"qa.jsonl, line 2: the reference answer is not JSON"):
+        load_task({"file": str(path), "match": "json"})
+    path.write_text('{"text": "prose"}\n')
+    with pytest.raises(UserError, match="line 1: a task needs a question and the answer"):
+        load_task(str(path))
+    row = Row([{"role": "user", "content": "q" * 50}, {"role": "assistant", "content": "a"}], "r 1")
+    with pytest.raises(UserError, match=r"r 1: the question and max_new_tokens \(9\) are 8\d tok"):
+        check_lengths(Task("t", [row], grader("exact"), 9), make_tokenizer(), 80)
+
+
+def test_general_text(tmp_path: Path) -> None:
+    text, source = general_text("default")
+    assert len(text) > 100_000
+    assert source.startswith("the help topics of Python 3.")
+    (tmp_path / "a.txt").write_text("prose", encoding="utf-8")
+    assert general_text(str(tmp_path / "a.txt"))[0] == "prose"
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n', encoding="utf-8")
+    assert general_text(str(tmp_path / "a.jsonl"))[0] == "one\n\ntwo"
+    with pytest.raises(UserError, match="does not exist"):
+        general_text(str(tmp_path / "none.txt"))
+    (tmp_path / "b.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="is not UTF-8"):
+        general_text(str(tmp_path / "b.txt"))

@@ -1,0 +1,168 @@
+"""Singular components against a truth that is known because the spectrum is drawn."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from milora.svd import components, minor_components
+
+
+def orthonormal(size: int, count: int, generator: torch.Generator) -> Tensor:
+    full = torch.randn(size, size, generator=generator, dtype=torch.float64)
+    return torch.linalg.qr(full).Q[:, :count]
+
+
+@st.composite
+def matrices(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """W = U diag(S) Vᵀ in fp64 and its factors: m, n up to 24, one of the spectra that occur."""
+    m, n = draw(st.integers(1, 24)), draw(st.integers(1, 24))
+    count = min(m, n)
+    i = torch.arange(count, dtype=torch.float64)
+    kind = draw(st.sampled_from(["flat", "power", "ties", "deficient", "giant", "steep", "linear"]))
+    S = {
+        "flat": torch.ones(count, dtype=torch.float64),
+        "power": (i + 1) ** -1.5,
+        "ties": (count - i // 2 * 2 + 1).double(),
+        "deficient": torch.where(i < (count + 1) // 2, count - i, 0.0),
+        "giant": torch.where(i == 0, 1e6, 1.0 / (i + 1)),
+        "steep": 10 ** (-12 * i / max(count - 1, 1)),
+        "linear": count - i,
+    }[kind]
+    S = S * 10.0 ** draw(st.sampled_from([-30, -3, 0, 3, 30]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
+    U, V = orthonormal(m, count, generator), orthonormal(n, count, generator)
+    return (U * S) @ V.T, U, S, V
+
+
+def norm(x: Tensor) -> float:
+    return float(torch.linalg.matrix_norm(x, 2))
+
+
+@given(matrices(), st.data(), st.sampled_from(["minor", "principal", "middle", "random"]))
+def test_triplets_of_a_known_spectrum(
+    made: tuple[Tensor, Tensor, Tensor, Tensor], data: st.DataObject, component: str
+) -> None:
+    W, _, S, _ = made
+    rank = data.draw(st.integers(1, len(S)))
+    found = components(W, rank, component, seed=3)  # type: ignore[arg-type]
+    eye = torch.eye(rank, dtype=torch.float64)
+    assert norm(found.U.T @ found.U - eye) < 1e-12
+    assert norm(found.Vh @ found.Vh.T - eye) < 1e-12
+    assert (found.S.diff() <= 0).all()
+    assert found.norm == pytest.approx(float(S[0]), rel=1e-12)
+    # Each is a singular triplet of W ...
+    assert norm(W @ found.Vh.T - found.U * found.S) <= 1e-12 * found.norm
+    assert norm(W.T @ found.U - found.Vh.T * found.S) <= 1e-12 * found.norm
+    # ... and it is the right ones.
+    first = {"minor": len(S) - rank, "principal": 0, "middle": (len(S) - rank) // 2}
+    if component in first:
+        wanted = S[first[component] : first[component] + rank]
+        torch.testing.assert_close(found.S, wanted, rtol=1e-9, atol=1e-13 * found.norm)
+
+
+@given(matrices(), st.data())
+def test_minor_and_principal_make_up_the_whole(
+    made: tuple[Tensor, Tensor, Tensor, Tensor], data: st.DataObject
+) -> None:
+    W, _, S, _ = made
+    rank = data.draw(st.integers(1, len(S)))
+    low = minor_components(W, rank)
+    part = (low.U * low.S) @ low.Vh
+    assert norm(low.U.T @ (W - part)) <= 1e-12 * low.norm  # what stays frozen is orthogonal
+    if rank < len(S):
+        high = components(W, len(S) - rank, "principal")
+        torch.testing.assert_close(
+            part + (high.U * high.S) @ high.Vh, W, rtol=0, atol=1e-12 * low.norm
+        )
+
+
+def test_the_product_where_the_gap_is_large() -> None:
+    generator = torch.Generator().manual_seed(0)
+    U, V = orthonormal(20, 12, generator), orthonormal(12, 12, generator)
+    S = torch.tensor([9.0] * 8 + [0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
+    W = (U * S) @ V.T
+    wanted = (U[:, 8:] * S[8:]) @ V[:, 8:].T
+    for weight, product in ((W, wanted), (W.T, wanted.T)):
+        found = minor_components(weight, 4)
+        torch.testing.assert_close((found.U * found.S) @ found.Vh, product, rtol=0, atol=1e-12)
+
+
+def test_the_same_weight_gives_the_same_bits_and_signs() -> None:
+    W = torch.randn(30, 20, generator=torch.Generator().manual_seed(0))
+    a, b = minor_components(W, 5), minor_components(W.clone(), 5)
+    assert all(torch.equal(x, y) for x, y in zip(a[:3], b[:3], strict=True))
+    largest = a.Vh.gather(1, a.Vh.abs().argmax(1, keepdim=True))
+    assert (largest > 0).all()
+
+
+def test_random_draws_without_replacement_by_its_seed() -> None:
+    W = torch.randn(30, 20, generator=torch.Generator().manual_seed(0))
+    all_values = torch.linalg.svdvals(W.double())
+    drawn = {tuple(components(W, 6, "random", seed).S.tolist()) for seed in range(8)}
+    assert len(drawn) > 4
+    for values in drawn:
+        assert len(set(values)) == 6
+        for value in values:
+            assert (all_values - value).abs().min() < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_low_precision_is_lifted_first(dtype: torch.dtype) -> None:
+    W = torch.randn(24, 24, generator=torch.Generator().manual_seed(1)).to(dtype)
+    found, wanted = minor_components(W, 4), minor_components(W.double(), 4)
+    assert found.S.dtype == torch.float64
+    assert torch.equal(found.S, wanted.S)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(minor_components(W, 4).S, wanted.S)
+
+
+def test_zero_is_exact_zero_and_not_small() -> None:
+    generator = torch.Generator().manual_seed(2)
+    W = torch.randn(16, 10, generator=generator)
+    W[:, 7] = W[:, 3]
+    W[:, 1] = 0
+    assert minor_components(W, 4).zero.tolist() == [False, False, True, True]
+    U, V = orthonormal(16, 10, generator), orthonormal(10, 10, generator)
+    S = torch.tensor([1.0] * 8 + [1e-9, 1e-10], dtype=torch.float64)
+    assert not minor_components((U * S) @ V.T, 3).zero.any()
+    assert minor_components(torch.zeros(4, 4), 2).zero.all()
+
+
+@pytest.mark.parametrize(
+    ("weight", "rank", "said"),
+    [
+        (torch.ones(4, 3), 0, r"rank 0 does not fit a 4 x 3 weight: choose 1 to 3"),
+        (torch.ones(4, 3), 4, r"rank 4 does not fit a 4 x 3 weight: choose 1 to 3"),
+        (torch.full((3, 3), float("nan")), 1, "NaN or infinite"),
+        (torch.full((3, 3), float("inf")), 1, "NaN or infinite"),
+        (torch.ones(2, 3, 4), 1, r"not a tensor of shape \(2, 3, 4\)"),
+    ],
+)
+def test_what_is_refused(weight: Tensor, rank: int, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        minor_components(weight, rank)
+
+
+def test_an_unknown_component_is_refused() -> None:
+    with pytest.raises(ValueError, match="'major': use one of minor, principal, middle, random"):
+        components(torch.ones(3, 3), 1, "major")  # type: ignore[arg-type]
+
+
+def test_a_failure_to_converge_is_tried_the_other_way_round(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    W = torch.randn(9, 6, generator=torch.Generator().manual_seed(0))
+    wanted, real, calls = minor_components(W, 2), torch.linalg.svd, []
+
+    def once(*args: Tensor, **kwargs: bool) -> object:
+        calls.append(args)
+        if len(calls) == 1:
+            raise torch.linalg.LinAlgError("failed to converge")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(torch.linalg, "svd", once)
+    found = minor_components(W, 2)
+    assert len(calls) == 2
+    torch.testing.assert_close((found.U * found.S) @ found.Vh, (wanted.U * wanted.S) @ wanted.Vh)
