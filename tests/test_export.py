@@ -100,7 +100,7 @@ def test_the_files_are_what_servers_read(load: Load, tmp_path: Path) -> None:
     assert written["bias"] == "none"
     assert written["modules_to_save"] is None
     assert written["lora_dropout"] == 0
-    assert sorted(written["target_modules"]) == sorted(TARGETS["llama"])
+    assert written["target_modules"] == sorted(TARGETS["llama"])
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     assert all(name.endswith((".lora_A.weight", ".lora_B.weight")) for name in tensors)
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}

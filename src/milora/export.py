@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from milora.adapter import Factors, Start
 from milora.errors import UserError
-from milora.files import write_bytes
+from milora.files import read_json, write_bytes, write_json
 
 
 class PlainLora(NamedTuple):
@@ -98,6 +98,9 @@ def save_plain_lora(
         inference_mode=True,
     )
     config.save_pretrained(str(folder))
+    written = read_json(folder / "adapter_config.json")
+    written["target_modules"] = sorted(written["target_modules"])  # PEFT writes a set's order
+    write_json(folder / "adapter_config.json", written)
     write_bytes(folder / "adapter_model.safetensors", save(tensors, {"format": "pt"}))
     return rank
 

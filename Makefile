@@ -1,0 +1,43 @@
+# Three commands: make demo, make check, make test. Everything lives in .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+# A few matrices of a few hundred rows: spinning threads cost more than they give.
+export OMP_WAIT_POLICY := PASSIVE
+
+.PHONY: setup demo check test test-fast format bench-results clean
+
+setup: .venv/ready
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch .venv/ready
+
+demo: setup
+	$(BIN)/python examples/mail/generate.py runs/mail
+	$(BIN)/milora train examples/mail/run.yaml $$(test -e runs/mail/milora/config.yaml && echo --resume)
+	$(BIN)/milora verify runs/mail/milora
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest tests/test_structure.py
+
+test: setup
+	$(BIN)/pytest -n 2 --dist loadfile -m "slow or not slow"
+
+test-fast: setup
+	$(BIN)/pytest -n 2 --dist loadfile
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench-results: setup
+	$(BIN)/python benchmarks/learned_and_kept.py run
+	$(BIN)/python benchmarks/learned_and_kept.py table
+
+clean:
+	rm -rf .venv build dist runs
