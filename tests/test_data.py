@@ -68,6 +68,7 @@ def test_text_alpaca_input_and_columns(tmp_path: Path) -> None:
         source, columns={"prompt": "question", "completion": "answer"}, format="prompt-completion"
     )
     assert mapped.rows[0].messages == [USER, ANSWER]
+    assert mapped.unused == ["text"]
     assert "no column 'frage' (data.columns); it has question, answer" in refused(
         source, columns={"prompt": "frage"}
     )

@@ -7,6 +7,15 @@ import yaml
 
 SERVER_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes as --max-lora-rank
 
+BASE_NOTE = {
+    "smollm2-135m": (
+        "The base is milora's bundled copy of SmolLM2-135M-Instruct, in milora's cache folder "
+        "(`~/.cache/milora/smollm2-135m`). It was quantised to 4 bits before it was packaged, so "
+        "its weights are not those of the hub's HuggingFaceTB/SmolLM2-135M-Instruct.",
+        "",
+    )
+}
+
 
 def model_card(
     record: Mapping[str, Any], asked: Mapping[str, Any], evaluation: Mapping[str, Any] | None
@@ -45,11 +54,14 @@ def model_card(
         "## Load it",
         "",
         "```python",
-        "from peft import AutoPeftModelForCausalLM",
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM",
         "",
-        'model = AutoPeftModelForCausalLM.from_pretrained("this/folder")',
+        'base = AutoModelForCausalLM.from_pretrained("path/of/the/base")',
+        'model = PeftModel.from_pretrained(base, "this/folder")',
         "```",
         "",
+        *BASE_NOTE.get(base["name"], ()),
         f"vLLM: `--enable-lora --max-lora-rank {allowed}`. Use the chat template that lies beside "
         "the weights, if there is one: the model was trained with it.",
         "",

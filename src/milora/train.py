@@ -331,7 +331,8 @@ def _read(
     read = {key: data[key] for key in ("format", "columns", "on_bad_row")}
     source, held = data["train"], data["eval"]
     rows = read_rows(source, **read)
-    progress.say(f"{source}: {len(rows.rows)} rows, read as {rows.format}")
+    unused = f"; columns not used: {', '.join(rows.unused)}" if rows.unused else ""
+    progress.say(f"{source}: {len(rows.rows)} rows, read as {rows.format}{unused}")
     for sentence in rows.skipped[:5]:
         progress.say(f"skipped: {sentence}")
     if len(rows.skipped) > 5:
