@@ -272,6 +272,23 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def short_table() -> str:
+    """For the README: one line a task and method, at the rates of the first six runs."""
+    lines = [
+        "| SmolLM2-135M | accuracy, base → tuned | KL from the base | file |",
+        "|---|---|---|---|",
+    ]
+    for task, method, rate, path in list(wanted())[:6]:
+        if path.exists():
+            one = json.loads(path.read_text())
+            base, tuned = (one["scores"][state]["accuracy"] for state in ("base", "tuned"))
+            lines.append(
+                f"| {task}, {method} at {rate:g} | {base:.3f} → {tuned:.3f} "
+                f"| {one['knowledge']['kl']:.4f} | [JSON]({path.relative_to(ROOT)}) |"
+            )
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["run", "table"])
@@ -284,12 +301,14 @@ def main() -> None:
                 run(task, method, rate, path)
                 print(f"wrote {path.relative_to(ROOT)}", flush=True)
         return
-    page = ROOT / "docs" / "results.md"
-    begin, end = "<!-- table: learned_and_kept -->", "<!-- end -->"
-    text = page.read_text(encoding="utf-8")
-    before, _, rest = text.partition(begin)
-    _, _, after = rest.partition(end)
-    page.write_text(f"{before}{begin}\n{table()}\n{end}{after}", encoding="utf-8")
+    for page, name, lines in (
+        (ROOT / "docs" / "results.md", "learned_and_kept", table()),
+        (ROOT / "README.md", "short", short_table()),
+    ):
+        text = page.read_text(encoding="utf-8")
+        before, begin, rest = text.partition(f"<!-- table: {name} -->")
+        _, end, after = rest.partition("<!-- end -->")
+        page.write_text(f"{before}{begin}\n{lines}\n{end}{after}", encoding="utf-8")
     print(table())
 
 

@@ -353,6 +353,17 @@ def test_random_draws_other_places_in_every_module(load: Load) -> None:
     assert other.spectra != start.spectra
 
 
+def test_every_method_has_a_start_of_its_own(load: Load) -> None:
+    name = "model.layers.0.mlp.up_proj"
+    found = {}
+    for method in METHODS:
+        model, _ = adapter.add_adapter(load("llama"), config("llama"), method)
+        found[method] = adapter.trained_factors(model)[name].A
+    for a in METHODS:
+        for b in METHODS:
+            assert (a == b) == torch.equal(found[a], found[b])
+
+
 def test_dropout_is_on_the_trained_adapter_only(load: Load) -> None:
     model, _ = adapter.add_adapter(load("llama"), config("llama", lora_dropout=0.5), "milora")
     layer = adapter.adapted_layers(model)["model.layers.0.self_attn.q_proj"]

@@ -164,6 +164,8 @@ CONFIGURATIONS = [
     ({"training": {"learning_rat": 1e-4}}, "training.learning_rat is not a field of Training"),
     ({"training": {"output_dir": "x"}}, "training.output_dir is set by milora"),
     ({"training": {"bf16": True}}, "training.bf16 is set by milora: use dtype: bfloat16"),
+    ({"training": {"packing": True}}, "training.packing is not a field of TrainingArguments"),
+    ({"training": {"report_to": "nobody"}}, "training.report_to: nobody is not installed"),
     ({"data": {"max_lenght": 5}}, "unknown key data.max_lenght, did you mean max_length?"),
     ({"method": "mirola"}, "method is 'mirola'"),
     ({"lora": {"r": 17}}, "v_proj is 16 x 32: at most 16 fits"),

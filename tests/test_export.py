@@ -196,6 +196,25 @@ def test_merging_into_another_architecture_is_refused(load: Load) -> None:
         merge(load("gpt2"), plain_lora(start, adapter.trained_factors(model)))
 
 
+def test_two_adapters_on_one_base_do_not_touch_each_other(
+    load: Load, tmp_path: Path, batch: dict[str, torch.Tensor]
+) -> None:
+    alone = {}
+    for name, method in (("a", "milora"), ("b", "pissa")):
+        model, start = trained("llama", load, method)
+        plain = plain_lora(start, adapter.trained_factors(model))
+        (tmp_path / name).mkdir()
+        save_plain_lora(tmp_path / name, plain, load("llama"), "tiny")
+        alone[name] = logits(PeftModel.from_pretrained(load("llama"), tmp_path / name), batch)
+    both = PeftModel.from_pretrained(load("llama"), tmp_path / "a", adapter_name="a")
+    both.load_adapter(tmp_path / "b", adapter_name="b")
+    for name in ("b", "a", "b"):
+        both.set_adapter(name)
+        assert torch.equal(logits(both, batch), alone[name])
+    both.delete_adapter("b")
+    assert torch.equal(logits(both.unload(), batch), logits(load("llama"), batch))
+
+
 def test_targets_are_named_in_full_where_suffixes_would_catch_more(load: Load) -> None:
     base = load("llama")
     every = {f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)}

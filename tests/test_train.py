@@ -14,7 +14,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from milora.artefacts import export_run
+from milora.data import IGNORED, encode, read_rows, split_rows
 from milora.errors import UserError
+from milora.evaluate import answer_loss
 from milora.files import sha256
 from milora.verify import open_adapter, verify
 
@@ -170,26 +172,53 @@ def test_gradient_checkpointing_gives_the_same_adapter(tiny: Tiny, tmp_path: Pat
         torch.testing.assert_close(tensor, found[1][name], atol=1e-6, rtol=1e-5)
 
 
-def test_the_first_loss_is_that_of_the_base(finished: Path, tiny: Tiny) -> None:
+def test_the_first_loss_is_that_of_the_base(tiny: Tiny, tmp_path: Path) -> None:
     """An independent forward over the same rows: mask, normalisation and step 0 in one figure."""
-    from milora.data import IGNORED, encode, read_rows, split_rows
-
-    config = yaml.safe_load((finished / "config.yaml").read_text())
-    rows = read_rows(config["data"]["train"]).rows
-    _, held = split_rows(rows, 0.2, 0)
+    arguments = settings(
+        tiny("llama"),
+        tmp_path,
+        lora={"lora_dropout": 0.0},
+        training={"per_device_train_batch_size": 10, "gradient_accumulation_steps": 2},
+    )
+    run(arguments)
+    train, _ = split_rows(read_rows(arguments["data"]["train"]).rows, 0.2, 0)
+    assert len(train) == 19  # both batches of the first step
     tokenizer = AutoTokenizer.from_pretrained(tiny("llama"))
     model = AutoModelForCausalLM.from_pretrained(tiny("llama"))
     total, count = 0.0, 0
-    for row in held:
+    for row in train:
         example: Any = encode(tokenizer, row, 64)
         with torch.no_grad():
             logits = model(torch.tensor([example.input_ids])).logits[0].log_softmax(-1)
         for place, label in enumerate(example.labels):
             if label != IGNORED:
                 total, count = total - float(logits[place - 1, label]), count + 1
-    from milora.evaluate import answer_loss
+    first = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])
+    assert first["loss"] == pytest.approx(total / count, rel=1e-5)
+    assert answer_loss(model, tokenizer, train) == pytest.approx(total / count, rel=1e-5)
 
-    assert answer_loss(model, tokenizer, held) == pytest.approx(total / count, rel=1e-5)
+
+def test_weight_decay_reaches_the_optimizer(tiny: Tiny, tmp_path: Path) -> None:
+    size = {}
+    for decay in (0.0, 0.5):
+        folder = tmp_path / str(decay)
+        folder.mkdir()
+        run(settings(tiny("llama"), folder, training={"weight_decay": decay}))
+        tensors = load_file(folder / "run/checkpoints/trained.safetensors")
+        size[decay] = sum(float(tensor.norm()) for tensor in tensors.values())
+    assert size[0.5] < 0.99 * size[0.0]
+
+
+def test_a_tracker_gets_the_figures(tiny: Tiny, tmp_path: Path) -> None:
+    run(settings(tiny("llama"), tmp_path, training={"report_to": "tensorboard"}))
+    assert list((tmp_path / "run").rglob("events.out.tfevents*"))
+
+
+@pytest.mark.parametrize("name", ["run.v1", "min-max", "with space", "slash/"])
+def test_folder_names_that_broke_other_tools(name: str, tiny: Tiny, tmp_path: Path) -> None:
+    arguments = settings(tiny("llama"), tmp_path) | {"output_dir": f"{tmp_path}/{name}"}
+    run(arguments)
+    assert all(check.holds for check in verify(tmp_path / name))
 
 
 def test_early_stopping_keeps_the_best(tiny: Tiny, tmp_path: Path) -> None:

@@ -33,6 +33,9 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.integrations import (  # type: ignore[attr-defined]
+    get_available_reporting_integrations,
+)
 
 from milora import adapter, export
 from milora.card import model_card
@@ -251,9 +254,10 @@ def train(
 
 def _check_folder(run: Path, asked: Mapping[str, Any], resume: bool) -> dict[str, Any]:
     """run.json of the run to resume, or {} for a new one."""
-    there = run.exists() and any(run.iterdir()) if run.is_dir() or not run.exists() else True
     if run.exists() and not run.is_dir():
         raise UserError(f"output_dir: {run} is a file")
+    # Hidden files are what a killed process was about to write.
+    there = run.exists() and any(not path.name.startswith(".") for path in run.iterdir())
     if not resume:
         if there:
             raise UserError(
@@ -314,9 +318,17 @@ def _training_arguments(
         "restore_callback_states_from_checkpoint": True,  # the patience of early stopping
     }
     try:
-        return TrainingArguments(**values)
+        arguments = TrainingArguments(**values)
     except (TypeError, ValueError, ImportError) as error:
         raise UserError(f"training: {' '.join(str(error).split())}") from error
+    available = get_available_reporting_integrations()
+    for tracker in arguments.report_to or ():
+        if tracker not in available:
+            raise UserError(
+                f"training.report_to: {tracker} is not installed (pip install {tracker}) or not "
+                f"known; here are {', '.join(available) or 'none'}"
+            )
+    return arguments
 
 
 def _read(
@@ -461,8 +473,10 @@ def _export(
                     f"the exported adapter differs from the trained one by {difference:.1e} of "
                     f"the largest logit (bound {bound}): please report this"
                 )
+        twice = "" if start.method == "lora" else " (2r: B, A and the initial factors)"
         progress.say(
-            f"{run / 'adapter'}: plain LoRA of rank {rank}, logits as trained to {difference:.1e}"
+            f"{run / 'adapter'}: plain LoRA of rank {rank}{twice}, logits as trained to "
+            f"{difference:.1e}"
         )
     written = read_json(run / "adapter" / "milora.json")
     record["adapter"] = {k: written[k] for k in ("rank", "exported_against_trained")}
