@@ -65,6 +65,33 @@ def test_the_base_is_untouched_and_comes_back_bitwise(
     assert adapter.base_sha256(model.unload()) == before
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast_starts_exactly_at_the_base(
+    kind: str, method: str, load: Load, batch: dict[str, torch.Tensor]
+) -> None:
+    model, _ = adapter.add_adapter(load(kind), config(kind), method)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert adapter.step0_difference(model, batch) == 0
+
+
+def test_a_copy_of_the_model_is_a_model_of_its_own(
+    load: Load, batch: dict[str, torch.Tensor]
+) -> None:
+    model, _ = adapter.add_adapter(load("llama"), config("llama"), "milora")
+    other = copy.deepcopy(model)
+    perturb(other)
+    assert adapter.step0_difference(other, batch) > 1e-4
+    assert adapter.step0_difference(model, batch) <= 1e-5
+
+
+def test_the_bare_pair_cannot_be_saved_by_mistake(load: Load, tmp_path: Path) -> None:
+    model, _ = adapter.add_adapter(load("llama"), config("llama"), "milora")
+    with pytest.raises(UserError, match="without the anchor"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_fingerprint_sees_one_changed_bit(load: Load) -> None:
     model = load("llama")
     before = adapter.base_sha256(model)

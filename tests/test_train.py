@@ -119,6 +119,27 @@ def test_sixteen_bit_starts_exactly_at_the_base(dtype: str, tiny: Tiny, tmp_path
     assert all(check.holds for check in verify(tmp_path / "run"))
 
 
+def test_autocast(tiny: Tiny, tmp_path: Path) -> None:
+    record = run(settings(tiny("llama"), tmp_path, training={"bf16": True, "learning_rate": 1e-3}))
+    assert record["step0"]["difference"] <= 1e-5
+    assert all(check.holds for check in verify(tmp_path / "run"))
+
+
+def test_zero_singular_values_are_reported(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny("llama"))
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight[5:] = 0
+    model.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(tiny("llama")).save_pretrained(tmp_path / "base")
+    run(settings(tmp_path / "base", tmp_path))
+    assert "4 singular values are zero" in capsys.readouterr().err
+    trained = load_file(tmp_path / "run/checkpoints/trained.safetensors")
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.milora.weight"
+    assert (trained[name].abs().amax(dim=0) > 0).all()  # every rank has learned
+
+
 @pytest.mark.parametrize("method", ["pissa", "middle", "random", "lora"])
 def test_the_other_methods(method: str, tiny: Tiny, tmp_path: Path) -> None:
     record = run(settings(tiny("llama"), tmp_path, method=method))

@@ -6,7 +6,7 @@ The base weight W is never changed. Two LoRA adapters of PEFT are active on ever
 
 `milora` (A, B) trains and starts as a copy of the initial factors (A0, B0); `anchor` (A0, -B0) is
 frozen. At step 0 they cancel, and the gradients are those of the paper's rewritten base
-W - s B0 A0 plus a LoRA at (A0, B0). Public PEFT API alone.
+W - s B0 A0 plus a LoRA at (A0, B0).
 """
 
 import copy
@@ -19,6 +19,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -189,6 +190,8 @@ def add_adapter(
             for name, layer in layers.items():
                 layer.lora_A[ANCHOR].weight.copy_(start.factors[name].A)
                 layer.lora_B[ANCHOR].weight.copy_(-start.factors[name].B)
+                layer.forward = MethodType(_anchored_forward, layer)
+        peft_model.save_pretrained = _refuse_bare_pair  # type: ignore[method-assign]
     _activate(peft_model)
     return peft_model, start
 
@@ -222,6 +225,30 @@ def _start(
             "zero": int(found.zero.sum()),
         }
     return Start(method, factors, scaling, hashes, spectra)
+
+
+def _anchored_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """W x + s (B A x - B0 A0 x), the two products first.
+
+    PEFT would add one after the other to W x, which in 16 bit or under autocast does not give
+    W x back. The two are the same arithmetic up to sign, so that at step 0 they cancel exactly.
+    """
+    result: Tensor = layer.base_layer(x, *args, **kwargs)
+    if layer.disable_adapters:
+        return result
+    A, B = layer.lora_A, layer.lora_B
+    lifted = x.to(A[TRAINED].weight.dtype)
+    update: Tensor = B[TRAINED](A[TRAINED](layer.lora_dropout[TRAINED](lifted)))
+    update = update + B[ANCHOR](A[ANCHOR](lifted))  # B[ANCHOR] holds -B0
+    scaling: float = layer.scaling[TRAINED]
+    return (result + scaling * update).to(result.dtype)
+
+
+def _refuse_bare_pair(*args: Any, **kwargs: Any) -> None:
+    raise UserError(
+        "save_pretrained would write A, B without the anchor, a LoRA that loads without complaint "
+        "and is wrong: use save_plain_lora(folder, plain_lora(start, trained_factors(model)), base)"
+    )
 
 
 def _check_targets(model: PreTrainedModel, config: LoraConfig) -> None:

@@ -26,7 +26,7 @@ def export_run(
     if out.exists():
         raise UserError(f"--out {out} exists already: choose a new folder")
     if to == "merged" and rank is not None:
-        raise UserError("--rank goes with --to lora; merged weights hold the exact update")
+        raise UserError("--rank goes with --to lora; merged weights hold the whole update")
     source = find_adapter(run)
     start, trained = _run_factors(run)
     opened = open_adapter(run, trust_remote_code=trust_remote_code)

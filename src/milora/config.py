@@ -32,8 +32,8 @@ lora:                          # handed to peft.LoraConfig as it stands
   lora_alpha: 32
   target_modules: [q_proj, k_proj, v_proj, up_proj, down_proj]
 training:                      # handed to transformers.TrainingArguments as it stands
-  learning_rate: 1.0e-4        # default by method: lora 3e-4; milora, pissa, middle, random 1e-4;
-                               # full 2e-5 (docs/method.md says why)
+  learning_rate: 1.0e-4        # default by method: lora 3e-4; milora, middle, random 1e-4;
+                               # pissa 3e-5; full 2e-5 (docs/method.md says why)
   num_train_epochs: 3
   per_device_train_batch_size: 16
 evaluate:

@@ -117,7 +117,7 @@ def target_names(base: nn.Module, adapted: set[str]) -> list[str]:
 
 
 def merge(base: PreTrainedModel, plain: PlainLora) -> None:
-    """W + dW into the weights of `base`, in place: added in fp32 and rounded once to its dtype."""
+    """W + dW into the weights of `base`, in place: added in fp64 and rounded once to its dtype."""
     modules = dict(base.named_modules())
     for name, (A, B) in plain.factors.items():
         module = modules.get(name)
