@@ -292,6 +292,12 @@ def test_resume_goes_on_where_the_run_stood(
     ours, theirs = result_hashes(tmp_path / "run"), result_hashes(finished)
     for name in ("init/factors.safetensors", "adapter/adapter_model.safetensors"):
         assert ours[name] == theirs[name]
+    rows = Path(arguments["data"]["train"])
+    told = rows.read_text()
+    rows.write_text(told.replace("0 + 0", "0 + 00"))
+    with pytest.raises(UserError, match=r"rows.jsonl has changed since the run in .* began"):
+        run(arguments, resume=True)
+    rows.write_text(told)
     # Resuming a finished run changes nothing.
     run(arguments, resume=True)
     assert result_hashes(tmp_path / "run") == ours

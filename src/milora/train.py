@@ -39,7 +39,7 @@ from transformers.integrations import (  # type: ignore[attr-defined]
 
 from milora import adapter, export
 from milora.card import model_card
-from milora.data import Collator, Prepared, Row, Rows, overlap, prepare, read_rows, split_rows
+from milora.data import Collator, Prepared, Rows, overlap, prepare, read_rows, split_rows
 from milora.errors import UserError
 from milora.evaluate import (
     Pair,
@@ -97,7 +97,6 @@ class Material(NamedTuple):
     rows: Rows
     train: Prepared
     held_out: Prepared
-    first_rows: list[Row]
     overlap: int
     tasks: list[Task]
     text: str
@@ -158,6 +157,12 @@ def train(
             f"wrong base: {model} has sha256 {base_sha[:12]}, the run in {run} was made with "
             f"{stored_base[:12]}: use that base, or another output_dir"
         )
+    for file, digest in resumed.get("data", {}).get("sha256", {}).items():
+        if material.files.get(file) != digest:
+            raise UserError(
+                f"--resume: {file} has changed since the run in {run} began: put it back, or use "
+                "another output_dir"
+            )
     live: nn.Module = base.model
     if lora_config is not None:
         live, start = adapter.add_adapter(
@@ -391,9 +396,7 @@ def _read(
             progress.say(f"refused: {place}")
     if common:
         progress.say(f"warning: {common} held-out questions also stand in the training rows")
-    return Material(
-        base, rows, prepared, prepared_held, train_rows[:3], common, tasks, text, text_source, files
-    )
+    return Material(base, rows, prepared, prepared_held, common, tasks, text, text_source, files)
 
 
 def _task_file(task: Any) -> str:
