@@ -478,6 +478,7 @@ def _export(
                 "configuration": asked,
                 "probes": probes,
             }
+            record["adapter"] = {"rank": rank, "exported_against_trained": difference}
             write_json(folder / "milora.json", provenance)
             write_text(folder / "README.md", model_card(record, asked, None))
             bound = 1e-5 if base.dtype == torch.float32 else 0.05
