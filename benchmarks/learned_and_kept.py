@@ -176,7 +176,8 @@ def files(task: str) -> tuple[Path, Path, dict[str, int]]:
 
 
 def run(task: str, method: str, rate: float, out: Path) -> None:
-    from milora.evaluate import Pair, Task, evaluate_task, load_task
+    from milora.adapter import base_only
+    from milora.evaluate import Task, load_task, score
     from milora.files import write_json
     from milora.progress import Progress
     from milora.train import train
@@ -223,7 +224,16 @@ def run(task: str, method: str, rate: float, out: Path) -> None:
         loaded = load_task(str(test_file))
         grade: Any = grade_expression if task == "mawps" else grade_word
         graded = Task(task, loaded.rows, grade, MAX_NEW_TOKENS[task])
-        scores, _ = evaluate_task(Pair(opened.model), opened.base.tokenizer, graded, 16, progress)
+        scores: dict[str, Any] = {"rows": len(graded.rows), "max_new_tokens": graded.max_new_tokens}
+        known = base_scores(task, record["base"]["sha256"])
+        model: Any = opened.model
+        tokenizer = opened.base.tokenizer
+        if known:
+            scores["base"] = known
+        else:
+            with base_only(model):
+                scores["base"], _ = score(model, tokenizer, graded, 16, "base", progress)
+        scores["tuned"], _ = score(model, tokenizer, graded, 16, "tuned", progress)
     knowledge = json.loads((folder / "evaluation.json").read_text())["knowledge"]
     knowledge["text"] = "WikiText-2 test"
     keys = ("versions", "parameters", "step0", "adapter", "seconds", "peak_memory_bytes")
@@ -245,6 +255,16 @@ def run(task: str, method: str, rate: float, out: Path) -> None:
             **{key: record[key] for key in keys if key in record},
         },
     )
+
+
+def base_scores(task: str, base_sha256: str) -> dict[str, Any] | None:
+    """The untuned model's scores on the task, where an earlier run has measured them."""
+    for path in sorted(RESULTS.glob(f"learned_and_kept-{task}-*.json")):
+        found = json.loads(path.read_text())
+        if found["base_sha256"] == base_sha256:
+            scores: dict[str, Any] = found["scores"]["base"]
+            return scores
+    return None
 
 
 def wanted() -> Iterator[tuple[str, str, float, Path]]:

@@ -119,37 +119,47 @@ def evaluate_task(
     progress: Progress = lambda what, done, total: None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Scores of base and tuned, and the samples: greedy answers graded against the reference."""
-    prompts = [prompt_ids(tokenizer, row.messages[:-1]) for row in task.rows]
-    references = [row.messages[-1]["content"] for row in task.rows]
     samples: list[dict[str, Any]] = [
         {
             "task": task.name,
             "row": row.place,
             "prompt": row.messages[-2]["content"],
-            "reference": ref,
+            "reference": row.messages[-1]["content"],
         }
-        for row, ref in zip(task.rows, references, strict=True)
+        for row in task.rows
     ]
     scores: dict[str, Any] = {"rows": len(task.rows), "max_new_tokens": task.max_new_tokens}
     for state, entered in (("base", pair.base), ("tuned", pair.tuned)):
         with entered() as model:
-            what = f"{task.name}, {state}"
-            answers = generate(
-                model, tokenizer, prompts, task.max_new_tokens, batch_size, what, progress
-            )
-            loss = answer_loss(model, tokenizer, task.rows, batch_size)
-        verdicts = [task.grade(a.text, ref) for a, ref in zip(answers, references, strict=True)]
-        right = verdicts.count("right")
-        scores[state] = {
-            "accuracy": right / len(verdicts),
-            "interval": wilson(right, len(verdicts)),
-            "format_failures": verdicts.count("format") / len(verdicts),
-            "unended": sum(not a.ended for a in answers) / len(answers),
-            "loss": loss,
-        }
-        for sample, answer, verdict in zip(samples, answers, verdicts, strict=True):
-            sample[state] = {"answer": answer.text, "verdict": verdict}
+            scores[state], graded = score(model, tokenizer, task, batch_size, state, progress)
+        for sample, (answer, verdict) in zip(samples, graded, strict=True):
+            sample[state] = {"answer": answer, "verdict": verdict}
     return scores, samples
+
+
+def score(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    batch_size: int = 16,
+    state: str = "model",
+    progress: Progress = lambda what, done, total: None,
+) -> tuple[dict[str, Any], list[tuple[str, Verdict]]]:
+    """The model's scores on one task, and its answer to every row with the verdict on it."""
+    prompts = [prompt_ids(tokenizer, row.messages[:-1]) for row in task.rows]
+    what = f"{task.name}, {state}"
+    answers = generate(model, tokenizer, prompts, task.max_new_tokens, batch_size, what, progress)
+    references = [row.messages[-1]["content"] for row in task.rows]
+    verdicts = [task.grade(a.text, ref) for a, ref in zip(answers, references, strict=True)]
+    right = verdicts.count("right")
+    scores = {
+        "accuracy": right / len(verdicts),
+        "interval": wilson(right, len(verdicts)),
+        "format_failures": verdicts.count("format") / len(verdicts),
+        "unended": sum(not a.ended for a in answers) / len(answers),
+        "loss": answer_loss(model, tokenizer, task.rows, batch_size),
+    }
+    return scores, [(a.text, verdict) for a, verdict in zip(answers, verdicts, strict=True)]
 
 
 def evaluate_all(
