@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from runs import write_rows
+from tiny_run import write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from milora.cli import main

@@ -9,7 +9,7 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pytest
-from runs import result_hashes, run, run_and_kill, settings
+from tiny_run import result_hashes, run, run_and_kill, settings
 
 LAST = 60  # a run makes at least so many changes to its folder
 Tiny = Callable[[str], Path]
@@ -19,7 +19,7 @@ Tiny = Callable[[str], Path]
 def children() -> ForkServerContext:
     """Processes that begin with everything imported, so that a kill costs no ten seconds."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["runs", "milora.train"])
+    context.set_forkserver_preload(["milora.train"])
     return context
 
 

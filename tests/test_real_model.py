@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from runs import result_hashes, run, settings
 from safetensors.torch import save_file
+from tiny_run import result_hashes, run, settings
 from transformers import AutoModelForCausalLM
 
 from milora import adapter

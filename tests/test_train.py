@@ -9,8 +9,8 @@ import pytest
 import torch
 import yaml
 from peft import AutoPeftModelForCausalLM, PeftModel
-from runs import result_hashes, run, settings, write_rows
 from safetensors.torch import load_file
+from tiny_run import result_hashes, run, settings, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from milora.artefacts import export_run
