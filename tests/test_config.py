@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from milora import train
 from milora.config import DEFAULT, Config, load_config
 from milora.errors import UserError
 
@@ -37,6 +38,16 @@ def test_the_annotated_default_states_the_true_defaults(tmp_path: Path) -> None:
     }
     assert real.pop("training") == {}  # train.py fills these in, the rate by method
     assert shown == real
+    assert train.LEARNING_RATE["milora"] == 1e-4
+    arguments = train._training_arguments("milora", {}, tmp_path, 0, 0)
+    assert (arguments.num_train_epochs, arguments.per_device_train_batch_size) == (3, 16)
+
+
+def test_the_annotated_default_names_what_must_be_given(tmp_path: Path) -> None:
+    said = refused(tmp_path, "{}\n")
+    assert "model is missing; output_dir is missing; data is missing" in said
+    assert "# model, output_dir and data.train must be given" in DEFAULT
+    assert "data.train is missing" in refused(tmp_path, MINIMAL.replace("{train: t.jsonl}", "{}"))
 
 
 @pytest.mark.parametrize("written", ["1e-4", "1.0e-4", "1E-4", "0.0001", "+1e-4"])
@@ -69,8 +80,26 @@ def test_overrides(tmp_path: Path) -> None:
     assert "not valid YAML" in refused(tmp_path, MINIMAL, "model=[")
 
 
+def test_overrides_make_blocks_and_replace_the_file(tmp_path: Path) -> None:
+    config = load(tmp_path, MINIMAL + "seed: 1\ntraining:\n  # max_steps: 3\n", "seed=2")
+    assert (config.seed, config.training) == (2, {})
+    config = load(tmp_path, MINIMAL + "training:\n", "training.max_steps=5", "evaluate.chunks=2")
+    assert config.training == {"max_steps": 5}
+    assert config.evaluate.chunks == 2
+    assert "unknown key data.max_len, did you mean max_length?" in refused(
+        tmp_path, MINIMAL, "data.max_len=3"
+    )
+    # A value may hold "=", and one run does not see another's.
+    assert load(tmp_path, MINIMAL, "output_dir=a=b").output_dir == "a=b"
+    assert load(tmp_path, MINIMAL, "lora.r=4", "lora.alpha_pattern={x: 1}").lora.lora_alpha == 4
+    assert load(tmp_path, MINIMAL).lora.model_dump().keys() == {
+        "r", "lora_alpha", "target_modules",
+    }  # fmt: skip
+
+
 def test_alpha_is_r_unless_said(tmp_path: Path) -> None:
     assert load(tmp_path, MINIMAL).lora.lora_alpha == 32
+    assert load(tmp_path, MINIMAL + "lora: {r: 8}\n").lora.lora_alpha == 8
     assert load(tmp_path, MINIMAL, "lora.lora_alpha=64").lora.lora_alpha == 64
 
 
@@ -86,6 +115,11 @@ def test_alpha_is_r_unless_said(tmp_path: Path) -> None:
         ("seed: x\n", "seed is 'x': input should be a valid integer"),
         ("dtype: int8\n", "dtype is 'int8'"),
         ("training: [1]\n", "training is [1]"),
+        ("1: 2\n", "1 is 1: keys should be strings"),
+        ("seed: x\nmethd: lora\n", "seed is 'x': input should be a valid integer, unable to"),
+        ("seed: x\nmethd: lora\n", "; unknown key methd, did you mean method?"),
+        ("evaluate: {tasks: [{file: a, match: fuzzy}]}\n", "evaluate.tasks.0.match is 'fuzzy'"),
+        ("evaluate: {tasks: [{file: a, limit: 0}]}\n", "evaluate.tasks.0.limit is 0"),
     ],
 )
 def test_all_that_is_wrong_in_one_sentence(text: str, said: str, tmp_path: Path) -> None:
@@ -96,7 +130,9 @@ def test_missing_and_nested_keys(tmp_path: Path) -> None:
     said = refused(tmp_path, "method: lora\n")
     assert "model is missing; output_dir is missing; data is missing" in said
     tasks = "evaluate: {tasks: [{file: a.jsonl, patern: x}]}\n"
-    assert "patern, did you mean pattern?" in refused(tmp_path, MINIMAL + tasks)
+    said = refused(tmp_path, MINIMAL + tasks)
+    assert said.endswith("unknown key evaluate.tasks.0.patern, did you mean pattern?")
+    assert said.count(";") == 0  # nothing about what else a task could have been
 
 
 @pytest.mark.parametrize("share", ["0", "1", "1.5", "-0.1", "0.0"])
@@ -108,6 +144,13 @@ def test_files_that_are_no_configuration(tmp_path: Path) -> None:
     assert "must hold keys and values" in refused(tmp_path, "- a\n- b\n")
     assert "not valid YAML" in refused(tmp_path, "a: [\n")
     assert "line 4: the key 'model' is given twice" in refused(tmp_path, MINIMAL + "model: n\n")
-    assert "not valid YAML" in refused(tmp_path, "model: !!python/object/apply:os.getcwd []\n")
+    twice = MINIMAL + "lora:\n  r: 1\n  r: 2\n"
+    assert "line 6: the key 'r' is given twice" in refused(tmp_path, twice)
+    for unsafe in ("object/apply:os.getcwd []", "name:os.system", "object:pathlib.Path {}"):
+        assert "not valid YAML" in refused(tmp_path, f"model: !!python/{unsafe}\n")
+    assert "unhashable key" in refused(tmp_path, "model: {{name}}\n")
+    (tmp_path / "latin.yaml").write_bytes("model: ü".encode("latin-1"))
+    with pytest.raises(UserError, match="not valid YAML: 'utf-8'"):
+        load_config(tmp_path / "latin.yaml")
     with pytest.raises(UserError, match=r"does not exist; `milora train --print-default`"):
         load_config(tmp_path / "none.yaml")

@@ -11,7 +11,7 @@ import torch
 from conftest import make_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import processors
+from tokenizers import AddedToken, models, processors
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from milora.data import (
@@ -72,6 +72,37 @@ def test_text_alpaca_input_and_columns(tmp_path: Path) -> None:
     assert "no column 'frage' (data.columns); it has question, answer" in refused(
         source, columns={"prompt": "frage"}
     )
+    assert "'frage' is a column of no format; the key is one of messages, conv" in refused(
+        source, columns={"frage": "question"}
+    )
+    assert "data.format is 'chatml'; use auto or one of messages" in refused(
+        source, format="chatml"
+    )
+    # The order of the formats decides, and can be overruled.
+    both = write(tmp_path / "d.jsonl", SHAPES["alpaca"] | {"text": "T"})
+    assert read_rows(both).format == "alpaca"
+    assert read_rows(both).unused == ["text"]
+    assert read_rows(both, format="text").rows[0].messages[0]["content"] == "T"
+
+
+def test_a_mapped_column_wins_over_one_of_the_same_name(tmp_path: Path) -> None:
+    row = {"prompt": "P", "completion": "C", "question": "Q"}
+    source = write(tmp_path / "a.jsonl", row, {"prompt": "P", "completion": "C"})
+    found = read_rows(source, columns={"prompt": "question"}, on_bad_row="skip")
+    assert [m["content"] for m in found.rows[0].messages] == ["Q", "C"]
+    assert found.unused == ["prompt"]
+    assert len(found.skipped) == 1  # the second row has no question, and P is none
+    swapped = read_rows(source, columns={"prompt": "completion", "completion": "prompt"})
+    assert [m["content"] for m in swapped.rows[0].messages] == ["C", "P"]
+    same = read_rows(source, columns={"prompt": "prompt", "completion": "prompt"})
+    assert [m["content"] for m in same.rows[0].messages] == ["P", "P"]
+
+
+def test_what_messages_hold_besides_is_reported(tmp_path: Path) -> None:
+    turns = [USER | {"name": None}, ANSWER | {"weight": 0, "tool_calls": [{}]}]
+    found = read_rows(write(tmp_path / "a.jsonl", {"messages": turns, "id": 1}))
+    assert found.rows[0].messages == [USER, ANSWER]
+    assert found.unused == ["id", "messages.tool_calls", "messages.weight"]
 
 
 @pytest.mark.parametrize("ending", ["json", "csv", "parquet", "jsonl"])
@@ -117,8 +148,57 @@ def test_a_bad_row_is_named(record: Any, said: str, tmp_path: Path) -> None:
     assert len(found.skipped) == 1
     assert said in found.skipped[0]
     only = write(tmp_path / "b.jsonl", record, record)
-    if isinstance(record, dict) and "completion" in record:
-        assert "all 2 rows are bad" in refused(only, on_bad_row="skip")
+    if not (isinstance(record, dict) and "completion" not in record):  # else of no known format
+        assert f"all 2 rows are bad, the first: {only}, line 1" in refused(only, on_bad_row="skip")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        (
+            "a.jsonl",
+            '{"text": "a"}\n{"text": "b"\n{"text": "c"}\n',
+            "line 2 is not JSON (Expecting",
+        ),
+        (
+            "b.jsonl",
+            '{"text": "a"}\n\n' + "[" * 99_999 + '\n{"text": "c"}',
+            "line 3 is not JSON (nes",
+        ),
+        ("c.jsonl", '{"text": "a"}\n' + "1" * 5000 + '\n{"text": "c"}', "line 2 is not JSON (Exc"),
+        (
+            "d.jsonl",
+            '{"text": "a"}\n{"text": "b\\ud83d"}\n{"text": "c"}',
+            "line 2: 'b\\ud83d' ends in",
+        ),
+        ("a.json", '[{"text": "a"}, ["b"], {"text": "c"}]', "row 2 is a list; an object"),
+        ("b.json", '[{"text": "a"}, null, {"text": "c"}]', "row 2 is null; an object"),
+        ("a.csv", "text,n\na,1\nb\nc,3\n", "row 2 has another number of fields"),
+        ("b.csv", "text,n\na,1\nb,2,3\nc,3\n", "row 2 has another number of fields"),
+    ],
+)
+def test_a_bad_row_is_refused_or_skipped_whatever_the_file(
+    name: str, content: str, said: str, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    path.write_text(content, encoding="utf-8")
+    assert said in refused(str(path))
+    found = read_rows(str(path), on_bad_row="skip")
+    assert [row.messages[0]["content"] for row in found.rows] == ["a", "c"]
+    assert len(found.skipped) == 1
+    assert said in found.skipped[0]
+
+
+def test_long_fields_and_foreign_line_ends(tmp_path: Path) -> None:
+    long = "word " * 60_000  # csv stops at 131,072 characters of its own accord
+    (tmp_path / "a.csv").write_text(f'text\r\n"{long}"\r\n', encoding="utf-8", newline="")
+    assert read_rows(str(tmp_path / "a.csv")).rows[0].messages[0]["content"] == long
+    for end in ("\r\n", "\r"):
+        lines = ('{"text": "a\u2028b"}', "", '{"text": "c"}')
+        (tmp_path / "a.jsonl").write_text(end.join(lines), encoding="utf-8", newline="")
+        found = read_rows(str(tmp_path / "a.jsonl")).rows
+        assert [row.messages[0]["content"] for row in found] == ["a\u2028b", "c"]
+        assert found[1].place.endswith("line 3")
 
 
 CONVERSATIONS = [
@@ -137,6 +217,16 @@ def test_a_bad_conversation_is_named(turns: Any, said: str, tmp_path: Path) -> N
     assert said in refused(write(tmp_path / "a.jsonl", {"messages": turns}))
 
 
+def test_a_bad_sharegpt_conversation_is_named(tmp_path: Path) -> None:
+    turns: list[Any] = [{"from": "human", "value": "Q"}, {"from": "bing", "value": "A"}]
+    source = write(tmp_path / "a.jsonl", {"conversations": turns})
+    assert "line 1, message 2: unknown role 'bing'; use one of system, human, user, gpt" in refused(
+        source
+    )
+    source = write(tmp_path / "b.jsonl", {"conversations": [*turns[:1], {"from": "gpt"}]})
+    assert "message 2: 'value' is null None; a string belongs there" in refused(source)
+
+
 def test_bad_files(tmp_path: Path) -> None:
     assert "none.jsonl does not exist" in refused(str(tmp_path / "none.jsonl"))
     assert "no data set on the hub" in refused("some/data-set")
@@ -150,7 +240,14 @@ def test_bad_files(tmp_path: Path) -> None:
         ("c.json", b'{"a": 1}', "must hold a list of rows, not an object"),
         ("a.csv", b"prompt,completion\na,b\na,b,c\n", "row 2 has another number of fields"),
         ("b.csv", b"prompt,completion\na\n", "row 1 has another number of fields"),
-        ("latin.jsonl", '{"prompt": "ü"}'.encode("latin-1"), "is not UTF-8 (byte"),
+        ("c.csv", b'prompt,completion\na,b\na,"b" c\n', "c.csv, line 3 is not CSV"),
+        ("latin.jsonl", '{"prompt": "ü"}'.encode("latin-1"), "line 1 is not UTF-8 (byte 12 "),
+        (
+            "far.csv",
+            b"text\n" + b"word\n" * 9000 + b"\xff",
+            "far.csv, line 9002 is not UTF-8 (byte 45005 ",
+        ),
+        ("deep.json", b"[" * 99_999, "deep.json is not JSON (nested too deeply)"),
         ("a.parquet", b"no parquet at all", "cannot be read"),
         ("a.xlsx", b"", "use a .jsonl, .json, .csv or .parquet file"),
         ("odd.jsonl", b'{"frage": "a", "antwort": "b"}', "columns frage, antwort are of no known"),
@@ -218,20 +315,71 @@ def test_without_a_template_the_plain_one_is_used() -> None:
 
 
 def test_plain_text_trains_on_all_but_the_first_token() -> None:
-    tokenizer = with_bos()
-    found = encoded(tokenizer, Row([{"role": "text", "content": "prose"}], "x"))
-    assert tokenizer.decode(found.input_ids) == "<s>prose</s>"
-    assert trained_text(tokenizer, found) == "prose</s>"
+    row = Row([{"role": "text", "content": "prose"}], "x")
+    for tokenizer, whole, trained in (
+        (with_bos(), "<s>prose</s>", "prose</s>"),
+        (make_tokenizer(), "prose</s>", "rose</s>"),
+    ):
+        found = encoded(tokenizer, row)
+        assert tokenizer.decode(found.input_ids) == whole
+        assert trained_text(tokenizer, found) == trained
+    cut = encoded(with_bos(), row, 4)
+    assert cut.shortened
+    assert trained_text(with_bos(), cut) == "pro"
+    assert (
+        encode(make_tokenizer(), Row([{"role": "text", "content": " \n"}], "x"), 9) == "empty text"
+    )
 
 
-text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30)
-
-
-@given(text, text)
-def test_any_text_keeps_mask_and_prompt(question: str, answer: str) -> None:
+def merging_tokenizer() -> PreTrainedTokenizerBase:
+    """Two line ends are one token, as in Qwen's and Llama's vocabularies."""
     tokenizer = make_tokenizer()
+    vocabulary = tokenizer.get_vocab() | {"ĊĊ": len(tokenizer)}
+    tokenizer.backend_tokenizer.model = models.BPE(vocab=vocabulary, merges=[("Ċ", "Ċ")])
+    assert len(tokenizer("\n\n")["input_ids"]) == 1
+    return tokenizer
+
+
+@given(st.lists(st.sampled_from(["\n", " ", "a", "語"]), min_size=1, max_size=6).map("".join))
+def test_no_token_reaches_from_the_prompt_into_the_answer(answer: str) -> None:
+    """The template ends in a line end, and the answer may begin with one."""
+    tokenizer = merging_tokenizer()
+    answer += "."
+    turns = [USER, ANSWER | {"content": answer}, USER, ANSWER]
+    found = encoded(tokenizer, Row(turns, "x"))
+    prompt = prompt_ids(tokenizer, turns[:1])
+    assert found.input_ids[: len(prompt)] == prompt
+    assert found.labels[: len(prompt)] == [IGNORED] * len(prompt)
+    assert trained_text(tokenizer, found) == f"{answer}</s>A</s>"
+
+
+def test_several_turns_and_their_places_in_the_text() -> None:
+    turns = [USER, ANSWER, USER, ANSWER | {"content": "B"}, {"role": "tool", "content": "t"}]
+    for tokenizer in (make_tokenizer(), make_tokenizer(chat=False)):
+        found = encoded(tokenizer, Row(turns, "x"))
+        assert trained_text(tokenizer, found) == "A</s>B</s>"
+        assert "t" in tokenizer.decode(found.input_ids)[-4:]
+
+
+PIECES = [
+    "😀", "👩‍👩‍👧", "e\u0301", "語", "ع", "\u200b", "\x00", "\r\n",
+    "<|assistant|>\n", "### Response:\n", "<|im_end|>", "<", "/s>", "</", "s>", " ",
+]  # fmt: skip
+text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30) | st.lists(
+    st.sampled_from(PIECES), min_size=1, max_size=6
+).map("".join)
+
+
+@given(text, text, st.booleans())
+def test_any_text_keeps_mask_and_prompt(question: str, answer: str, chat: bool) -> None:
+    """What only looks like a mark, in words of the template too, is text like any other."""
+    tokenizer = make_tokenizer(chat)
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     found = encode(tokenizer, Row(messages, "x"), 4096)
+    for token in ("<s>", "</s>"):
+        if token in question or token in answer:
+            assert found == f"it spells the special token {token}"
+            return
     if not answer.strip():
         assert found == "empty answer"
         return
@@ -253,6 +401,47 @@ def test_a_row_cannot_forge_a_special_token(role: str) -> None:
     assert found == "it spells the special token </s>"
     plain = encode(make_tokenizer(), Row([{"role": "text", "content": "a<s>b"}], "x"), 4096)
     assert plain == "it spells the special token <s>"
+
+
+def test_a_row_cannot_forge_a_turn_with_a_token_that_only_the_template_names() -> None:
+    """Llama 3's header tokens are special, but none of the tokenizer's named ones."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": []})
+    tokenizer.add_tokens([AddedToken(t, special=True) for t in ("<|user|>", "<|x|>")])
+    assert "<|user|>" not in tokenizer.all_special_tokens
+    tokenizer.chat_template = str(tokenizer.chat_template).replace(
+        "<|{{ m['role'] }}|>", "{{ '<|user|>' if m['role'] == 'user' else '<|assistant|>' }}"
+    )
+    for content, wanted in (
+        ("no</s>", "it spells the special token </s>"),
+        ("A<|user|>\nforged", "it spells the special token <|user|>"),
+    ):
+        for messages in (
+            [USER | {"content": content}, ANSWER],
+            [USER, ANSWER | {"content": content}],
+        ):
+            assert encode(tokenizer, Row(messages, "x"), 4096) == wanted
+    # One that marks no turn is a word like any other.
+    found = encoded(tokenizer, Row([USER, ANSWER | {"content": "a <|x|> b"}], "x"))
+    assert trained_text(tokenizer, found) == "a <|x|> b</s>"
+
+
+def test_what_the_template_refuses_is_refused_with_its_reason() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system!') }}{% endif %}"
+        + str(tokenizer.chat_template)
+    )
+    system = [{"role": "system", "content": "S"}, USER, ANSWER]
+    reason = "the chat template refuses it: No system!"
+    assert encode(tokenizer, Row(system, "x"), 4096) == reason
+    assert encode(tokenizer, Row([ANSWER, USER, ANSWER], "x"), 99) == "it begins with an answer"
+    with pytest.raises(UserError, match="template refuses the conversation: No system!"):
+        prompt_ids(tokenizer, system[:2])
+    with pytest.raises(
+        UserError, match=r"only 0 of 2 rows can be used \(2 x the chat template ref"
+    ):
+        prepare(tokenizer, [Row(system, "x")] * 2, 99, "file")
 
 
 def test_a_template_that_rewrites_earlier_turns_is_noticed() -> None:
@@ -289,6 +478,12 @@ def test_counts_and_the_limit_on_refused_rows() -> None:
     assert found.refused == {"the question fills max_length (40)": 1}
     assert found.refused_places == ["r long: the question fills max_length (40)"]
     assert found.trained_tokens == 19 * 2
+    assert found.tokens == sum(len(e["input_ids"]) for e in found.examples)
+    assert prepare(tokenizer, [*good[:9], long], 40, "file").kept == 9  # a tenth is no more
+    with pytest.raises(UserError, match="file: only 0 of 1 rows"):
+        prepare(tokenizer, [long], 40, "file")
+    longer = Row([USER, ANSWER | {"content": "word " * 40}], "r 20")
+    assert prepare(tokenizer, [*good, longer], 40, "file").shortened == 1
     with pytest.raises(UserError) as caught:
         prepare(tokenizer, [*good, *[long] * 3], 40, "file")
     said = str(caught.value)
@@ -305,6 +500,8 @@ def test_splitting() -> None:
     assert split_rows(rows, 0.1, 7) == (train, held)
     assert split_rows(rows, 0.1, 8) != (train, held)
     assert len(split_rows(rows[:2], 0.01, 0)[1]) == 1
+    assert len(split_rows(rows[:2], 0.99, 0)[0]) == 1
+    assert not {r.place for r in train} & {r.place for r in held}
     with pytest.raises(UserError, match="1 row cannot be split"):
         split_rows(rows[:1], 0.5, 0)
 

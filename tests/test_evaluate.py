@@ -14,11 +14,12 @@ from test_adapter import config, perturb
 from transformers import PreTrainedModel
 
 from milora.adapter import add_adapter
-from milora.data import Row
+from milora.data import Row, prompt_ids
 from milora.errors import UserError
 from milora.evaluate import (
     Pair,
     Task,
+    answer_loss,
     check_lengths,
     evaluate_task,
     general_text,
@@ -51,7 +52,13 @@ RECORD = '{"a": 1, "b": [1, 2]}'
         ("json", None, RECORD + " and more", RECORD, "format"),
         ("json", None, "{'a': 1}", RECORD, "format"),
         ("json", None, "", RECORD, "format"),
-        ("json", None, "NaN", RECORD, "wrong"),
+        ("json", None, "NaN", RECORD, "format"),  # no JSON, though Python reads it
+        ("json", None, "1" * 5000, RECORD, "format"),
+        ("json", None, "1e999", "1", "wrong"),
+        ("json", None, '{"a": {"c": [{}], "b": null}}', '{"a":{"b":null,"c":[{}]}}', "right"),
+        ("json", None, '{"a": {"c": [[]], "b": null}}', '{"a":{"b":null,"c":[{}]}}', "wrong"),
+        ("json", None, '"1"', "1", "wrong"),
+        ("json", None, "```json\n1\n```", "1", "format"),
         ("json", None, "[" * 100_000, RECORD, "format"),
         ("json", r"\{.*\}", "[1]", RECORD, "format"),
     ],
@@ -76,6 +83,17 @@ def test_wilson() -> None:
     assert wilson(0, 20)[0] == 0
     assert wilson(20, 20)[1] == 1
     assert wilson(0, 20)[1] > 0.1
+
+
+@given(st.integers(1, 10**6), st.floats(0, 1))
+def test_the_interval_holds_the_share_and_stays_in_bounds(count: int, share: float) -> None:
+    right = round(share * count)
+    low, high = wilson(right, count)
+    assert 0 <= low <= right / count + 1e-12
+    assert right / count - 1e-12 <= high <= 1
+    assert low < high
+    mirrored = wilson(count - right, count)
+    assert (1 - high, 1 - low) == pytest.approx(mirrored, abs=1e-9)
 
 
 @given(st.integers(2, 9), st.integers(0, 99))
@@ -182,9 +200,67 @@ def test_a_task_end_to_end(load: Load, tmp_path: Path) -> None:
     json.dumps(scores), json.dumps(samples)
 
 
-def _prompts(rows: list[Row]) -> list[list[int]]:
-    from milora.data import prompt_ids
+def test_base_and_tuned_are_scored_each_by_its_own_answers(load: Load) -> None:
+    """The references are the base's own answers, so the base is right in every row."""
+    tokenizer = make_tokenizer()
+    asked = [[{"role": "user", "content": q}] for q in ("one", "two, longer", "three")]
+    prompts = [prompt_ids(tokenizer, turns) for turns in asked]
+    base = generate(load("llama"), tokenizer, prompts, 6)
+    rows = [
+        Row([*turns, {"role": "assistant", "content": a.text}], f"row {i}")
+        for i, (turns, a) in enumerate(zip(asked, base, strict=True))
+    ]
+    model, _ = add_adapter(load("llama"), config("llama"), "milora")
+    perturb(model)
+    tuned = generate(model, tokenizer, prompts, 6)  # type: ignore[arg-type]
+    task = Task("own", rows, grader("exact"), 6)
+    scores, samples = evaluate_task(Pair(model), tokenizer, task, batch_size=2)
+    assert scores["base"]["accuracy"] == 1
+    right = sum(a.text == b.text for a, b in zip(base, tuned, strict=True))
+    assert right < 3
+    assert scores["tuned"]["accuracy"] == pytest.approx(right / 3)
+    assert scores["tuned"]["interval"] == wilson(right, 3)
+    assert scores["tuned"]["unended"] == sum(not a.ended for a in tuned) / 3
+    assert [s["tuned"]["answer"] for s in samples] == [a.text for a in tuned]
+    assert [s["prompt"] for s in samples] == ["one", "two, longer", "three"]
 
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_loss_is_that_of_the_answers_alone(kind: str, load: Load) -> None:
+    tokenizer, model = make_tokenizer(), load(kind)
+    rows, total, count = [], 0.0, 0
+    for question, answer in (("q", "a"), ("a longer question", "b c"), ("q q", "a long answer")):
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        rows.append(Row(turns, "x"))
+        prompt = prompt_ids(tokenizer, turns[:1])
+        said = [*tokenizer(answer)["input_ids"], tokenizer.eos_token_id]
+        with torch.no_grad():
+            log_p = model(torch.tensor([[*prompt, *said]])).logits[0].double().log_softmax(-1)
+        total -= sum(float(log_p[len(prompt) + i - 1, token]) for i, token in enumerate(said))
+        count += len(said)
+    spelled = Row([{"role": "user", "content": "</s>"}, {"role": "assistant", "content": "a"}], "x")
+    for size in (1, 2, 16):
+        loss, over = answer_loss(model, tokenizer, [*rows, spelled], size)
+        assert loss == pytest.approx(total / count, rel=1e-5)
+        assert over == 3  # the row that encode refuses is left out, and that is said
+    assert math.isnan(answer_loss(model, tokenizer, [spelled])[0])
+
+
+def test_greedy_whatever_the_model_folder_says(load: Load) -> None:
+    """Many models ask for sampling or a repetition penalty in generation_config.json."""
+    tokenizer, model = make_tokenizer(), load("llama")
+    prompts = [[5, 6, 7, 8]]
+    plain = generate(model, tokenizer, prompts, 20)
+    model.generation_config.repetition_penalty = 50.0
+    model.generation_config.no_repeat_ngram_size = 1
+    model.generation_config.num_beams = 2
+    model.generation_config.do_sample = True
+    model.generation_config.temperature = 5.0
+    assert generate(model, tokenizer, prompts, 20) == plain
+    assert model.generation_config.repetition_penalty == 50.0
+
+
+def _prompts(rows: list[Row]) -> list[list[int]]:
     return [prompt_ids(make_tokenizer(), row.messages[:-1]) for row in rows]
 
 
@@ -197,12 +273,26 @@ def test_loading_tasks(tmp_path: Path) -> None:
     assert len(load_task({"file": str(path), "limit": 1, "name": "n"}).rows) == 1
     with pytest.raises(UserError, match=r"qa.jsonl, line 2: the reference answer is not JSON"):
         load_task({"file": str(path), "match": "json"})
+    for deep in ("[" * 99_999, "1" * 5000, "NaN"):
+        path.write_text(json.dumps({"prompt": "a", "completion": deep}) + "\n")
+        with pytest.raises(UserError, match=r"line 1: the reference answer is not JSON"):
+            load_task({"file": str(path), "match": "json"})
+    with pytest.raises(UserError, match=r"none.jsonl does not exist"):
+        load_task(str(tmp_path / "none.jsonl"))
+    turns = [{"role": r, "content": "x"} for r in ("user", "assistant", "user")]
+    path.write_text(json.dumps({"messages": turns}))
+    with pytest.raises(UserError, match="line 1: a task needs a question and the answer as last"):
+        load_task(str(path))
     path.write_text('{"text": "prose"}\n')
     with pytest.raises(UserError, match="line 1: a task needs a question and the answer"):
         load_task(str(path))
     row = Row([{"role": "user", "content": "q" * 50}, {"role": "assistant", "content": "a"}], "r 1")
     with pytest.raises(UserError, match=r"r 1: the question and max_new_tokens \(9\) are 8\d tok"):
         check_lengths(Task("t", [row], grader("exact"), 9), make_tokenizer(), 80)
+    refusing = make_tokenizer()
+    refusing.chat_template = "{{ raise_exception('no') }}"
+    with pytest.raises(UserError, match="r 1: the chat template refuses the conversation: no"):
+        check_lengths(Task("t", [row], grader("exact"), 9), refusing, 80)
 
 
 def test_general_text(tmp_path: Path) -> None:

@@ -78,15 +78,30 @@ def test_minor_and_principal_make_up_the_whole(
         )
 
 
-def test_the_product_where_the_gap_is_large() -> None:
-    generator = torch.Generator().manual_seed(0)
-    U, V = orthonormal(20, 12, generator), orthonormal(12, 12, generator)
-    S = torch.tensor([9.0] * 8 + [0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
-    W = (U * S) @ V.T
-    wanted = (U[:, 8:] * S[8:]) @ V[:, 8:].T
-    for weight, product in ((W, wanted), (W.T, wanted.T)):
-        found = minor_components(weight, 4)
-        torch.testing.assert_close((found.U * found.S) @ found.Vh, product, rtol=0, atol=1e-12)
+@given(matrices(), st.data(), st.sampled_from(["minor", "principal", "middle"]))
+def test_the_product_is_the_true_one_where_there_is_a_gap(
+    made: tuple[Tensor, Tensor, Tensor, Tensor], data: st.DataObject, component: str
+) -> None:
+    W, U, S, V = made
+    rank = data.draw(st.integers(1, len(S)))
+    found = components(W, rank, component)  # type: ignore[arg-type]
+    first = {"minor": len(S) - rank, "principal": 0, "middle": (len(S) - rank) // 2}[component]
+    last = first + rank
+    product, size = (found.U * found.S) @ found.Vh, float(S[0])
+    # What is left has the rest of the spectrum, gap or not.
+    rest = torch.cat([S[:first], S[last:], torch.zeros(rank)]).sort(descending=True).values
+    torch.testing.assert_close(
+        torch.linalg.svdvals(W - product), rest.double(), rtol=0, atol=1e-12 * size
+    )
+    edges = [S[k - 1] - S[k] for k in (first, last) if 0 < k < len(S)]
+    gap = float(min(edges)) if edges else size
+    if gap < 1e-6 * size:
+        return  # the product is not determined: every basis of equal singular values is right
+    wanted = (U[:, first:last] * S[first:last]) @ V[:, first:last].T
+    bound = 1e-12 * size * size / gap  # Wedin: the subspace turns by error / gap
+    torch.testing.assert_close(product, wanted, rtol=0, atol=bound)
+    flipped = components(W.T, rank, component)  # type: ignore[arg-type]
+    torch.testing.assert_close((flipped.U * flipped.S) @ flipped.Vh, wanted.T, rtol=0, atol=bound)
 
 
 def test_the_same_weight_gives_the_same_bits_and_signs() -> None:
@@ -128,6 +143,17 @@ def test_zero_is_exact_zero_and_not_small() -> None:
     S = torch.tensor([1.0] * 8 + [1e-9, 1e-10], dtype=torch.float64)
     assert not minor_components((U * S) @ V.T, 3).zero.any()
     assert minor_components(torch.zeros(4, 4), 2).zero.all()
+
+
+@given(st.integers(2, 12), st.integers(2, 12), st.integers(0, 999), st.sampled_from([1e-4, 1, 1e4]))
+def test_every_exact_zero_is_flagged(m: int, n: int, seed: int, scale: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    W = scale * torch.randn(m, n, generator=generator)
+    kept = int(torch.randint(1, m, (), generator=generator))
+    copies = torch.randint(0, kept, (m - kept,), generator=generator)
+    W[kept:] = torch.where(torch.rand(m - kept, 1, generator=generator) < 0.5, W[copies], 0)
+    found = minor_components(W, min(m, n))
+    assert int((~found.zero).sum()) == min(kept, n)
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,8 @@ def model_card(
         "## Base",
         "",
         f"- {_safe(base['name'])}, {base['dtype']}, sha256 `{base['sha256'][:16]}`; licence: "
-        f"{base['license'] if base['license'] != 'unknown' else 'see the card of the base'}. The "
+        f"{'see the card of the base' if base['license'] == 'unknown' else _safe(base['license'])}"
+        ". The "
         "licence of the base holds for the adapter used with it.",
         "",
         "## Data",

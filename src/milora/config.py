@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from milora.errors import UserError
 
 DEFAULT = """\
-# milora train this-file.yaml [key=value ...]       every key but model, data.train: its default
+# milora train this-file.yaml [key=value ...]
+# model, output_dir and data.train must be given; every other key is shown with its default.
 model: smollm2-135m            # hub id, local folder, GGUF file, or the bundled model's name
 method: milora                 # milora | pissa | middle | random | lora | full
 output_dir: runs/first         # the run folder; it must not hold another run
@@ -104,6 +105,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                continue  # refused below
             if key_node.value in seen:
                 line = key_node.start_mark.line + 1
                 raise UserError(f"line {line}: the key {key_node.value!r} is given twice")
@@ -129,6 +132,9 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold keys and values; see `milora train --print-default`")
+    for block in ("data", "lora", "training", "evaluate"):
+        if block in values and values[block] is None:  # all its keys are commented out
+            values[block] = {}
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
@@ -166,6 +172,8 @@ def _sentence(error: ValidationError) -> str:
             str(part) for part in problem["loc"] if str(part) not in ("str", "TaskFile", "float")
         ]
         key = ".".join(where)
+        if problem["type"] == "string_type" and isinstance(problem["input"], dict):
+            continue  # a task given with options; what is wrong with them is said too
         if problem["type"] == "extra_forbidden":
             near = _nearest(where)
             found.append(f"unknown key {key}" + (f", did you mean {near}?" if near else ""))

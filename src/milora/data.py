@@ -7,7 +7,10 @@ Collator      batches; the language-model head is computed at trained positions 
 """
 
 import csv
+import functools
 import inspect
+import io
+import itertools
 import json
 import random
 from collections import Counter
@@ -15,6 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jinja2
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -30,6 +34,8 @@ FORMATS: dict[str, tuple[str, ...]] = {  # by the columns that must be there; fi
     "prompt-completion": ("prompt", "completion"),
     "text": ("text",),
 }
+OPTIONAL = {"alpaca": ("input", "system")}
+MESSAGE_KEYS = {"messages": ("role", "content"), "sharegpt": ("from", "value")}
 ROLES = ("system", "user", "assistant", "tool")
 SHAREGPT_ROLES = {
     "system": "system",
@@ -58,7 +64,7 @@ class Row(NamedTuple):
 class Rows(NamedTuple):
     rows: list[Row]
     format: str
-    unused: list[str]  # columns of the file that the format does not take
+    unused: list[str]  # columns of the file, and keys of messages, that the format does not take
     skipped: list[str]  # the sentence for each row that on_bad_row="skip" left out
 
 
@@ -93,17 +99,21 @@ def read_rows(
     Raises UserError with file, row, column and value for the first bad row, unless
     `on_bad_row` is "skip", which leaves such rows out and lists them.
     """
-    records, skipped = _read_records(source, split, on_bad_row)
-    if not records:
-        raise UserError(f"{source} holds no rows")
-    renamed = {theirs: ours for ours, theirs in (columns or {}).items()}
-    for theirs in renamed:
-        if theirs not in records[0][0]:
-            have = ", ".join(map(str, records[0][0]))
-            raise UserError(f"{source} has no column {theirs!r} (data.columns); it has {have}")
-    records = [({renamed.get(k, k): v for k, v in record.items()}, at) for record, at in records]
+    read, skipped = _read_records(source, split, on_bad_row)
+    if not read:
+        raise UserError(_all_bad(source, skipped) if skipped else f"{source} holds no rows")
+    columns = columns or {}
+    _check_columns(source, columns, read[0][0])
+    moved = {*columns, *columns.values()}
+    records = []
+    for record, place in read:
+        kept = {name: value for name, value in record.items() if name not in moved}
+        mapped = {ours: record[theirs] for ours, theirs in columns.items() if theirs in record}
+        records.append((kept | mapped, place))
     if format == "auto":
         format = _recognise(source, records[0][0])
+    if format not in FORMATS:
+        raise UserError(f"data.format is {format!r}; use auto or one of {', '.join(FORMATS)}")
     rows = []
     for record, place in records:
         try:
@@ -113,16 +123,41 @@ def read_rows(
                 raise
             skipped.append(str(error))
     if not rows:
-        raise UserError(f"{source}: all {len(skipped)} rows are bad, the first: {skipped[0]}")
-    taken = {*FORMATS[format], "input", "system"} if format == "alpaca" else set(FORMATS[format])
-    unused = sorted({column for record, _ in records for column in record} - taken)
-    return Rows(rows, format, unused, skipped)
+        raise UserError(_all_bad(source, skipped))
+    taken = {columns.get(name, name) for name in (*FORMATS[format], *OPTIONAL.get(format, ()))}
+    unused = {name for record, _ in read for name in record} - taken
+    if format in MESSAGE_KEYS:
+        (column,) = FORMATS[format]
+        for record, _ in records:
+            turns = record.get(column)
+            for message in turns if isinstance(turns, list) else []:
+                if isinstance(message, Mapping):
+                    said = {key for key, value in message.items() if value is not None}
+                    unused |= {f"{column}.{key}" for key in said - {*MESSAGE_KEYS[format]}}
+    return Rows(rows, format, sorted(unused), skipped)
+
+
+def _all_bad(source: str, skipped: Sequence[str]) -> str:
+    return f"{source}: all {len(skipped)} rows are bad, the first: {skipped[0]}"
+
+
+def _check_columns(source: str, columns: Mapping[str, str], first: Mapping[str, Any]) -> None:
+    known = dict.fromkeys(itertools.chain(*FORMATS.values(), *OPTIONAL.values()))
+    for ours, theirs in columns.items():
+        if ours not in known:
+            raise UserError(
+                f"data.columns: {ours!r} is a column of no format; the key is one of "
+                f"{', '.join(known)}, the value a column of {source}"
+            )
+        if theirs not in first:
+            have = ", ".join(map(str, first))
+            raise UserError(f"{source} has no column {theirs!r} (data.columns); it has {have}")
 
 
 def _read_records(
     source: str, split: str, on_bad_row: str
 ) -> tuple[list[tuple[dict[str, Any], str]], list[str]]:
-    path, skipped = Path(source), []
+    path, skipped = Path(source), list[str]()
     suffix = path.suffix.lower()
     if suffix not in (".jsonl", ".json", ".csv", ".parquet"):
         if path.exists():
@@ -130,62 +165,84 @@ def _read_records(
         return _read_hub(source, split), []
     if not path.is_file():
         raise UserError(f"{source} does not exist")
-    records: list[tuple[Any, str]] = []
-    try:
-        if suffix == ".jsonl":
-            with path.open(encoding="utf-8-sig") as handle:
-                for number, line in enumerate(handle, 1):
-                    if not line.strip():
-                        continue
-                    place = f"{source}, line {number}"
-                    try:
-                        records.append((_record(json.loads(line), place), place))
-                    except (json.JSONDecodeError, UserError) as error:
-                        what = str(error)
-                        if isinstance(error, json.JSONDecodeError):
-                            what = (
-                                f"{place} is not JSON ({error.msg} at column {error.colno}): "
-                                f"{_cut(line.strip())}"
-                            )
-                        if on_bad_row == "fail":
-                            raise UserError(what) from error
-                        skipped.append(what)
-        elif suffix == ".json":
-            try:
-                loaded = json.loads(path.read_text(encoding="utf-8-sig"))
-            except json.JSONDecodeError as error:
-                raise UserError(
-                    f"{source}, line {error.lineno} is not JSON ({error.msg} at column "
-                    f"{error.colno}); a file with one object a line must be named .jsonl"
-                ) from error
-            if not isinstance(loaded, list):
-                raise UserError(f"{source} must hold a list of rows, not {_kind(loaded)}")
-            for number, value in enumerate(loaded, 1):
-                place = f"{source}, row {number}"
-                records.append((_record(value, place), place))
-        elif suffix == ".csv":
-            with path.open(encoding="utf-8-sig", newline="") as handle:
-                for number, value in enumerate(csv.DictReader(handle, strict=True), 1):
-                    place = f"{source}, row {number}"
-                    if None in value or None in value.values():
-                        raise UserError(f"{place} has another number of fields than the header")
-                    records.append((value, place))
-        else:
-            import pyarrow.parquet
 
+    def bad(sentence: str) -> None:
+        if on_bad_row == "fail":
+            raise UserError(sentence)
+        skipped.append(sentence)
+
+    values: list[tuple[Any, str]] = []
+    if suffix == ".jsonl":
+        for number, line in enumerate(io.StringIO(_text(path), newline=None), 1):
+            place = f"{source}, line {number}"
             try:
-                table = pyarrow.parquet.read_table(path)
-            except pyarrow.ArrowException as error:
-                raise UserError(f"{source} cannot be read as Parquet: {error}") from error
-            for number, value in enumerate(table.to_pylist(), 1):
-                records.append((value, f"{source}, row {number}"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{source} is not UTF-8 (byte {error.start}): save it as UTF-8") from error
-    except csv.Error as error:
-        raise UserError(f"{source} is not valid CSV ({error})") from error
-    except OSError as error:
-        raise UserError(f"{source} cannot be read: {error}") from error
+                if line.strip():
+                    values.append((json.loads(line), place))
+            except (ValueError, RecursionError) as error:
+                bad(f"{place} is not JSON ({_reason(error)}): {_cut(line.strip())}")
+    elif suffix == ".json":
+        text = _text(path)
+        try:
+            loaded = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            where = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+            raise UserError(
+                f"{source}{where} is not JSON ({_reason(error)}); a file with one object a line "
+                "must be named .jsonl"
+            ) from error
+        if not isinstance(loaded, list):
+            raise UserError(f"{source} must hold a list of rows, not {_kind(loaded)}")
+        values = [(value, f"{source}, row {number}") for number, value in enumerate(loaded, 1)]
+    elif suffix == ".csv":
+        csv.field_size_limit(2**31 - 1)  # of its own it stops at 131,072 characters
+        reader = csv.DictReader(io.StringIO(_text(path), newline=""), strict=True)
+        try:
+            for number, fields in enumerate(reader, 1):
+                place = f"{source}, row {number}"
+                if None in fields or None in fields.values():
+                    bad(f"{place} has another number of fields than the header")
+                else:
+                    values.append((fields, place))
+        except csv.Error as error:
+            last = reader.reader.line_num  # the DictReader's own stops at the row before
+            raise UserError(f"{source}, line {last} is not CSV: {error}") from error
+    else:
+        import pyarrow.parquet
+
+        try:
+            table = pyarrow.parquet.read_table(path)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise UserError(f"{source} cannot be read as Parquet: {error}") from error
+        values = [(v, f"{source}, row {number}") for number, v in enumerate(table.to_pylist(), 1)]
+    records = []
+    for value, place in values:
+        if isinstance(value, dict):
+            records.append((value, place))
+        else:
+            bad(f"{place} is {_kind(value)}; an object with named columns belongs there")
     return records, skipped
+
+
+def _text(path: Path) -> str:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{path}, line {line} is not UTF-8 (byte {error.start} of the file): save it as UTF-8"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at column {error.colno}"
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return str(error).partition(";")[0]  # a number of more than 4300 digits
 
 
 def _read_hub(source: str, split: str) -> list[tuple[dict[str, Any], str]]:
@@ -220,6 +277,14 @@ def _messages(record: Mapping[str, Any], format: str, place: str) -> list[Messag
         return value
 
     def turn(role: str, content: str) -> Message:
+        try:
+            content.encode()
+        except UnicodeEncodeError as error:
+            near = content[max(0, error.start - 20) : error.start + 1]
+            raise UserError(
+                f"{place}: {_cut(near)} ends in half a character (a lone surrogate), which cannot "
+                "be stored as text: repair or remove it"
+            ) from error
         return {"role": role, "content": content}
 
     if format == "text":
@@ -259,7 +324,10 @@ def _messages(record: Mapping[str, Any], format: str, place: str) -> list[Messag
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
     """What the model reads before it answers: `messages` and the start of its own turn."""
-    return _render(tokenizer, messages, answer_next=True)
+    try:
+        return _render(tokenizer, messages, answer_next=True)
+    except jinja2.TemplateError as error:
+        raise UserError(f"the chat template refuses the conversation: {error}") from error
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
@@ -290,12 +358,12 @@ def _render(
 
 
 def _tokenize(
-    tokenizer: PreTrainedTokenizerBase, text: str
+    tokenizer: PreTrainedTokenizerBase, text: str, cuts: Sequence[int] = ()
 ) -> tuple[list[int], list[tuple[int, int]]]:
     """Ids and character spans. A BOS is put in front when the tokenizer does so and none is there.
 
     Special tokens in the text (the template's) are taken as such, so that a template that writes
-    the BOS itself gives one, not two.
+    the BOS itself gives one, not two. No token reaches over one of `cuts`.
     """
     if not tokenizer.is_fast:
         raise UserError(
@@ -304,6 +372,14 @@ def _tokenize(
         )
     found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, spans = list(found["input_ids"]), [tuple(span) for span in found["offset_mapping"]]
+    crossed = [cut for cut in cuts if any(a < cut < b for a, b in spans)]
+    if crossed:
+        ids, spans = [], []
+        for start, end in itertools.pairwise([0, *crossed, len(text)]):
+            part = text[start:end]
+            found = tokenizer(part, add_special_tokens=False, return_offsets_mapping=True)
+            ids += found["input_ids"]
+            spans += [(start + a, start + b) for a, b in found["offset_mapping"]]
     bos = tokenizer.bos_token_id
     adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
     if adds_bos and ids[:1] != [bos]:
@@ -315,11 +391,12 @@ def encode(tokenizer: PreTrainedTokenizerBase, row: Row, max_length: int) -> Enc
     """Token ids of a conversation, labels on every assistant turn, its end-of-sequence included.
 
     Returns the reason as a string when the row cannot be used: nothing to learn is left within
-    `max_length`, its text spells a special token, or the chat template rewrites earlier turns.
-    Too long rows are cut at the end.
+    `max_length`, its text spells a special token, or the chat template refuses it or rewrites
+    earlier turns. Too long rows are cut at the end.
     """
     eos = tokenizer.eos_token_id
-    for token in tokenizer.all_special_tokens:  # it would be read as the end, or as a new turn
+    # Such a text would be read as the end, or as a new turn.
+    for token in _reserved(tokenizer, str(tokenizer.chat_template or "")):
         if any(token in message["content"] for message in row.messages):
             return f"it spells the special token {token}"
     if row.messages[0]["role"] == "text":
@@ -327,22 +404,28 @@ def encode(tokenizer: PreTrainedTokenizerBase, row: Row, max_length: int) -> Enc
         if not text.strip():
             return "empty text"
         ids, _ = _tokenize(tokenizer, text)
-        ids = ids if ids[-1] == eos else [*ids, eos]
+        ids = ids if ids[-1:] == [eos] else [*ids, eos]
         labels = list(ids)
         labels[0] = IGNORED  # nothing predicts it
     else:
         if any(m["role"] == "assistant" and not m["content"].strip() for m in row.messages):
             return "empty answer"
-        whole = _render(tokenizer, row.messages, answer_next=False)
+        if row.messages[0]["role"] == "assistant":
+            return "it begins with an answer"
         answers = []  # character spans of the assistant's turns
-        for index, message in enumerate(row.messages):
-            if message["role"] == "assistant":
-                before = _render(tokenizer, row.messages[:index], answer_next=True)
-                until = _render(tokenizer, row.messages[: index + 1], answer_next=False)
-                if not (whole.startswith(until) and until.startswith(before)):
-                    return "the chat template changes earlier turns"
-                answers.append((len(before), len(until)))
-        ids, spans = _tokenize(tokenizer, whole)
+        try:
+            whole = _render(tokenizer, row.messages, answer_next=False)
+            for index, message in enumerate(row.messages):
+                if message["role"] == "assistant":
+                    before = _render(tokenizer, row.messages[:index], answer_next=True)
+                    until = _render(tokenizer, row.messages[: index + 1], answer_next=False)
+                    if not (whole.startswith(until) and until.startswith(before)):
+                        return "the chat template changes earlier turns"
+                    answers.append((len(before), len(until)))
+        except jinja2.TemplateError as error:
+            return f"the chat template refuses it: {error}"
+        # A token of both prompt and answer would not be there when the model is asked.
+        ids, spans = _tokenize(tokenizer, whole, [first for first, _ in answers])
         labels = [IGNORED] * len(ids)
         for first, last in answers:
             inside = [i for i, (a, b) in enumerate(spans) if first <= a < b <= last]
@@ -360,6 +443,13 @@ def encode(tokenizer: PreTrainedTokenizerBase, row: Row, max_length: int) -> Enc
     if all(label == IGNORED for label in labels):
         return f"the question fills max_length ({max_length})"
     return Encoded(ids, labels, shortened)
+
+
+@functools.lru_cache(maxsize=4)
+def _reserved(tokenizer: PreTrainedTokenizerBase, template: str) -> list[str]:
+    """The tokenizer's named special tokens, and those with which the chat template marks turns."""
+    added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    return [*tokenizer.all_special_tokens, *(text for text in added if text in template)]
 
 
 def prepare(
@@ -396,10 +486,13 @@ def prepare(
 
 
 def full_length(tokenizer: PreTrainedTokenizerBase, row: Row) -> int:
-    """Tokens of the whole row, uncut."""
+    """Tokens of the whole row, uncut; 0 when the chat template refuses it."""
     text = row.messages[0]["content"]
     if row.messages[0]["role"] != "text":
-        text = _render(tokenizer, row.messages, answer_next=False)
+        try:
+            text = _render(tokenizer, row.messages, answer_next=False)
+        except jinja2.TemplateError:
+            return 0
     return len(_tokenize(tokenizer, text)[0])
 
 
@@ -457,12 +550,6 @@ def pad(rows: Sequence[Sequence[int]], value: int, left: bool = False) -> Tensor
         for row in rows
     ]
     return torch.tensor(full)
-
-
-def _record(value: Any, place: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise UserError(f"{place} is {_kind(value)}; an object with named columns belongs there")
-    return value
 
 
 def _kind(value: Any) -> str:

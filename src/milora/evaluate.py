@@ -77,16 +77,21 @@ def grader(match: str, pattern: str | None = None) -> Grader:
         if match == "exact":
             return "right" if answer == reference else "wrong"
         try:
-            value = json.loads(answer)
-        except (json.JSONDecodeError, RecursionError):
+            value = _canonical(answer)
+        except (ValueError, RecursionError):
             return "format"
-        # Compared as text, so that 1, 1.0 and true are three values, as they are in JSON.
-        same = json.dumps(value, sort_keys=True) == json.dumps(
-            json.loads(reference), sort_keys=True
-        )
-        return "right" if same else "wrong"
+        return "right" if value == _canonical(reference) else "wrong"
 
     return grade
+
+
+def _canonical(text: str) -> str:
+    """JSON with its keys in order, as text, so that 1, 1.0 and true are three values."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")  # though Python's parser takes it
+
+    return json.dumps(json.loads(text, parse_constant=refuse), sort_keys=True)
 
 
 def load_task(task: str | Mapping[str, Any], limit: int | None = None) -> Task:
@@ -101,8 +106,8 @@ def load_task(task: str | Mapping[str, Any], limit: int | None = None) -> Task:
     if options.get("match") == "json":
         for row in rows:
             try:
-                json.loads(row.messages[-1]["content"])
-            except json.JSONDecodeError as error:
+                _canonical(row.messages[-1]["content"])
+            except (ValueError, RecursionError) as error:
                 raise UserError(
                     f"{row.place}: the reference answer is not JSON: {error}"
                 ) from error
@@ -146,18 +151,20 @@ def score(
     progress: Progress = lambda what, done, total: None,
 ) -> tuple[dict[str, Any], list[tuple[str, Verdict]]]:
     """The model's scores on one task, and its answer to every row with the verdict on it."""
-    prompts = [prompt_ids(tokenizer, row.messages[:-1]) for row in task.rows]
+    prompts = [_prompt(tokenizer, row) for row in task.rows]
     what = f"{task.name}, {state}"
     answers = generate(model, tokenizer, prompts, task.max_new_tokens, batch_size, what, progress)
     references = [row.messages[-1]["content"] for row in task.rows]
     verdicts = [task.grade(a.text, ref) for a, ref in zip(answers, references, strict=True)]
     right = verdicts.count("right")
+    loss, loss_rows = answer_loss(model, tokenizer, task.rows, batch_size)
     scores = {
         "accuracy": right / len(verdicts),
         "interval": wilson(right, len(verdicts)),
         "format_failures": verdicts.count("format") / len(verdicts),
         "unended": sum(not a.ended for a in answers) / len(answers),
-        "loss": answer_loss(model, tokenizer, task.rows, batch_size),
+        "loss": loss,
+        "loss_rows": loss_rows,  # fewer than rows where encode refuses some
     }
     return scores, [(a.text, verdict) for a, verdict in zip(answers, verdicts, strict=True)]
 
@@ -200,6 +207,9 @@ def generate(
     stops = (stops | {tokenizer.eos_token_id}) - {None}
     settings = GenerationConfig(
         do_sample=False,
+        num_beams=1,  # what is not set here comes from the model's generation_config.json
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
         max_new_tokens=max_new_tokens,
         eos_token_id=sorted(stops),
         pad_token_id=tokenizer.pad_token_id,
@@ -231,8 +241,8 @@ def answer_loss(
     rows: Sequence[Row],
     batch_size: int = 16,
     max_length: int = 2048,
-) -> float:
-    """Mean cross-entropy per answer token, in nats."""
+) -> tuple[float, int]:
+    """Mean cross-entropy per answer token, in nats, and how many rows it is over."""
     encoded = [encode(tokenizer, row, max_length) for row in rows]
     usable = [
         {"input_ids": e.input_ids, "labels": e.labels} for e in encoded if not isinstance(e, str)
@@ -246,7 +256,7 @@ def answer_loss(
             tokens = int((batch["labels"] != IGNORED).sum())
             loss = model(**{k: v.to(model.device) for k, v in batch.items()}).loss
             total, count = total + float(loss) * tokens, count + tokens
-    return total / count if count else math.nan
+    return total / count if count else math.nan, len(usable)
 
 
 def knowledge_kept(
@@ -303,12 +313,19 @@ def positions(model: nn.Module) -> int:
 def check_lengths(task: Task, tokenizer: PreTrainedTokenizerBase, limit: int) -> None:
     """Raise UserError for a question that, with its answer, is longer than the model can take."""
     for row in task.rows:
-        length = len(prompt_ids(tokenizer, row.messages[:-1])) + task.max_new_tokens
+        length = len(_prompt(tokenizer, row)) + task.max_new_tokens
         if length > limit:
             raise UserError(
                 f"{row.place}: the question and max_new_tokens ({task.max_new_tokens}) are "
                 f"{length} tokens, the model has {limit} positions: shorten one of them"
             )
+
+
+def _prompt(tokenizer: PreTrainedTokenizerBase, row: Row) -> list[int]:
+    try:
+        return prompt_ids(tokenizer, row.messages[:-1])
+    except UserError as error:
+        raise UserError(f"{row.place}: {error}") from error
 
 
 def kl(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,8 +43,10 @@ def new_folder(path: Path) -> Iterator[Path]:
     An existing folder at `path` is replaced, at the last moment. On an error nothing is left.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left_over in path.parent.glob(f".{path.name}.*.tmp"):  # of a killed process
-        shutil.rmtree(left_over)
+    for found in path.parent.iterdir():
+        ours = re.fullmatch(rf"\.{re.escape(path.name)}\.(\d+|old)\.tmp", found.name)
+        if ours and not _runs(ours[1]):  # of a killed process
+            shutil.rmtree(found, ignore_errors=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.mkdir()
     try:
@@ -57,6 +60,18 @@ def new_folder(path: Path) -> Iterator[Path]:
             os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _runs(process: str) -> bool:
+    if not process.isdigit() or int(process) == os.getpid():
+        return False
+    try:
+        os.kill(int(process), 0)  # signal 0 only asks
+    except PermissionError:
+        return True
+    except (ProcessLookupError, OverflowError):
+        return False
+    return True
 
 
 def sha256(path: Path) -> str:
