@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from milora.svd import components, minor_components
+from milora.svd import Component, components, minor_components, positions
 
 
 def orthonormal(size: int, count: int, generator: torch.Generator) -> Tensor:
@@ -60,6 +60,170 @@ def test_triplets_of_a_known_spectrum(
     if component in first:
         wanted = S[first[component] : first[component] + rank]
         torch.testing.assert_close(found.S, wanted, rtol=1e-9, atol=1e-13 * found.norm)
+
+
+def reflections(size: int, generator: torch.Generator) -> Tensor:
+    """An orthogonal matrix, dense, in O(n²)."""
+    Q = torch.eye(size, dtype=torch.float64)
+    for _ in range(3):
+        v = torch.randn(size, 1, generator=generator, dtype=torch.float64)
+        Q -= 2 * v @ (v.T @ Q) / (v.T @ v)
+    return Q
+
+
+def spectrum(kind: str, n: int) -> Tensor:
+    """(n,) descending: what weights have, and what breaks eigensolvers."""
+    i = torch.arange(n, dtype=torch.float64)
+    line = (n - i) / n
+    high, ones = 1 + line, torch.ones(n, dtype=torch.float64)
+    return {
+        "hard edge": line,
+        "soft edge": 0.05 + line,
+        "narrow": 1 + 0.1 * line,
+        "flat": ones,
+        "repeated": torch.cat([high[:-40], 0.5 * ones[:40]]),
+        "twice repeated": torch.cat([high[:-40], 0.5 * ones[:20], 0.3 * ones[:20]]),
+        "nearly repeated": torch.cat([high[:-40], 0.99 * ones[:40]]),
+        "three values": (2.0 - (3 * i / n).floor() * 0.75),
+        "a few zeros": torch.cat([high[:-5], 0 * ones[:5]]),
+        "many zeros": torch.cat([high[:-60], 0 * ones[:60]]),
+        "one giant": torch.cat([1e6 * ones[:1], line[1:]]),
+        "condition 1e6": 10 ** (-6 * i / (n - 1)),
+        "condition 1e12": 10 ** (-12 * i / (n - 1)),
+        "low rank and noise": torch.where(i < 64, 64 - i, 1e-7 * line),
+        "three tiny": torch.cat([high[:-3], torch.tensor([1e-7, 1e-9, 1e-13]).double()]),
+        "zero": 0 * ones,
+    }[kind]
+
+
+KINDS = [
+    "hard edge", "soft edge", "narrow", "flat", "repeated", "twice repeated", "nearly repeated",
+    "three values", "a few zeros", "many zeros", "one giant", "condition 1e6", "condition 1e12",
+    "low rank and noise", "three tiny", "zero",
+]  # fmt: skip
+
+
+def check_triplets(W: Tensor, found: object, wanted: Tensor, size: float) -> None:
+    """Right by the bounds that the documentation states; nothing is taken from `found.residual`."""
+    U, S, Vh, norm_said, said, _ = found  # type: ignore[misc]
+    eye = torch.eye(len(S), dtype=torch.float64)
+    assert float((U.T @ U - eye).abs().max()) < 1e-12
+    assert float((Vh @ Vh.T - eye).abs().max()) < 1e-12
+    assert (S.diff() <= 0).all()
+    unit = size or 1.0
+    residual = max(norm(W @ Vh.T - U * S), norm(W.T @ U - Vh.T * S)) / unit
+    assert residual <= 1e-6
+    assert residual <= 1.001 * said + 1e-14
+    assert 0.9 * size <= norm_said <= size * (1 + 1e-5)
+    energy, least = float((S / unit).norm()), float((wanted / unit).norm())
+    assert energy == pytest.approx(least, rel=1e-6, abs=1e-13)
+
+
+@settings(max_examples=60)
+@given(
+    st.sampled_from(KINDS),
+    st.sampled_from([(150, 150), (260, 260), (150, 400), (530, 520), (1100, 515)]),
+    st.sampled_from([1, 8, 21, 32, 43]),
+    st.sampled_from(["minor", "principal"]),
+    st.booleans(),
+    st.sampled_from([1.0, 1e30, 1e-30]),
+    st.integers(0, 99),
+)
+def test_every_route_on_a_drawn_spectrum(
+    kind: str, shape: tuple[int, int], rank: int, component: Component, wide: bool,
+    scale: float, seed: int,
+) -> None:  # fmt: skip
+    (m, n), generator = shape, torch.Generator().manual_seed(seed)
+    count = min(m, n)
+    S = spectrum(kind, count) * scale
+    W = (reflections(m, generator)[:, :count] * S) @ reflections(n, generator)[:count]
+    if wide:
+        W = W.T
+    found = components(W, rank, component)
+    wanted = S[-rank:] if component == "minor" else S[:rank]
+    check_triplets(W, found, wanted, float(S[0]))
+
+
+ROUTES = [
+    ((300, 300), 20, "soft edge", "minor", "inverse Krylov"),
+    ((300, 300), 40, "soft edge", "minor", "inverse Krylov"),
+    ((300, 300), 60, "soft edge", "minor", "all eigenvectors"),
+    ((800, 520), 20, "soft edge", "minor", "shifted Gram, float32"),
+    ((520, 800), 20, "soft edge", "minor", "shifted Gram, float32"),
+    ((800, 520), 20, "condition 1e6", "minor", "shifted Gram, float64"),
+    ((800, 520), 40, "soft edge", "minor", "all eigenvectors"),
+    ((800, 520), 20, "condition 1e12", "minor", "full SVD"),
+    ((300, 300), 20, "a few zeros", "minor", "full SVD"),
+    ((100, 100), 4, "soft edge", "minor", "full SVD"),
+    ((800, 520), 20, "condition 1e6", "principal", "Krylov"),
+    ((800, 520), 20, "narrow", "principal", "all eigenvectors"),
+    ((800, 520), 20, "soft edge", "middle", "all eigenvectors"),
+    ((800, 520), 20, "soft edge", "random", "all eigenvectors"),
+]
+
+
+@pytest.mark.parametrize(("shape", "rank", "kind", "component", "route"), ROUTES)
+def test_which_route_a_weight_takes(
+    shape: tuple[int, int], rank: int, kind: str, component: Component, route: str
+) -> None:
+    (m, n), generator = shape, torch.Generator().manual_seed(0)
+    count = min(m, n)
+    S = spectrum(kind, count)
+    W = (reflections(m, generator)[:, :count] * S) @ reflections(n, generator)[:count]
+    found = components(W, rank, component)
+    assert found.solver == route
+    check_triplets(W, found, S[positions(component, count, rank)], float(S[0]))
+
+
+@pytest.mark.parametrize("shape", [(300, 300), (800, 520), (150, 400)])
+def test_dead_and_duplicate_rows_and_columns(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    plain = torch.randn(shape, generator=generator)
+    for change in ("zero rows", "zero columns", "both", "duplicate rows", "a zero row"):
+        W = plain.clone()
+        if change in ("zero rows", "both"):
+            W[5:15] = 0
+        if change in ("zero columns", "both"):
+            W[:, 20:23] = 0
+        if change == "duplicate rows":
+            W[1:4] = W[0]
+        if change == "a zero row":
+            W[7] = 0
+        S = torch.linalg.svdvals(W.double())
+        check_triplets(W.double(), minor_components(W, 16), S[-16:], float(S[0]))
+
+
+def test_a_tighter_tolerance_is_met() -> None:
+    for shape in ((300, 300), (800, 520)):
+        W = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        assert minor_components(W, 12, tol=1e-11).residual <= 1e-11
+
+
+def test_neither_autocast_nor_low_precision_products_leak_in() -> None:
+    for shape in ((300, 300), (800, 520)):
+        W = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        wanted = minor_components(W, 12)
+        before = torch.get_float32_matmul_precision()
+        try:
+            torch.set_float32_matmul_precision("medium")  # bf16 products where the CPU has them
+            with torch.autocast("cpu", torch.bfloat16):
+                found = minor_components(W, 12)
+            assert torch.get_float32_matmul_precision() == "medium"  # and is given back
+        finally:
+            torch.set_float32_matmul_precision(before)
+        assert found.solver == wanted.solver
+        assert all(torch.equal(a, b) for a, b in zip(found[:3], wanted[:3], strict=True))
+
+
+@given(st.integers(1, 60), st.data(), st.sampled_from(["minor", "principal", "middle", "random"]))
+def test_a_smaller_rank_is_part_of_a_larger(
+    count: int, data: st.DataObject, component: Component
+) -> None:
+    large = data.draw(st.integers(1, count))
+    small = data.draw(st.integers(1, large))
+    inner, outer = positions(component, count, small, 5), positions(component, count, large, 5)
+    assert len(set(inner.tolist())) == small
+    assert set(inner.tolist()) <= set(outer.tolist())
 
 
 @given(matrices(), st.data())
