@@ -1,11 +1,13 @@
 """Tiny models and a tokenizer, built in code and saved as any local model folder is."""
 
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test never reaches for the network
+os.environ["MILORA_STORE"] = tempfile.mkdtemp(prefix="milora-store-")  # nor for the user's store
 
 import pytest
 import torch

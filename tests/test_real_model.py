@@ -17,10 +17,13 @@ from transformers import AutoModelForCausalLM
 
 from milora import adapter
 from milora.artefacts import export_run
+from milora.checkpoint import open_checkpoint
 from milora.data import IGNORED, Encoded, Row, encode, prompt_ids
 from milora.errors import UserError
 from milora.evaluate import Pair, knowledge_kept
-from milora.pretrained import BUNDLED, cache_folder, load_pretrained
+from milora.files import cache_folder
+from milora.pretrained import BUNDLED, fetch_bundled, load_pretrained
+from milora.svd import minor_components
 from milora.verify import open_adapter, verify
 
 pytestmark = pytest.mark.slow
@@ -119,6 +122,26 @@ def test_the_bundled_model_is_the_real_one(base_folder: Path) -> None:
     )
     assert kept["base_perplexity"] < 20  # a random model of this vocabulary would have 49,152
     assert loaded.license == "apache-2.0"
+
+
+def test_a_gguf_file_is_read_as_the_library_loads_it(tmp_path: Path) -> None:
+    model = load_pretrained(BUNDLED).model
+    checkpoint = open_checkpoint(str(fetch_bundled(tmp_path)))
+    names = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    assert len(names) == 211
+    for name in names[:-1]:  # the last is the head, which is tied
+        assert torch.equal(checkpoint.read(name), model.get_submodule(name).weight), name
+
+
+def test_components_of_real_weights() -> None:
+    model = load_pretrained(BUNDLED).model
+    for block in (0, 15, 29):
+        for kind in ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj", "mlp.down_proj"):
+            W = model.get_parameter(f"model.layers.{block}.{kind}.weight").detach()
+            found, S = minor_components(W, 32), torch.linalg.svdvals(W.double())
+            miss = torch.linalg.matrix_norm(W.double().T @ found.U - found.Vh.T * found.S, 2)
+            assert miss <= 1e-6 * S[0]
+            assert float(found.S.norm() / S[-32:].norm()) == pytest.approx(1, abs=1e-6)
 
 
 def test_the_run_and_its_artefact(finished: Path, base_folder: Path, tmp_path: Path) -> None:

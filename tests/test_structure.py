@@ -17,7 +17,8 @@ SOURCE = ROOT / "src" / "milora"
 LAYERS = (
     {"errors", "files", "svd", "progress"},
     {"adapter", "data", "pretrained", "config", "card"},
-    {"export", "evaluate", "loop", "verify", "preview", "chat"},
+    {"export", "evaluate", "loop", "verify", "preview", "chat", "checkpoint"},
+    {"store"},
     {"artefacts", "train"},
     {"cli"},
     {"__main__", "__init__"},

@@ -43,6 +43,7 @@ COMPONENT: dict[str, Component] = {
     "random": "random",
 }
 FORMAT = "milora initial factors 1"
+Decompose = Callable[[Tensor, int, Component, int], Components]  # weight, rank, component, seed
 
 # What of peft.LoraConfig keeps a plain LoRA on an untouched base; the rest is refused by name.
 LORA_OPTIONS = {
@@ -54,6 +55,14 @@ LORA_OPTIONS = {
 class Factors(NamedTuple):
     A: Tensor  # (r, n) fp32
     B: Tensor  # (m, r) fp32
+
+
+class Target(NamedTuple):
+    """A weight that an adapter goes on."""
+
+    shape: tuple[int, ...]  # of W (out, in)
+    rank: int
+    transposed: bool  # stored as (in, out), as in GPT-2
 
 
 class Start(NamedTuple):
@@ -128,23 +137,54 @@ def add_adapter(
     *,
     seed: int = 0,
     start: Start | None = None,
+    decompose: Decompose = components,
     progress: Callable[[str, int, int], None] = lambda name, done, total: None,
 ) -> tuple[PeftModel, Start]:
     """The model with the adapter of `method` in its starting state, and that state.
 
     `method` is a key of COMPONENT, or "lora" for PEFT's own initialisation, which needs no anchor.
     With `start`, from a stored file, nothing is decomposed: the factors are put in place after
-    the hash of every weight has been compared with the base in hand. `progress(name, done,
-    total)` is called before each decomposition.
+    the hash of every weight has been compared with the base in hand. `decompose` is
+    svd.components or Store.components; `progress(name, done, total)` is called before each.
 
     Raises UserError, before any decomposition, for targets that match nothing, embeddings, a tied
     output head, a rank that a weight does not allow, NaN weights, or a `start` of another base.
     """
+    torch.manual_seed(seed)  # PEFT draws A from the global generator
+    peft_model = _inject(model, config)
+    layers = adapted_layers(peft_model)
+    for name, layer in layers.items():
+        if not torch.isfinite(weight_of(layer)).all():
+            raise UserError(f"{name}.weight holds NaN or infinite values: the base is damaged")
+    hashes = {name: tensor_sha256(weight_of(layer)) for name, layer in layers.items()}
+    if start is None:
+        start = _start(layers, method, hashes, seed, decompose, progress)
+    else:
+        check_base(start.sha256, hashes)
+    with torch.no_grad():
+        for name, layer in layers.items():
+            layer.lora_A[TRAINED].weight.copy_(start.factors[name].A)
+            layer.lora_B[TRAINED].weight.copy_(start.factors[name].B)
+    if method in COMPONENT:
+        frozen = copy.deepcopy(config)
+        frozen.lora_dropout = 0.0
+        peft_model.add_adapter(ANCHOR, frozen)
+        with torch.no_grad():
+            for name, layer in layers.items():
+                layer.lora_A[ANCHOR].weight.copy_(start.factors[name].A)
+                layer.lora_B[ANCHOR].weight.copy_(-start.factors[name].B)
+                layer.forward = MethodType(_anchored_forward, layer)
+        peft_model.save_pretrained = _refuse_bare_pair  # type: ignore[method-assign]
+    _activate(peft_model)
+    return peft_model, start
+
+
+def _inject(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    """The model with PEFT's layers in it, once every target is known to be fit for them."""
     if isinstance(model, PeftModel) or any(isinstance(m, LoraLayer) for m in model.modules()):
         raise UserError("the model has an adapter already: load the base again")
     _check_targets(model, config)
     config.fan_in_fan_out = any(isinstance(module, Conv1D) for module in model.modules())
-    torch.manual_seed(seed)  # PEFT draws A from the global generator
     # TRAINED is not "default" on purpose: see docs/method.md, "What is on disk".
     try:
         peft_model = get_peft_model(model, config, adapter_name=TRAINED)
@@ -171,29 +211,27 @@ def add_adapter(
                 f"lora.r is {layer.r[TRAINED]}, but {name} is {m} x {n}: "
                 f"at most {min(m, n)} fits (lora.rank_pattern sets it per module)"
             )
-        if not torch.isfinite(weight_of(layer)).all():
-            raise UserError(f"{name}.weight holds NaN or infinite values: the base is damaged")
-    hashes = {name: tensor_sha256(weight_of(layer)) for name, layer in layers.items()}
-    if start is None:
-        start = _start(layers, method, hashes, seed, progress)
-    else:
-        check_base(start.sha256, hashes)
-    with torch.no_grad():
-        for name, layer in layers.items():
-            layer.lora_A[TRAINED].weight.copy_(start.factors[name].A)
-            layer.lora_B[TRAINED].weight.copy_(start.factors[name].B)
-    if method in COMPONENT:
-        frozen = copy.deepcopy(config)
-        frozen.lora_dropout = 0.0
-        peft_model.add_adapter(ANCHOR, frozen)
-        with torch.no_grad():
-            for name, layer in layers.items():
-                layer.lora_A[ANCHOR].weight.copy_(start.factors[name].A)
-                layer.lora_B[ANCHOR].weight.copy_(-start.factors[name].B)
-                layer.forward = MethodType(_anchored_forward, layer)
-        peft_model.save_pretrained = _refuse_bare_pair  # type: ignore[method-assign]
-    _activate(peft_model)
-    return peft_model, start
+    return peft_model
+
+
+def targets(model: PreTrainedModel, config: LoraConfig) -> dict[str, Target]:
+    """What `config` adapts in `model`, by module name; the model may be on the meta device.
+
+    The model has PEFT's layers in it afterwards. Raises UserError as `add_adapter` does.
+    """
+    return {
+        name: Target(
+            tuple(weight_of(layer).shape),
+            layer.r[TRAINED],
+            isinstance(layer.get_base_layer(), Conv1D),
+        )
+        for name, layer in adapted_layers(_inject(model, config)).items()
+    }
+
+
+def module_seed(seed: int, name: str) -> int:
+    """Each module draws its own components, or "random" would pick the same places everywhere."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:4])
 
 
 def _start(
@@ -201,6 +239,7 @@ def _start(
     method: str,
     hashes: dict[str, str],
     seed: int,
+    decompose: Decompose,
     progress: Callable[[str, int, int], None],
 ) -> Start:
     factors, scaling, spectra = {}, {}, {}
@@ -212,9 +251,8 @@ def _start(
             continue
         progress(name, done, len(layers))
         weight = weight_of(layer)
-        # Each module draws its own components, or "random" would pick the same places everywhere.
-        module_seed = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:4])
-        found = components(weight, layer.r[TRAINED], COMPONENT[method], module_seed)
+        drawn = module_seed(seed, name)
+        found = decompose(weight, layer.r[TRAINED], COMPONENT[method], drawn)
         factors[name] = initial_factors(found, scaling[name])
         spectra[name] = {
             "shape": list(weight.shape),
@@ -223,6 +261,8 @@ def _start(
             "component_norm": float(found.S.norm()),
             "singular_values": found.S.tolist(),
             "zero": int(found.zero.sum()),
+            "solver": found.solver,
+            "residual": found.residual,
         }
     return Start(method, factors, scaling, hashes, spectra)
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from milora.errors import UserError
+from milora.files import NO_ROOM
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -67,6 +68,33 @@ def train(
     _print_scores(json.loads((folder / "evaluation.json").read_text(encoding="utf-8")))
     result = folder / ("adapter" if (folder / "adapter").exists() else "model")
     typer.echo(f"\nThe result: {result}")
+
+
+@app.command(epilog="Example: milora init run.yaml lora.r=64   (then any run of rank up to 64)")
+def init(
+    config: Annotated[Path, typer.Argument(help="The configuration of the run to come.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="Override a key.")
+    ] = None,
+) -> None:
+    """Only decompose, into the store that train reads; continues by itself."""
+    from milora.config import load_config
+
+    settings = load_config(config, overrides or [])
+    _quiet()
+    from milora.progress import Progress, duration
+    from milora.store import Store, decompose_checkpoint
+
+    with Progress() as progress:
+        asked = settings.model_dump(
+            include={"model", "method", "lora", "seed", "dtype", "trust_remote_code"}
+        )
+        done = decompose_checkpoint(**asked, store=Store(say=progress.say), progress=progress)
+    typer.echo(
+        f"{done['weights']} weights: {done['made']} decomposed, {done['found']} were in the store; "
+        f"worst residual {done['residual']:.1e}; {duration(done['seconds'])}\n"
+        f"{done['folder']}: {done['bytes'] / 1e6:.0f} MB"
+    )
 
 
 @app.command("eval", epilog="Example: milora eval runs/first --tasks data/test.jsonl --limit 100")
@@ -259,9 +287,6 @@ def _quiet() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-
-
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """Writing that is whole or absent: a file or a folder appears under its name only when complete."""
 
+import errno
 import hashlib
 import json
 import os
@@ -9,6 +10,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def cache_folder() -> Path:
+    """Where converted models and decompositions live: $MILORA_CACHE, else in the user's cache."""
+    own = os.environ.get("MILORA_CACHE")
+    if own:
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "milora"
 
 
 def write_bytes(path: Path, data: bytes) -> None:

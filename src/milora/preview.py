@@ -16,6 +16,7 @@ from milora import adapter
 from milora.data import IGNORED, Collator, Prepared
 from milora.pretrained import Pretrained
 from milora.progress import duration
+from milora.svd import Component, components
 
 
 def plan(
@@ -34,12 +35,7 @@ def plan(
         live = adapted
         covered = coverage(adapted)
         if method in adapter.COMPONENT:
-            began = time.monotonic()
-            torch.linalg.svd(torch.randn(512, 512, dtype=torch.float64))
-            rate = (time.monotonic() - began) / 512**3
-            layers = adapter.adapted_layers(adapted).values()
-            shapes = [adapter.weight_of(layer).shape for layer in layers]
-            decompose = rate * sum(m * n * min(m, n) for m, n in shapes)
+            decompose = decomposition_time(adapted, adapter.COMPONENT[method])
     else:
         base.model.requires_grad_(True)
     size = arguments.per_device_train_batch_size
@@ -73,6 +69,20 @@ def plan(
         "estimate": f"about {duration(decompose)} to decompose, {duration(batches * seconds)} to "
         f"train ({batches:.0f} batches of {size}), {memory / 2**30:.1f} GB of memory",
     }
+
+
+def decomposition_time(adapted: PeftModel, component: Component) -> float:
+    """Seconds, measured on one weight of every shape and rank; what is stored takes none."""
+    alike: dict[tuple[int, ...], list[Any]] = {}
+    for layer in adapter.adapted_layers(adapted).values():
+        key = (*adapter.weight_of(layer).shape, layer.r[adapter.TRAINED])
+        alike.setdefault(key, []).append(layer)
+    total = 0.0
+    for (*_, rank), layers in alike.items():
+        began = time.monotonic()
+        components(adapter.weight_of(layers[0]), rank, component)
+        total += len(layers) * (time.monotonic() - began)
+    return total
 
 
 def marked(

@@ -64,6 +64,7 @@ from milora.loop import (
 from milora.pretrained import Pretrained, load_pretrained
 from milora.preview import coverage, peak_memory, plan
 from milora.progress import Progress
+from milora.store import Store
 from milora.verify import make_probes
 
 # Below LoRA's: at s = 1 the best rate of MiLoRA was a third and that of PiSSA a tenth of LoRA's
@@ -165,10 +166,17 @@ def train(
             )
     live: nn.Module = base.model
     if lora_config is not None:
+        store = Store(say=progress.say)
         live, start = adapter.add_adapter(
             base.model, lora_config, method, seed=seed, start=start,
+            decompose=store.components,
             progress=lambda name, done, total: progress("decomposing", done, total, name),
         )  # fmt: skip
+        if store.found:
+            progress.say(
+                f"initial factors: {store.found} of {store.found + store.made} weights were in "
+                f"the store ({store.folder})"
+            )
     else:
         base.model.requires_grad_(True)
     zero = sum(found["zero"] for found in start.spectra.values()) if start else 0

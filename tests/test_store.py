@@ -1,0 +1,393 @@
+"""The store: nothing computed twice, nothing wrong ever used, whatever happens to it."""
+
+import json
+import multiprocessing
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import KINDS, TARGETS, make_tokenizer
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel
+
+import milora.store
+from milora.adapter import add_adapter, lora_config
+from milora.checkpoint import open_checkpoint
+from milora.errors import UserError
+from milora.progress import Progress
+from milora.store import Store, decompose_checkpoint
+from milora.svd import Component, components
+
+Tiny = Callable[[str], Path]
+COMPONENTS: tuple[Component, ...] = ("minor", "principal", "middle", "random")
+
+
+def weight(m: int = 20, n: int = 14, seed: int = 0) -> Tensor:
+    return torch.randn(m, n, generator=torch.Generator().manual_seed(seed))
+
+
+def no_computing(*args: Any, **kwargs: Any) -> None:
+    raise AssertionError("something was decomposed that the store has")
+
+
+def lora(kind: str, rank: int = 4) -> dict[str, Any]:
+    return {"r": rank, "lora_alpha": rank, "target_modules": TARGETS[kind]}
+
+
+def decompose(model: Path, folder: Path, kind: str = "llama", **changes: Any) -> dict[str, Any]:
+    asked: dict[str, Any] = {"method": "milora", "lora": lora(kind)} | changes
+    store = Store(folder)
+    return decompose_checkpoint(model=str(model), store=store, progress=Progress(), **asked)
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_a_smaller_rank_is_a_slice_of_a_larger(
+    component: Component, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    W = weight()
+    store = Store(tmp_path)
+    large = store.components(W, 9, component, 3)
+    assert torch.equal(large.U, components(W, 9, component, 3).U)
+    monkeypatch.setattr(milora.store, "components", no_computing)
+    for rank in (9, 4, 1):
+        found, wanted = store.components(W, rank, component, 3), components(W, rank, component, 3)
+        for a, b in zip(found[:3], wanted[:3], strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+        assert (found.norm, found.solver) == (wanted.norm, wanted.solver)
+    assert (store.made, store.found) == (1, 3)
+
+
+def test_a_larger_rank_is_computed_and_kept(tmp_path: Path) -> None:
+    W, store = weight(), Store(tmp_path)
+    for rank in (3, 7, 5):
+        store.components(W, rank, "minor")
+    assert (store.made, store.found) == (2, 1)
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 1
+
+
+def test_one_entry_for_one_weight(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    W = weight().bfloat16()
+    store.components(W, 3, "minor")
+    store.components(W.float(), 3, "minor")  # the same values
+    assert (store.made, store.found) == (1, 1)
+    store.components(W.T, 3, "minor")
+    store.components(weight(seed=1), 3, "minor")
+    store.components(W, 3, "principal")
+    for seed in (0, 1):
+        store.components(W, 3, "random", seed)
+    assert store.made == 6
+
+
+def damage(kind: str, path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    if kind == "a bit flipped":
+        data[-5] ^= 1
+    elif kind == "cut":
+        del data[-100:]
+    elif kind == "empty":
+        data.clear()
+    elif kind == "not a safetensors file":
+        data[:] = b"\x00" * 64
+    elif kind == "another format":
+        save_file({"U": torch.ones(2, 2)}, path)
+        return
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "kind", ["a bit flipped", "cut", "empty", "not a safetensors file", "another format"]
+)
+def test_a_damaged_entry_is_never_used(kind: str, tmp_path: Path) -> None:
+    W = weight()
+    wanted = Store(tmp_path).components(W, 4, "minor")
+    (entry,) = tmp_path.rglob("*.safetensors")
+    damage(kind, entry)
+    said: list[str] = []
+    store = Store(tmp_path, said.append)
+    assert torch.equal(store.components(W, 4, "minor").U, wanted.U)
+    assert store.made == 1
+    assert entry.name in said[0]
+    assert "computed again" in said[0]
+    quiet = Store(tmp_path, no_computing)
+    quiet.components(W, 4, "minor")
+    assert quiet.found == 1
+
+
+def test_a_store_of_another_version_is_named_and_not_used(tmp_path: Path) -> None:
+    W = weight()
+    Store(tmp_path).components(W, 4, "minor")
+    (tmp_path / "v1").rename(tmp_path / "v0")
+    said: list[str] = []
+    store = Store(tmp_path, said.append)
+    store.components(W, 4, "minor")
+    assert store.made == 1
+    assert "another version" in said[0]
+    assert "v0" in said[0]
+
+
+def test_leftovers_of_killed_writers_are_removed_in_time(tmp_path: Path) -> None:
+    folder = Store(tmp_path).folder
+    for name, age in ((".old.tmp", 7200), (".new.tmp", 5)):
+        (folder / name).write_text("half")
+        then = (folder / name).stat().st_mtime - age
+        os.utime(folder / name, (then, then))
+    Store(tmp_path)
+    assert [path.name for path in folder.iterdir()] == [".new.tmp"]
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_init_leaves_nothing_for_train_to_compute(
+    kind: str, sharded: bool, tmp_path: Path, tiny: Tiny,
+    load: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    folder = tiny(kind)
+    if sharded:
+        folder = tmp_path / "sharded"
+        load(kind).save_pretrained(folder, max_shard_size="20KB")
+        assert len(list(folder.glob("*.safetensors"))) > 2
+    done = decompose(folder, tmp_path / "store", kind)
+    assert done["made"] == done["weights"] > 0
+    config = lora_config(lora(kind))
+    _, wanted = add_adapter(load(kind), config, "milora")
+    monkeypatch.setattr(milora.store, "components", no_computing)
+    for rank in (4, 2):
+        store = Store(tmp_path / "store")
+        config = lora_config(lora(kind, rank))
+        _, start = add_adapter(load(kind), config, "milora", decompose=store.components)
+        assert store.found == done["weights"]
+    _, start = add_adapter(
+        load(kind), lora_config(lora(kind)), "milora", decompose=store.components
+    )
+    for name, factors in wanted.factors.items():
+        assert torch.equal(start.factors[name].A, factors.A)
+        assert torch.equal(start.factors[name].B, factors.B)
+
+
+@pytest.mark.parametrize("method", ["pissa", "middle", "random"])
+def test_every_method_is_found_again(
+    method: str, tmp_path: Path, tiny: Tiny, load: Callable[..., PreTrainedModel],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    pattern = {"rank_pattern": {"v_proj": 2}}
+    decompose(tiny("llama"), tmp_path, method=method, lora=lora("llama") | pattern, seed=5)
+    _, wanted = add_adapter(load("llama"), lora_config(lora("llama") | pattern), method, seed=5)
+    monkeypatch.setattr(milora.store, "components", no_computing)
+    _, start = add_adapter(
+        load("llama"), lora_config(lora("llama") | pattern), method, seed=5,
+        decompose=Store(tmp_path).components,
+    )  # fmt: skip
+    for name, factors in wanted.factors.items():
+        assert torch.equal(start.factors[name].A, factors.A)
+
+
+def test_a_dtype_that_rounds_is_another_weight(
+    tmp_path: Path, tiny: Tiny, load: Callable[..., PreTrainedModel],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    decompose(tiny("llama"), tmp_path, dtype="bfloat16")
+    monkeypatch.setattr(milora.store, "components", no_computing)
+    model, config = load("llama", torch.bfloat16), lora_config(lora("llama"))
+    add_adapter(model, config, "milora", decompose=Store(tmp_path).components)
+    with pytest.raises(AssertionError, match="was decomposed"):
+        add_adapter(load("llama"), config, "milora", decompose=Store(tmp_path).components)
+
+
+def test_a_changed_shard_is_decomposed_anew(
+    tmp_path: Path, load: Callable[..., PreTrainedModel]
+) -> None:
+    folder = tmp_path / "model"
+    load("llama").save_pretrained(folder, max_shard_size="20KB")
+    decompose(folder, tmp_path / "store")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    name = "model.layers.1.self_attn.q_proj.weight"
+    shard = folder / index[name]
+    tensors = load_file(shard)
+    tensors[name] = tensors[name] + 1e-3
+    save_file(tensors, shard, {"format": "pt"})
+    done = decompose(folder, tmp_path / "store")
+    assert (done["made"], done["found"]) == (1, done["weights"] - 1)
+
+
+def broken(kind: str, folder: Path) -> None:
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.0.self_attn.v_proj.weight"
+    if kind == "truncated":
+        path.write_bytes(path.read_bytes()[:-1000])
+        return
+    if kind == "NaN":
+        tensors[name][3, 5] = float("nan")
+    elif kind == "missing":
+        del tensors[name]
+    elif kind == "of another shape":
+        tensors[name] = tensors[name][:, :16].contiguous()
+    elif kind == "quantised":
+        config = json.loads((folder / "config.json").read_text())
+        config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+        (folder / "config.json").write_text(json.dumps(config))
+        card = "---\nbase_model: acme/whole\n---\n"
+        (folder / "README.md").write_text(card)
+    elif kind == "no files":
+        path.unlink()
+        return
+    save_file(tensors, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("truncated", r"model\.safetensors cannot be read .*truncated or damaged"),
+        ("NaN", r"model\.layers\.0\.self_attn\.v_proj\.weight holds NaN"),
+        ("missing", r"hold no model\.layers\.0\.self_attn\.v_proj\.weight"),
+        ("of another shape", r"v_proj\.weight is \(16, 16\).*says \(16, 32\)"),
+        ("quantised", r"quantised \(gptq\).*full-precision.*acme/whole"),
+        ("no files", r"neither model\.safetensors nor"),
+    ],
+)
+def test_a_broken_checkpoint(kind: str, said: str, tmp_path: Path, tiny: Tiny) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny("llama"), folder)
+    broken(kind, folder)
+    with pytest.raises(UserError, match=said):
+        decompose(folder, tmp_path / "store")
+
+
+def test_a_shard_that_the_index_names_and_that_is_not_there(
+    tmp_path: Path, load: Callable[..., PreTrainedModel]
+) -> None:
+    folder = tmp_path / "model"
+    load("llama").save_pretrained(folder, max_shard_size="20KB")
+    gone = sorted(folder.glob("*.safetensors"))[2]
+    gone.unlink()
+    with pytest.raises(UserError, match=f"has no {gone.name}, which its .* names: fetch it again"):
+        decompose(folder, tmp_path / "store")
+
+
+def test_methods_without_components_are_refused(tmp_path: Path, tiny: Tiny) -> None:
+    for method in ("lora", "full"):
+        with pytest.raises(UserError, match=f"method {method} starts from no components"):
+            decompose(tiny("llama"), tmp_path, method=method)
+
+
+def init_and_kill(model: str, store: str, at_write: int) -> None:
+    """In a child process: SIGKILL itself just before the n-th change to the store."""
+    seen = 0
+
+    def hook(event: str, values: tuple[Any, ...]) -> None:
+        nonlocal seen
+        if event == "open":
+            writes = any(c in "wax+" for c in values[1] or "") or bool(
+                (values[2] or 0) & (os.O_WRONLY | os.O_RDWR)
+            )
+        else:
+            writes = event in ("os.rename", "os.mkdir", "os.remove")
+        path = values[0] if values else ""
+        if writes and isinstance(path, str | bytes | Path) and store in os.fsdecode(path):
+            seen += 1
+            if seen == at_write:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.set_num_threads(1)
+    sys.addaudithook(hook)
+    decompose(Path(model), Path(store))
+
+
+@pytest.mark.parametrize(
+    "at_write",
+    [1, 6, 23] + [pytest.param(n, marks=pytest.mark.slow) for n in (2, 3, 4, 5, 7, 8, 9)],
+)
+def test_killed_at_the_nth_write(at_write: int, tmp_path: Path, tiny: Tiny) -> None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["milora.train"])
+    store = tmp_path / "store"
+    child = context.Process(target=init_and_kill, args=(str(tiny("llama")), str(store), at_write))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    whole = {path.name for path in store.rglob("*.safetensors")}
+    said: list[str] = []
+    again = Store(store, said.append)
+    done = decompose_checkpoint(
+        model=str(tiny("llama")), method="milora", lora=lora("llama"), store=again,
+        progress=Progress(),
+    )  # fmt: skip
+    assert not said  # what was there was whole
+    assert (done["found"], done["made"]) == (len(whole), done["weights"] - len(whole))
+    fresh = tmp_path / "fresh"
+    decompose(tiny("llama"), fresh)
+    names = {path.name: path.read_bytes() for path in fresh.rglob("*.safetensors")}
+    assert {path.name: path.read_bytes() for path in store.rglob("*.safetensors")} == names
+
+
+CONFIG = """\
+model: {model}
+output_dir: run
+data: {{train: rows.jsonl}}
+lora: {{r: 4, lora_alpha: 4, target_modules: [q_proj, k_proj, v_proj, up_proj, down_proj]}}
+"""
+
+
+def command(folder: Path, model: Path, **options: Any) -> subprocess.Popen[str]:
+    (folder / "run.yaml").write_text(CONFIG.format(model=model), encoding="utf-8")
+    environment = os.environ | {"MILORA_STORE": str(folder / "store"), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "milora", "init", "run.yaml"], cwd=folder, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, **options,
+    )  # fmt: skip
+
+
+def test_two_at_once_share_the_work(tmp_path: Path, tiny: Tiny) -> None:
+    both = [command(tmp_path, tiny("llama")) for _ in range(2)]
+    outputs = [process.communicate() for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    counts = [re.match(r"10 weights: (\d+) decomposed, (\d+) were", out) for out, _ in outputs]
+    assert all(counts), outputs
+    assert sum(int(count[1]) for count in counts if count) == 10  # none twice
+    left = {path.suffix for path in (tmp_path / "store" / "v1").iterdir()}
+    assert left == {".safetensors"}
+    again = command(tmp_path, tiny("llama"))
+    out, _ = again.communicate()
+    assert out.startswith("10 weights: 0 decomposed, 10 were in the store")
+
+
+def test_a_full_disk(tmp_path: Path, tiny: Tiny) -> None:
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))
+
+    process = command(tmp_path, tiny("llama"), preexec_fn=limit)
+    _, err = process.communicate()
+    assert process.returncode == 2
+    assert "Traceback" not in err
+    last = err.strip().splitlines()[-1]
+    assert re.search(r"store cannot write .*: free some space, or set MILORA_STORE", last)
+    assert not list((tmp_path / "store" / "v1").iterdir())
+
+
+def test_a_store_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="set MILORA_STORE to a folder that can be written"):
+        Store(tmp_path / "file")
+
+
+def test_fused_weights_are_read_as_they_are(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=258, intermediate_size=64, **shape))
+    model.save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    checkpoint = open_checkpoint(str(tmp_path / "model"))
+    name = "gpt_neox.layers.0.attention.query_key_value"
+    assert torch.equal(checkpoint.read(name), model.get_submodule(name).weight)  # type: ignore[arg-type]
+    assert all(p.device.type == "meta" for p in checkpoint.skeleton.parameters())
