@@ -18,7 +18,12 @@ import torch
 from conftest import KINDS, TARGETS, make_tokenizer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    PreTrainedModel,
+)
 
 import milora.store
 from milora.adapter import add_adapter, lora_config
@@ -119,9 +124,48 @@ def test_a_damaged_entry_is_never_used(kind: str, tmp_path: Path) -> None:
     assert store.made == 1
     assert entry.name in said[0]
     assert "computed again" in said[0]
+    assert len(said) == 1
     quiet = Store(tmp_path, no_computing)
     quiet.components(W, 4, "minor")
     assert quiet.found == 1
+
+
+def test_an_entry_under_another_name_is_never_used(tmp_path: Path) -> None:
+    W, other = weight(), weight(seed=1)
+    store = Store(tmp_path)
+    store.components(other, 4, "minor")
+    (stray,) = tmp_path.rglob("*.safetensors")
+    data = stray.read_bytes()
+    for component in ("minor", "principal"):
+        wanted = store.components(W, 4, component)
+        (entry,) = (p for p in store.folder.glob(f"*-{component}.*") if p != stray)
+        entry.write_bytes(data)
+        said: list[str] = []
+        assert torch.equal(Store(tmp_path, said.append).components(W, 4, component).U, wanted.U)
+        assert "it says that it is" in said[0]
+
+
+def test_a_changed_number_in_an_entry_is_noticed(tmp_path: Path) -> None:
+    W = weight()
+    found = Store(tmp_path).components(W, 4, "minor")
+    (entry,) = tmp_path.rglob("*.safetensors")
+    data = entry.read_bytes()
+    start = data.index(repr(found.norm).encode())
+    entry.write_bytes(data[:start] + b"9" + data[start + 1 :])
+    said: list[str] = []
+    assert Store(tmp_path, said.append).components(W, 4, "minor").norm == found.norm
+    assert "not what was written" in said[0]
+
+
+def test_train_goes_on_without_a_store_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    said: list[str] = []
+    store = Store(tmp_path / "file", said.append, optional=True)
+    for seed in (0, 1):
+        W = weight(seed=seed)
+        assert torch.equal(store.components(W, 3, "minor").U, components(W, 3, "minor").U)
+    assert len(said) == 1
+    assert "going on without it" in said[0]
 
 
 def test_a_store_of_another_version_is_named_and_not_used(tmp_path: Path) -> None:
@@ -250,7 +294,7 @@ def broken(kind: str, folder: Path) -> None:
     [
         ("truncated", r"model\.safetensors cannot be read .*truncated or damaged"),
         ("NaN", r"model\.layers\.0\.self_attn\.v_proj\.weight holds NaN"),
-        ("missing", r"hold no model\.layers\.0\.self_attn\.v_proj\.weight"),
+        ("missing", r"hold no weight for model\.layers\.0\.self_attn\.v_proj \(1 in all\)"),
         ("of another shape", r"v_proj\.weight is \(16, 16\).*says \(16, 32\)"),
         ("quantised", r"quantised \(gptq\).*full-precision.*acme/whole"),
         ("no files", r"neither model\.safetensors nor"),
@@ -273,6 +317,76 @@ def test_a_shard_that_the_index_names_and_that_is_not_there(
     gone.unlink()
     with pytest.raises(UserError, match=f"has no {gone.name}, which its .* names: fetch it again"):
         decompose(folder, tmp_path / "store")
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "null", '{"weight_map": null}', '{"weight_map": {"a": 1}}', "{", "{}"]
+)
+def test_a_damaged_index(
+    content: str, tmp_path: Path, load: Callable[..., PreTrainedModel]
+) -> None:
+    folder = tmp_path / "model"
+    load("llama").save_pretrained(folder, max_shard_size="20KB")
+    (folder / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(UserError, match=r"index\.json is damaged .*: fetch it again"):
+        decompose(folder, tmp_path / "store")
+
+
+def test_an_index_and_a_shard_that_do_not_agree(
+    tmp_path: Path, load: Callable[..., PreTrainedModel]
+) -> None:
+    folder = tmp_path / "model"
+    load("llama").save_pretrained(folder, max_shard_size="20KB")
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    names = sorted(content["weight_map"])
+    name = "model.layers.0.self_attn.q_proj.weight"
+    other = next(n for n in names if content["weight_map"][n] != content["weight_map"][name])
+    content["weight_map"][name] = content["weight_map"][other]
+    index.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"has no {name}, though .*: fetch both again"):
+        decompose(folder, tmp_path / "store")
+
+
+def test_one_file_goes_before_shards_as_in_the_library(
+    tmp_path: Path, load: Callable[..., PreTrainedModel]
+) -> None:
+    folder = tmp_path / "model"
+    load("llama").save_pretrained(folder, max_shard_size="20KB")
+    changed = load("llama")
+    name = "model.layers.0.self_attn.q_proj"
+    changed.get_submodule(name).weight.mul_(2)  # type: ignore[operator, union-attr]
+    changed.save_pretrained(tmp_path / "one")
+    shutil.copy(tmp_path / "one" / "model.safetensors", folder)
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    found = open_checkpoint(str(folder)).read(name)
+    assert torch.equal(found, loaded.get_submodule(name).weight)
+
+
+@pytest.mark.parametrize("length", [0, 20, 200, 2000])
+def test_a_damaged_gguf_file(length: int, tmp_path: Path) -> None:
+    from gguf import GGUFWriter
+
+    path = tmp_path / "model.gguf"
+    writer = GGUFWriter(path, "llama")
+    writer.add_description("x" * 5000)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(UserError, match=r"model\.gguf (cannot be (opened|read)|hold no weight)"):
+        decompose(path, tmp_path / "store")
+
+
+def test_what_is_no_model(tmp_path: Path) -> None:
+    for model, said in (
+        (f"{tmp_path}/none", "is not a folder, a .gguf file or a hub id"),
+        (f"{tmp_path}/none.gguf", "does not exist"),
+        (str(tmp_path), "cannot be opened"),
+    ):
+        with pytest.raises(UserError, match=said):
+            open_checkpoint(model)
 
 
 def test_methods_without_components_are_refused(tmp_path: Path, tiny: Tiny) -> None:

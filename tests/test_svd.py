@@ -87,6 +87,7 @@ def spectrum(kind: str, n: int) -> Tensor:
         "three values": (2.0 - (3 * i / n).floor() * 0.75),
         "a few zeros": torch.cat([high[:-5], 0 * ones[:5]]),
         "many zeros": torch.cat([high[:-60], 0 * ones[:60]]),
+        "cluster at the cut": torch.cat([high[:-90], 1e-3 + 4e-6 * line[-90:]]),
         "one giant": torch.cat([1e6 * ones[:1], line[1:]]),
         "condition 1e6": 10 ** (-6 * i / (n - 1)),
         "condition 1e12": 10 ** (-12 * i / (n - 1)),
@@ -98,8 +99,8 @@ def spectrum(kind: str, n: int) -> Tensor:
 
 KINDS = [
     "hard edge", "soft edge", "narrow", "flat", "repeated", "twice repeated", "nearly repeated",
-    "three values", "a few zeros", "many zeros", "one giant", "condition 1e6", "condition 1e12",
-    "low rank and noise", "three tiny", "zero",
+    "three values", "a few zeros", "many zeros", "cluster at the cut", "one giant",
+    "condition 1e6", "condition 1e12", "low rank and noise", "three tiny", "zero",
 ]  # fmt: skip
 
 
@@ -114,9 +115,14 @@ def check_triplets(W: Tensor, found: object, wanted: Tensor, size: float) -> Non
     residual = max(norm(W @ Vh.T - U * S), norm(W.T @ U - Vh.T * S)) / unit
     assert residual <= 1e-6
     assert residual <= 1.001 * said + 1e-14
-    assert 0.9 * size <= norm_said <= size * (1 + 1e-5)
+    assert 0.88 * size <= norm_said <= size * (1 + 1e-5)
     energy, least = float((S / unit).norm()), float((wanted / unit).norm())
-    assert energy == pytest.approx(least, rel=1e-6, abs=1e-13)
+    cut = float(wanted[-1 if wanted[0] == size else 0]) / unit
+    # Values within the residual of the cut may stand for each other.
+    assert energy == pytest.approx(least, rel=max(1e-6, 2 * residual / (cut or 1)), abs=1e-13)
+    # Each of them too, to what the residual allows.
+    assert float((S - wanted).abs().max()) <= 1e-6 * size
+    assert float((S - wanted).abs().max()) <= max(1e-3 * cut, 1e-13) * unit
 
 
 @settings(max_examples=60)
@@ -150,7 +156,7 @@ ROUTES = [
     ((300, 300), 60, "soft edge", "minor", "all eigenvectors"),
     ((800, 520), 20, "soft edge", "minor", "shifted Gram, float32"),
     ((520, 800), 20, "soft edge", "minor", "shifted Gram, float32"),
-    ((800, 520), 20, "condition 1e6", "minor", "shifted Gram, float64"),
+    ((800, 520), 20, "hard edge", "minor", "shifted Gram, float64"),
     ((800, 520), 40, "soft edge", "minor", "all eigenvectors"),
     ((800, 520), 20, "condition 1e12", "minor", "full SVD"),
     ((300, 300), 20, "a few zeros", "minor", "full SVD"),
@@ -191,6 +197,45 @@ def test_dead_and_duplicate_rows_and_columns(shape: tuple[int, int]) -> None:
             W[7] = 0
         S = torch.linalg.svdvals(W.double())
         check_triplets(W.double(), minor_components(W, 16), S[-16:], float(S[0]))
+
+
+def test_weights_of_parts_that_do_not_mix() -> None:
+    """What the eigenvectors to start from have lost, no iteration on them would find."""
+    for low, other, rank in ((1e-5, 2e-5, 64), (2e-2, 2.02e-2, 32), (1e-3, 1.1e-3, 64)):
+        generator = torch.Generator().manual_seed(0)
+        first = torch.cat([torch.linspace(1, 0.3, 260), torch.full((40,), low)]).double()
+        second = torch.cat([torch.linspace(1, 0.3, 200), torch.full((100,), other)]).double()
+        S = torch.cat([first, second]).sort(descending=True).values
+        for m in (300, 500):
+            W = torch.zeros(m + 300, 600, dtype=torch.float64)
+            left, right = reflections(m, generator)[:, :300], reflections(300, generator)
+            W[:m, :300] = (left * first) @ right
+            W[m:, 300:] = torch.diag(second)
+            check_triplets(W, minor_components(W, rank), S[-rank:], float(S[0]))
+
+
+def test_beside_a_giant_the_other_large_ones_are_right_too() -> None:
+    for giant in (1e3, 1e5, 1e7):
+        generator = torch.Generator().manual_seed(0)
+        S = torch.cat([torch.tensor([giant]), torch.linspace(2, 1, 519)]).double()
+        W = (reflections(520, generator) * S) @ reflections(520, generator)
+        found = components(W, 32, "principal")
+        torch.testing.assert_close(found.S, S[:32], rtol=1e-6, atol=0)
+
+
+def test_the_largest_and_smallest_numbers_of_fp64() -> None:
+    for value in (1.7e308, 5e-324):
+        W = value * torch.eye(4, dtype=torch.float64)
+        assert minor_components(W, 2).S.tolist() == [value, value]
+
+
+def test_a_default_device_does_not_leak_in() -> None:
+    W = torch.randn(300, 300, generator=torch.Generator().manual_seed(0))
+    with torch.device("meta"):
+        found = minor_components(W, 8)
+        random = components(W, 8, "random", 1)
+    assert torch.equal(found.S, minor_components(W, 8).S)
+    assert torch.equal(random.S, components(W, 8, "random", 1).S)
 
 
 def test_a_tighter_tolerance_is_met() -> None:

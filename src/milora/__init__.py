@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Components": "svd",
+    "Store": "store",
     "UserError": "errors",
     "add_adapter": "adapter",
     "base_only": "adapter",

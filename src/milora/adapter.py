@@ -256,7 +256,7 @@ def _start(
         factors[name] = initial_factors(found, scaling[name])
         spectra[name] = {
             "shape": list(weight.shape),
-            "spectral_norm": found.norm,
+            "spectral_norm_at_least": found.norm,
             "frobenius_norm": float(torch.linalg.norm(weight.double())),
             "component_norm": float(found.S.norm()),
             "singular_values": found.S.tolist(),

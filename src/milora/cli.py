@@ -296,7 +296,9 @@ def main() -> None:
     except UserError as error:
         sys.exit(_fail(str(error)))
     except KeyboardInterrupt:
-        sys.exit(_fail("stopped; `milora train ... --resume` continues"))
+        init = sys.argv[1:2] == ["init"]
+        again = "the same command" if init else "`milora train ... --resume`"
+        sys.exit(_fail(f"stopped; {again} continues"))
     except OSError as error:
         where = f" {error.filename}" if error.filename else ""
         if error.errno in NO_ROOM:

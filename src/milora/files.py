@@ -18,7 +18,7 @@ def cache_folder() -> Path:
     """Where converted models and decompositions live: $MILORA_CACHE, else in the user's cache."""
     own = os.environ.get("MILORA_CACHE")
     if own:
-        return Path(own)
+        return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "milora"
 
 

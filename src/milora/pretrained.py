@@ -1,5 +1,6 @@
 """Load the base: the bundled SmolLM2, a hub id, a local folder or a GGUF file."""
 
+import struct
 import subprocess
 import sys
 import tempfile
@@ -42,16 +43,15 @@ def load_pretrained(model: str, dtype: str = "auto", trust_remote_code: bool = F
 
     Raises UserError when the model is not there or cannot be loaded.
     """
-    source, name, license_ = model, model, None
+    source, license_ = model, None
     if model == BUNDLED:
-        source, name, license_ = str(bundled()), BUNDLED, "apache-2.0"
+        source, license_ = str(bundled()), "apache-2.0"
     elif model.endswith(".gguf"):
         source = str(_converted(Path(model)))
     elif Path(model).is_dir():
         license_ = _license(Path(model) / "README.md")
-    elif model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise UserError(f"model: {model} is not a folder, a .gguf file or a hub id")
     else:
+        check_hub_id(model)
         license_ = _license(model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
@@ -72,7 +72,13 @@ def load_pretrained(model: str, dtype: str = "auto", trust_remote_code: bool = F
     loaded.to(device)  # type: ignore[arg-type]
     loaded.eval()
     loaded.requires_grad_(False)
-    return Pretrained(loaded, tokenizer, name, license_ or "unknown")
+    return Pretrained(loaded, tokenizer, model, license_ or "unknown")
+
+
+def check_hub_id(model: str) -> None:
+    """Raise UserError for what can only have been meant as a path."""
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise UserError(f"model: {model} is not a folder, a .gguf file or a hub id")
 
 
 def dtype_of(name: str) -> torch.dtype:
@@ -136,7 +142,7 @@ def _convert(gguf: Path, folder: Path) -> None:
             dtype=torch.float32,
             quantization_config=GgufConfig(dequantize=True),
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, IndexError, struct.error) as error:
         raise UserError(f"model: {gguf} cannot be read as GGUF: {error}") from error
     with new_folder(folder) as temporary:
         model.save_pretrained(temporary)

@@ -72,7 +72,7 @@ def plan(
 
 
 def decomposition_time(adapted: PeftModel, component: Component) -> float:
-    """Seconds, measured on one weight of every shape and rank; what is stored takes none."""
+    """Seconds without the store, measured on one weight of every shape and rank."""
     alike: dict[tuple[int, ...], list[Any]] = {}
     for layer in adapter.adapted_layers(adapted).values():
         key = (*adapter.weight_of(layer).shape, layer.r[adapter.TRAINED])

@@ -14,6 +14,8 @@ EVERY = 15.0  # seconds between lines when there is no terminal
 class Progress:
     """Called as progress(what, done, total, note); a change of `what` begins the next piece.
 
+    `free` of what is done took no time, which the estimate must not count on.
+
     A context manager. Everything goes to stderr.
     """
 
@@ -45,13 +47,13 @@ class Progress:
         if self.bar:
             self.bar.stop()
 
-    def __call__(self, what: str, done: int, total: int, note: str = "") -> None:
+    def __call__(self, what: str, done: int, total: int, note: str = "", free: int = 0) -> None:
         now = time.monotonic()
         fresh = what != self.what
         if fresh:
             self.what, self.first, self.started, self.said = what, done, now, 0.0
-        here = done - self.first
-        left = (total - done) * (now - self.started) / here if here else None
+        here = done - self.first - free
+        left = (total - done) * (now - self.started) / here if here > 0 else None
         note = f"{note}  {duration(left)} left" if left is not None else note
         if self.bar:
             if fresh:

@@ -42,16 +42,22 @@ class Store:
     """Decompositions on disk, for any number of processes.
 
     `say` gets a sentence when something in the store cannot be used. `found`, `made` and
-    `residual` count what this object did.
+    `residual` count what this object did. With `optional`, a store that cannot be written is said
+    and done without; otherwise it raises UserError.
     """
 
-    def __init__(self, folder: Path | None = None, say: Callable[[str], None] = print) -> None:
+    def __init__(
+        self,
+        folder: Path | None = None,
+        say: Callable[[str], None] = print,
+        optional: bool = False,
+    ) -> None:
         self.root = folder or store_folder()
         self.folder = self.root / f"v{SOLVER}"
-        self.say = say
+        self.say, self.optional, self.writable = say, optional, True
         self.found = self.made = 0
         self.residual = 0.0
-        with _written(self.folder):
+        with self._writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             _sweep(self.folder)
         others = sorted(p.name for p in self.root.glob("v*") if p.name != self.folder.name)
@@ -70,20 +76,22 @@ class Store:
         """
         # 16-bit values are exact in fp32: a weight loaded as either is the same weight.
         whole = weight.float() if weight.element_size() < 4 else weight
-        name = f"{tensor_sha256(whole)}-{component}"
-        path = self.folder / (f"{name}-{seed}" if component == "random" else name)
-        path = path.with_suffix(".safetensors")
-        wanted = positions(component, min(weight.shape), rank, seed)
-        result = self._read(path, weight, wanted, component, seed)
-        if result is None:
+        name = f"{tensor_sha256(whole)}-{component}" + f"-{seed}" * (component == "random")
+        where = positions(component, min(weight.shape), rank, seed)
+        path = self.folder / f"{name}.safetensors"
+        result = self._read(path, weight, where, component, seed)
+        if result is not None:
+            self.found += 1
+        else:
             with self._only_here(path, wait):
-                result = self._read(path, weight, wanted, component, seed)
-                if result is None:
+                # Another process may have done it meanwhile.
+                result = self._read(path, weight, where, component, seed)
+                if result is not None:
+                    self.found += 1
+                else:
                     result = components(weight, rank, component, seed)
-                    self._write(path, result, component, seed)
+                    self._write(path, result)
                     self.made += 1
-                    self.found -= 1
-        self.found += 1
         self.residual = max(self.residual, result.residual)
         return result
 
@@ -96,10 +104,15 @@ class Store:
             with safe_open(path, framework="pt") as handle:
                 about = json.loads((handle.metadata() or {})["milora"])
                 U, S, Vh = (handle.get_tensor(name) for name in ("U", "S", "Vh"))
-            if about["format"] != FORMAT or about["digest"] != _digest(U, S, Vh):
+            digest = about.pop("digest")
+            if about["format"] != FORMAT or about["of"] != path.stem:
+                raise ValueError(f"it says that it is {about['format']} of {about['of']}")
+            if digest != _digest(about, U, S, Vh):
                 raise ValueError("its content is not what was written")
         except Exception as error:  # of many kinds: whatever the damage, it is computed anew
-            self.say(f"{path} is damaged ({error}): it is computed again")
+            self.say(f"{path} cannot be used ({error}): it is computed again")
+            with suppress(OSError):
+                path.unlink()
             return None
         here = positions(component, min(weight.shape), len(S), seed)
         picked = torch.isin(here, wanted)
@@ -108,16 +121,33 @@ class Store:
         U, S, Vh = (x.to(weight.device) for x in (U[:, picked], S[picked], Vh[picked]))
         return Components(U, S, Vh, about["norm"], about["residual"], about["solver"])
 
-    def _write(self, path: Path, found: Components, component: Component, seed: int) -> None:
+    def _write(self, path: Path, found: Components) -> None:
         tensors = {"U": found.U, "S": found.S, "Vh": found.Vh}
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        about = {
-            "format": FORMAT, "component": component, "seed": seed, "norm": found.norm,
+        about: dict[str, Any] = {
+            "format": FORMAT, "of": path.stem, "solver_version": SOLVER, "norm": found.norm,
             "residual": found.residual, "solver": found.solver,
-            "digest": _digest(*tensors.values()),
         }  # fmt: skip
-        with _written(path):
+        about["digest"] = _digest(about, *tensors.values())
+        with self._writing(path):
             write_bytes(path, save(tensors, {"milora": json.dumps(about)}))
+
+    @contextmanager
+    def _writing(self, path: Path) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            advice = "set MILORA_STORE to a folder that can be written"
+            if error.errno in NO_ROOM:
+                advice = (
+                    "free some space, or set MILORA_STORE to a folder with room; what is done stays"
+                )
+            sentence = f"the decomposition store cannot write {path} ({error.strerror}): {advice}"
+            if not self.optional:
+                raise UserError(sentence) from error
+            if self.writable:
+                self.say(f"{sentence} (going on without it)")
+            self.writable = False
 
     @contextmanager
     def _only_here(self, path: Path, wait: bool) -> Iterator[None]:
@@ -126,26 +156,29 @@ class Store:
             lock.acquire()
         except Timeout as error:
             raise BusyError from error
-        except (NotImplementedError, OSError):  # a file system without locks: work may be done
-            yield  # twice, but never wrong, since results appear whole
+        except (NotImplementedError, OSError):  # no locks here, or nothing can be written:
+            yield  # work may be done twice, but never wrong, since results appear whole
             return
         try:
             yield
         finally:
-            # Whoever waits for it finds the result; whoever comes later needs no lock.
-            with suppress(OSError):
+            with suppress(OSError):  # whoever comes later finds the result
                 Path(lock.lock_file).unlink()
             lock.release()
 
     def size(self) -> int:
         """Bytes of all results of this version."""
-        return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
+        total = 0
+        for path in self.folder.glob("*.safetensors"):
+            with suppress(FileNotFoundError):
+                total += path.stat().st_size
+        return total
 
 
 def store_folder() -> Path:
     """$MILORA_STORE, else decompositions/ in milora's cache."""
     own = os.environ.get("MILORA_STORE")
-    return Path(own) if own else cache_folder() / "decompositions"
+    return Path(own).expanduser() if own else cache_folder() / "decompositions"
 
 
 def decompose_checkpoint(
@@ -174,13 +207,22 @@ def decompose_checkpoint(
     checkpoint = open_checkpoint(model, trust_remote_code)
     wanted = targets(checkpoint.skeleton, config)
     began = time.monotonic()
-    queue, busy = list(wanted), list[str]()
-    done = 0
+    missing = [name for name in wanted if not checkpoint.has(name)]
+    if missing:
+        raise UserError(
+            f"the files of {model} hold no weight for {missing[0]} ({len(missing)} in all): either "
+            "they are damaged, or the library fuses or renames it when it loads the model; then "
+            "leave it to `milora train`, which decomposes the loaded weights"
+        )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    queue, busy = list(wanted), set[str]()
     while queue:
         name = queue.pop(0)
-        target = wanted[name]
-        stored = checkpoint.read(name)
-        weight = stored.to(dtype_of(dtype))
+        target, done = wanted[name], store.made + store.found
+        if name in busy:
+            store.say(f"waiting for another process, which is at {name}")
+        progress("decomposing", done, len(wanted), name, free=store.found)
+        weight = checkpoint.read(name).to(dtype_of(dtype))
         if target.transposed and not checkpoint.gguf:
             weight = weight.T
         if tuple(weight.shape) != target.shape:
@@ -190,21 +232,15 @@ def decompose_checkpoint(
             )
         if not torch.isfinite(weight).all():
             raise UserError(f"{name}.weight holds NaN or infinite values: the base is damaged")
-        before = store.made
+        drawn = module_seed(seed, name)
         try:
-            # After one round those that were busy are waited for.
             store.components(
-                weight, target.rank, COMPONENT[method], module_seed(seed, name),
-                wait=name in busy,
-            )  # fmt: skip
-        except BusyError:
-            busy.append(name)
+                weight.to(device), target.rank, COMPONENT[method], drawn, wait=name in busy
+            )
+        except BusyError:  # left to that process, and looked for at the end
+            busy.add(name)
             queue.append(name)
-            continue
-        done += 1
-        # What was there takes no time, and would make the rest look quick.
-        what = "decomposing" if store.made > before else "in the store"
-        progress(what, done, len(wanted), name)
+    progress("decomposing", len(wanted), len(wanted))
     return {
         "weights": len(wanted), "made": store.made, "found": store.found,
         "residual": store.residual, "seconds": time.monotonic() - began,
@@ -212,8 +248,8 @@ def decompose_checkpoint(
     }  # fmt: skip
 
 
-def _digest(*tensors: Tensor) -> str:
-    digest = hashlib.sha256()
+def _digest(about: Mapping[str, Any], *tensors: Tensor) -> str:
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for tensor in tensors:
         digest.update(tensor_sha256(tensor).encode())
     return digest.hexdigest()
@@ -222,23 +258,6 @@ def _digest(*tensors: Tensor) -> str:
 def _sweep(folder: Path) -> None:
     """Remove what killed processes, here or on another machine, had half written an hour ago."""
     for path in folder.glob(".*.tmp"):
-        try:
+        with suppress(OSError):  # another process was faster, or it is another user's
             if time.time() - path.stat().st_mtime > 3600:
                 path.unlink()
-        except FileNotFoundError:  # another process was faster
-            continue
-
-
-@contextmanager
-def _written(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        advice = "set MILORA_STORE to a folder that can be written"
-        if error.errno in NO_ROOM:
-            advice = (
-                "free some space, or set MILORA_STORE to a folder with room; what is done stays"
-            )
-        raise UserError(
-            f"the decomposition store cannot write {path} ({error.strerror}): {advice}"
-        ) from error

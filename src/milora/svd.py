@@ -41,7 +41,7 @@ class Components(NamedTuple):
     U: Tensor  # (m, r) orthonormal columns
     S: Tensor  # (r,)
     Vh: Tensor  # (r, n) orthonormal rows
-    norm: float  # the largest singular value of W; from below and to 5 % by the routes for "minor"
+    norm: float  # the largest singular value of W; from below, to 10 %, by the Krylov routes
     residual: float  # max(|W V - U S|, |Wᵀ U - V S|) / norm, in the spectral norm or above it
     solver: str  # the route that found them
 
@@ -57,7 +57,10 @@ def minor_components(weight: Tensor, rank: int, tol: float = TOLERANCE) -> Compo
 
     The weight may have any floating dtype; it is lifted to fp64 first, since the minor subspace
     is ill-conditioned: in bf16 its vectors move by as much as 0.1. U and V are orthonormal to fp64
-    rounding whatever `tol` is. The same machine and thread count give the same bits.
+    rounding whatever `tol` is, and |S| is the least possible to 1e-6 of it, unless many values lie
+    within the residual of the largest one found. The same machine and thread count give the same
+    bits. Products are computed in full fp32 or fp64 whatever the process has set; that setting is
+    the process's, so that no other thread should change it meanwhile.
 
     Raises ValueError when the weight is no matrix, has a NaN or infinite entry, or has fewer than
     `rank` singular values.
@@ -80,16 +83,14 @@ def components(
     if not 1 <= rank <= min(m, n):
         raise ValueError(f"rank {rank} does not fit a {m} x {n} weight: choose 1 to {min(m, n)}")
     wanted = positions(component, min(m, n), rank, seed)
-    if weight.device.type == "mps":  # has no fp64
-        weight = weight.cpu()
     with torch.no_grad(), _plain_arithmetic(weight.device):
-        A = weight if m >= n else weight.T
+        A = (weight if m >= n else weight.T).to(torch.float64, copy=True)
         largest = float(A.abs().max())
         if not math.isfinite(largest):
             raise ValueError("the weight holds NaN or infinite entries")
         # A power of two, so that nothing is rounded; squares of 1e30 or 1e-30 would not fit fp32.
-        scale = 2.0 ** round(math.log2(largest)) if largest else 1.0
-        A = A.to(torch.float64, copy=True).div_(scale)
+        scale = 2.0 ** math.floor(math.log2(largest)) if largest else 1.0
+        A.div_(scale)
         found = _first_good(A, wanted, component, tol) if largest else _full_svd(A, wanted)
         U, S, Vh = found.U, found.S.clamp_min(0) * scale, found.Vh
         S, order = S.sort(descending=True, stable=True)
@@ -108,15 +109,16 @@ def positions(component: Component, count: int, rank: int, seed: int = 0) -> Ten
     Those of a smaller rank are among those of a larger one.
     """
     if component == "minor":
-        return torch.arange(count - rank, count)
+        return torch.arange(count - rank, count, device="cpu")
     if component == "principal":
-        return torch.arange(rank)
+        return torch.arange(rank, device="cpu")
     if component == "middle":
         first = (count - rank) // 2
-        return torch.arange(first, first + rank)
+        return torch.arange(first, first + rank, device="cpu")
     if component == "random":
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randperm(count, generator=generator)[:rank].sort().values
+        generator = torch.Generator("cpu").manual_seed(seed)
+        drawn = torch.randperm(count, generator=generator, device="cpu")[:rank]
+        return drawn.sort().values
     raise ValueError(f"component {component!r}: use one of {', '.join(get_args(Component))}")
 
 
@@ -138,14 +140,18 @@ def _first_good(A: Tensor, wanted: Tensor, component: Component, tol: float) -> 
             found = route()
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # LAPACK did not converge
             continue
-        if found is not None and _good(found, tol):
+        if found is None:
+            continue
+        cut = found.S.max() if component == "minor" else found.S.min()
+        if _good(found, tol, float(cut)):
             return found
     return _full_svd(A, wanted)
 
 
-def _good(found: Components, tol: float) -> bool:
-    # The second bound keeps |S| within 1e-6 of its least value where S is far below the norm.
-    return found.residual <= min(tol, 1e-3 * float(found.S[0]) / found.norm)
+def _good(found: Components, tol: float, cut: float) -> bool:
+    # What errs by the residual must be small beside the value at the cut too, or values far below
+    # the norm would be met within `tol` by anything.
+    return found.residual <= min(tol, 1e-4 * cut / found.norm)
 
 
 # --- the routes; A (m, n) fp64 with m >= n and entries of at most about 1
@@ -165,7 +171,8 @@ def _inverse_krylov(A: Tensor, rank: int, tol: float) -> Components | None:
         return whole.T
 
     candidates: Iterator[Tensor]
-    if 12 * rank <= n:
+    from_eigenvectors = 12 * rank > n
+    if not from_eigenvectors:
         # With as many rows as are wanted a repeated singular value is found in all its copies.
         start = inverse(_start(max(rank, 8), A))
         candidates = _ritz_rows(inverse, start, (5, 7, 9, 12), rank + 8)
@@ -177,8 +184,8 @@ def _inverse_krylov(A: Tensor, rank: int, tol: float) -> Components | None:
         # A last step of the iteration takes out what is left of the largest components, which
         # S⁻¹ would blow up in U = A V / S.
         found, _ = _rayleigh_ritz(A, inverse(V), norm, slice(-rank, None), "inverse Krylov")
-        if _good(found, tol) or found.residual > before / 3:
-            return found
+        if _good(found, tol, float(found.S[0])) or found.residual > before / 3:
+            return None if from_eigenvectors and _missed(A, found, inverse) else found
         before = found.residual
     return None
 
@@ -213,7 +220,7 @@ def _shifted_gram(A: Tensor, rank: int, tol: float, dtype: torch.dtype) -> Compo
     for V in _ritz_rows(inverse, start, (12, 14, 16, 18, 21, 24), rank + 8):
         GV = V[:rank] @ G
         low = (GV * V[:rank]).sum(1, keepdim=True)
-        residual = _norm((GV - low * V[:rank]) / low.clamp_min(0).sqrt()) / norm
+        residual = float(_norm((GV - low * V[:rank]) / low.clamp_min(0).sqrt())) / norm
         if residual <= tol / 2 or (residual < 1e-4 and residual > before / 2):  # rounding of G
             break
         before = residual
@@ -221,12 +228,24 @@ def _shifted_gram(A: Tensor, rank: int, tol: float, dtype: torch.dtype) -> Compo
     solver = f"shifted Gram, {str(dtype).removeprefix('torch.')}"
     found, miss = _rayleigh_ritz(A, V.double(), norm, smallest_of, solver)
     for _ in range(3):  # Davidson's correction, the miss preconditioned
-        if _good(found, tol) or not found.residual < 1e-2:
+        if _good(found, tol, float(found.S[0])) or not found.residual < 1e-2:
             break
         correction = inverse((found.S[:, None] * miss).to(dtype)).double()
         V = torch.cat([found.Vh, correction / correction.norm()])
         found, miss = _rayleigh_ritz(A, V, norm, smallest_of, solver)
-    return found
+    return None if _missed(A, found, lambda X: inverse(X.to(dtype)).double()) else found
+
+
+def _missed(A: Tensor, found: Components, inverse: Operator) -> bool:
+    """Whether a singular value well below the largest in `found` was passed over.
+
+    Inverse iteration on other random rows, kept orthogonal to `found`, would turn to it.
+    """
+    X = _start(4, A, seed=1)
+    for _ in range(3):
+        X = inverse(_orthonormal(X - (X @ found.Vh.T) @ found.Vh))
+    X = _orthonormal(X - (X @ found.Vh.T) @ found.Vh)
+    return bool(torch.linalg.svdvals(X @ A.T)[-1] < (1 - 1e-3) * found.S[0])
 
 
 def _krylov(A: Tensor, rank: int, tol: float) -> Components | None:
@@ -235,7 +254,7 @@ def _krylov(A: Tensor, rank: int, tol: float) -> Components | None:
     start = _start(max(rank, 8), A)
     for V in _ritz_rows(lambda X: (X @ A.T) @ A, start, (4, 6, 8, 11, 14), rank + 8):
         found, _ = _rayleigh_ritz(A, V, None, slice(0, rank), "Krylov")
-        if _good(found, tol) or found.residual > before / 3:
+        if _good(found, tol, float(found.S[-1])) or found.residual > before / 3:
             return found
         before = found.residual
     return None
@@ -255,26 +274,27 @@ def _all_eigenvectors(A: Tensor, wanted: Tensor) -> Components | None:
     S = AV.norm(dim=1)
     U = (AV / S[:, None]).T
     overlap = U.T @ U
-    if not (overlap - torch.eye(len(S)).to(U)).norm() < 1e-6:
+    if not (overlap - torch.eye(len(S), dtype=U.dtype, device=U.device)).norm() < 1e-6:
         return _rayleigh_ritz(A, V, norm, slice(None), "all eigenvectors")[0]
     U = 1.5 * U - 0.5 * (U @ overlap)  # one Newton-Schulz step: orthonormal to 1e-12
-    residual = max(float((U.T @ A - S[:, None] * V).norm()), float((AV.T - U * S).norm())) / norm
-    return Components(U, S, V, norm, residual, "all eigenvectors")
+    miss = torch.stack([(U.T @ A - S[:, None] * V).norm(), (AV.T - U * S).norm()]).max()
+    return Components(U, S, V, norm, float(miss) / norm, "all eigenvectors")
 
 
 def _full_svd(A: Tensor, wanted: Tensor) -> Components:
     """Triplets at `wanted` from a full fp64 SVD."""
+    driver = "gesvd" if A.is_cuda else None  # CUDA's default, gesvdj, fails on large weights
     try:
-        U, S, Vh = torch.linalg.svd(A, full_matrices=False)
+        U, S, Vh = torch.linalg.svd(A, full_matrices=False, driver=driver)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         # LAPACK's divide and conquer can fail to converge on one form and not on the other.
         Q, R = torch.linalg.qr(A)
-        V, S, Uh = torch.linalg.svd(R.T.contiguous())
+        V, S, Uh = torch.linalg.svd(R.T.contiguous(), driver=driver)
         U, Vh = Q @ Uh.T, V.T
     norm, wanted = float(S[0]), wanted.to(A.device)
     U, S, Vh = U[:, wanted], S[wanted], Vh[wanted]
-    miss = max(_norm(A @ Vh.T - U * S), _norm(U.T @ A - S[:, None] * Vh))
-    return Components(U, S, Vh, norm, miss / norm if norm else 0.0, "full SVD")
+    miss = torch.stack([_norm(A @ Vh.T - U * S), _norm(U.T @ A - S[:, None] * Vh)]).max()
+    return Components(U, S, Vh, norm, float(miss) / norm if norm else 0.0, "full SVD")
 
 
 # --- their parts; vectors are rows, which LAPACK takes as columns without copying
@@ -324,7 +344,7 @@ def _rayleigh_ritz(
     U, S, Z = Q @ P[:, pick], S[pick], Z[pick]
     Vh = Z @ V
     miss = U.T @ A - S[:, None] * Vh
-    residual = max(_norm(miss), _norm(AV @ Z.T - U * S)) / norm
+    residual = float(torch.stack([_norm(miss), _norm(AV @ Z.T - U * S)]).max()) / norm
     return Components(U, S, Vh, norm, residual, solver), miss
 
 
@@ -357,9 +377,11 @@ def _cholesky_solve(L: Tensor) -> Operator:
     return inverse
 
 
-def _start(count: int, like: Tensor) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(count, like.shape[1], generator=generator, dtype=like.dtype).to(like.device)
+def _start(count: int, like: Tensor, seed: int = 0) -> Tensor:
+    generator = torch.Generator("cpu").manual_seed(seed)
+    size = (count, like.shape[1])
+    drawn = torch.randn(size, generator=generator, dtype=like.dtype, device="cpu")
+    return drawn.to(like.device)
 
 
 def _orthonormal(X: Tensor) -> Tensor:
@@ -368,10 +390,11 @@ def _orthonormal(X: Tensor) -> Tensor:
     return Q.T
 
 
-def _norm(X: Tensor) -> float:
+def _norm(X: Tensor) -> Tensor:
     """Spectral norm of X (k, n) or (n, k), k small; from its Gram matrix, to half of the digits."""
     gram = X @ X.T if X.shape[0] < X.shape[1] else X.T @ X
-    return math.sqrt(max(float(torch.linalg.eigvalsh(gram)[-1]), 0.0))
+    largest: Tensor = torch.linalg.eigvalsh(gram)[-1]
+    return largest.clamp_min(0).sqrt()
 
 
 @contextmanager

@@ -65,6 +65,7 @@ from milora.pretrained import Pretrained, load_pretrained
 from milora.preview import coverage, peak_memory, plan
 from milora.progress import Progress
 from milora.store import Store
+from milora.svd import components
 from milora.verify import make_probes
 
 # Below LoRA's: at s = 1 the best rate of MiLoRA was a third and that of PiSSA a tenth of LoRA's
@@ -166,13 +167,15 @@ def train(
             )
     live: nn.Module = base.model
     if lora_config is not None:
-        store = Store(say=progress.say)
+        store = None
+        if start is None and method in adapter.COMPONENT:
+            store = Store(say=progress.say, optional=True)
         live, start = adapter.add_adapter(
             base.model, lora_config, method, seed=seed, start=start,
-            decompose=store.components,
+            decompose=store.components if store else components,
             progress=lambda name, done, total: progress("decomposing", done, total, name),
         )  # fmt: skip
-        if store.found:
+        if store and store.found:
             progress.say(
                 f"initial factors: {store.found} of {store.found + store.made} weights were in "
                 f"the store ({store.folder})"
