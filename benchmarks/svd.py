@@ -180,7 +180,7 @@ def measure(shape: tuple[int, int], threads: int, device: str) -> None:
     torch.set_num_threads(threads)
     W = llm_like(*shape).to(device)
     truth = torch.linalg.svdvals(W.double())
-    repeats = 9 if min(shape) <= 576 else 5 if min(shape) <= 1024 else 3
+    repeats = 21 if min(shape) <= 576 else 5 if min(shape) <= 1024 else 3
     ranks: dict[str, Any] = {}
     for rank in RANKS:
         chosen = methods(shape, rank, device)

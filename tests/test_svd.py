@@ -153,18 +153,20 @@ def test_every_route_on_a_drawn_spectrum(
 ROUTES = [
     ((300, 300), 20, "soft edge", "minor", "inverse Krylov"),
     ((300, 300), 40, "soft edge", "minor", "inverse Krylov"),
-    ((300, 300), 60, "soft edge", "minor", "all eigenvectors"),
+    ((300, 300), 60, "soft edge", "minor", "all eigenvectors, float64"),
     ((800, 520), 20, "soft edge", "minor", "shifted Gram, float32"),
     ((520, 800), 20, "soft edge", "minor", "shifted Gram, float32"),
     ((800, 520), 20, "hard edge", "minor", "shifted Gram, float64"),
-    ((800, 520), 40, "soft edge", "minor", "all eigenvectors"),
+    ((800, 520), 40, "soft edge", "minor", "all eigenvectors, float32"),
+    ((520, 520), 120, "hard edge", "minor", "all eigenvectors, float32"),
+    ((800, 520), 40, "condition 1e6", "minor", "all eigenvectors, float64"),
     ((800, 520), 20, "condition 1e12", "minor", "full SVD"),
     ((300, 300), 20, "a few zeros", "minor", "full SVD"),
     ((100, 100), 4, "soft edge", "minor", "full SVD"),
     ((800, 520), 20, "condition 1e6", "principal", "Krylov"),
-    ((800, 520), 20, "narrow", "principal", "all eigenvectors"),
-    ((800, 520), 20, "soft edge", "middle", "all eigenvectors"),
-    ((800, 520), 20, "soft edge", "random", "all eigenvectors"),
+    ((800, 520), 20, "narrow", "principal", "all eigenvectors, float32"),
+    ((800, 520), 20, "soft edge", "middle", "all eigenvectors, float32"),
+    ((800, 520), 20, "soft edge", "random", "all eigenvectors, float32"),
 ]
 
 

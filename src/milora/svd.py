@@ -10,7 +10,7 @@ weight or its transpose, m >= n, in fp64):
     square        LU of A; block Krylov on (AᵀA)⁻¹ = A⁻¹A⁻ᵀ, which never squares the condition
     rectangular   G = AᵀA in fp32; Cholesky of G - shift, which succeeds only below the smallest
                   eigenvalue; block Krylov on its inverse; corrections against A itself in fp64
-    r above n/8   all eigenvectors of AᵀA in fp64
+    r above n/16  all eigenvectors of AᵀA, in fp32 and corrected, or in fp64
     the largest   block Krylov on AᵀA
 
 Each ends in a Rayleigh-Ritz step on A in fp64 and is judged by its residual; what does not reach
@@ -133,8 +133,10 @@ def _first_good(A: Tensor, wanted: Tensor, component: Component, tol: float) -> 
         routes.append(lambda: _shifted_gram(A, rank, tol, torch.float64))
     if component == "principal" and n >= 512 and 8 * rank <= n:
         routes.append(lambda: _krylov(A, rank, tol))
+    if n >= 512:
+        routes.append(lambda: _all_eigenvectors(A, wanted, torch.float32))
     if n > SMALL:
-        routes.append(lambda: _all_eigenvectors(A, wanted))
+        routes.append(lambda: _all_eigenvectors(A, wanted, torch.float64))
     for route in routes:
         try:
             found = route()
@@ -195,8 +197,7 @@ def _shifted_gram(A: Tensor, rank: int, tol: float, dtype: torch.dtype) -> Compo
 
     fp32 loses 6e-8 |A|² in the eigenvalues, so that it serves condition numbers up to 100.
     """
-    G = _gram(A, dtype).tril_()
-    G += G.tril(-1).T
+    G = _symmetric(_gram(A, dtype))
     norm = math.sqrt(_largest(lambda X: X @ G, G))
     L, failed = torch.linalg.cholesky_ex(G)
     if failed:
@@ -260,25 +261,43 @@ def _krylov(A: Tensor, rank: int, tol: float) -> Components | None:
     return None
 
 
-def _all_eigenvectors(A: Tensor, wanted: Tensor) -> Components | None:
-    """Triplets at `wanted` from all eigenvectors of AᵀA in fp64.
+def _all_eigenvectors(A: Tensor, wanted: Tensor, dtype: torch.dtype) -> Components | None:
+    """Triplets at `wanted` from all eigenvectors of AᵀA, found in `dtype`.
 
-    None where the squaring has taken all digits of a wanted singular value (below 1.5e-8 |A|).
+    None where the squaring has taken the digits that a wanted singular value needs.
     """
-    values, vectors = torch.linalg.eigh(_gram(A, torch.float64))
+    G = _symmetric(_gram(A, torch.float64))
+    values, vectors = torch.linalg.eigh(G.to(dtype))
     norm = math.sqrt(float(values[-1]))
-    if values[len(values) - 1 - int(wanted[-1])] <= 1e-13 * norm**2:
-        return None
-    V = vectors.T[len(values) - 1 - wanted.to(A.device)]
-    AV = V @ A.T
+    chosen = torch.zeros(len(G), dtype=torch.bool, device=A.device)
+    chosen[len(G) - 1 - wanted.to(A.device)] = True
+    V, rest = vectors.T[chosen].double(), vectors.T[~chosen].double()
+    if dtype == torch.float32:
+        if values[chosen].max() <= 1e-4 * norm**2:
+            return None
+        # What V has of the other eigenvectors is 6e-8 norm² / gap; a step of Newton's method on
+        # its span squares that (Ogita and Aishima 2018). Equal values may stay mixed.
+        GV = V @ G
+        own = (GV * V).sum(1, keepdim=True) / (V * V).sum(1, keepdim=True)
+        gap = own - values[~chosen].double()
+        correction = ((GV - own * V) @ rest.T / gap).masked_fill(gap.abs() <= 1e-6 * norm**2, 0.0)
+        V = _orthonormal(V + correction @ rest)
+        AV = V @ A.T
+        Z = torch.linalg.eigh(AV @ AV.T).eigenvectors.T
+        V, AV = Z @ V, Z @ AV
+    else:
+        AV = V @ A.T
     S = AV.norm(dim=1)
+    if S.min() <= 3e-7 * norm:
+        return None
+    solver = f"all eigenvectors, {str(dtype).removeprefix('torch.')}"
     U = (AV / S[:, None]).T
     overlap = U.T @ U
     if not (overlap - torch.eye(len(S), dtype=U.dtype, device=U.device)).norm() < 1e-6:
-        return _rayleigh_ritz(A, V, norm, slice(None), "all eigenvectors")[0]
+        return _rayleigh_ritz(A, V, norm, slice(None), solver)[0]
     U = 1.5 * U - 0.5 * (U @ overlap)  # one Newton-Schulz step: orthonormal to 1e-12
     miss = torch.stack([(U.T @ A - S[:, None] * V).norm(), (AV.T - U * S).norm()]).max()
-    return Components(U, S, V, norm, float(miss) / norm, "all eigenvectors")
+    return Components(U, S, V, norm, float(miss) / norm, solver)
 
 
 def _full_svd(A: Tensor, wanted: Tensor) -> Components:
@@ -358,6 +377,12 @@ def _gram(A: Tensor, dtype: torch.dtype) -> Tensor:
         for j in range(0, n, width):
             G[j:, j : j + width].addmm_(part[:, j:].T, part[:, j : j + width])
     return G
+
+
+def _symmetric(G: Tensor) -> Tensor:
+    """G with its lower triangle mirrored into the upper."""
+    G = G.tril()
+    return G + G.tril(-1).T
 
 
 def _largest(operator: Operator, like: Tensor) -> float:
