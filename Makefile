@@ -4,7 +4,7 @@ BIN := .venv/bin
 # A few matrices of a few hundred rows: spinning threads cost more than they give.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: setup demo check test test-fast format bench-results clean
+.PHONY: setup demo check test test-fast format bench-results bench-svd bench-checkpoint clean
 
 setup: .venv/ready
 
@@ -38,6 +38,16 @@ format: setup
 bench-results: setup
 	$(BIN)/python benchmarks/learned_and_kept.py run
 	$(BIN)/python benchmarks/learned_and_kept.py table
+
+# Without PASSIVE waiting, which slows the small matrices of both sides differently.
+bench-svd: setup
+	env -u OMP_WAIT_POLICY $(BIN)/python benchmarks/svd.py run
+	env -u OMP_WAIT_POLICY $(BIN)/python benchmarks/svd.py real
+	$(BIN)/python benchmarks/svd.py plot
+
+bench-checkpoint: setup
+	env -u OMP_WAIT_POLICY $(BIN)/python benchmarks/checkpoint.py build/seven
+	$(BIN)/python benchmarks/svd.py plot
 
 clean:
 	rm -rf .venv build dist runs

@@ -24,56 +24,14 @@ from milora.evaluate import (
     evaluate_task,
     general_text,
     generate,
-    grader,
     kl,
     knowledge_kept,
     load_task,
     wilson,
 )
+from milora.grade import grader
 
 Load = Callable[[str], PreTrainedModel]
-RECORD = '{"a": 1, "b": [1, 2]}'
-
-
-@pytest.mark.parametrize(
-    ("match", "pattern", "answer", "reference", "verdict"),
-    [
-        ("exact", None, " yes\n", "yes", "right"),
-        ("exact", None, "Yes", "yes", "wrong"),
-        ("exact", None, "", "yes", "wrong"),
-        ("exact", "yes|no", "no", "yes", "wrong"),
-        ("exact", "yes|no", "yes!", "yes", "format"),
-        ("exact", "yes|no", "", "yes", "format"),
-        ("json", None, '{"b":[1,2],"a":1}', RECORD, "right"),
-        ("json", None, '{"b":[2,1],"a":1}', RECORD, "wrong"),
-        ("json", None, '{"a": true, "b": [1, 2]}', RECORD, "wrong"),
-        ("json", None, '{"a": 1.0, "b": [1, 2]}', RECORD, "wrong"),
-        ("json", None, '{"a": 1}', RECORD, "wrong"),
-        ("json", None, RECORD + " and more", RECORD, "format"),
-        ("json", None, "{'a': 1}", RECORD, "format"),
-        ("json", None, "", RECORD, "format"),
-        ("json", None, "NaN", RECORD, "format"),  # no JSON, though Python reads it
-        ("json", None, "1" * 5000, RECORD, "format"),
-        ("json", None, "1e999", "1", "wrong"),
-        ("json", None, '{"a": {"c": [{}], "b": null}}', '{"a":{"b":null,"c":[{}]}}', "right"),
-        ("json", None, '{"a": {"c": [[]], "b": null}}', '{"a":{"b":null,"c":[{}]}}', "wrong"),
-        ("json", None, '"1"', "1", "wrong"),
-        ("json", None, "```json\n1\n```", "1", "format"),
-        ("json", None, "[" * 100_000, RECORD, "format"),
-        ("json", r"\{.*\}", "[1]", RECORD, "format"),
-    ],
-)
-def test_graders(
-    match: str, pattern: str | None, answer: str, reference: str, verdict: str
-) -> None:
-    assert grader(match, pattern)(answer, reference) == verdict
-
-
-def test_a_grader_that_does_not_exist() -> None:
-    with pytest.raises(UserError, match="match is 'fuzzy'; use exact or json"):
-        grader("fuzzy")
-    with pytest.raises(UserError, match="no regular expression"):
-        grader("exact", "(")
 
 
 def test_wilson() -> None:

@@ -16,7 +16,7 @@ SOURCE = ROOT / "src" / "milora"
 # Each module may import those of earlier lines only.
 LAYERS = (
     {"errors", "files", "svd", "progress"},
-    {"adapter", "data", "pretrained", "config", "card"},
+    {"grade", "adapter", "data", "pretrained", "config", "card"},
     {"export", "evaluate", "loop", "verify", "preview", "chat", "checkpoint"},
     {"store"},
     {"artefacts", "train"},

@@ -38,8 +38,9 @@ training:                      # handed to transformers.TrainingArguments as it 
   num_train_epochs: 3
   per_device_train_batch_size: 16
 evaluate:
-  tasks: []                    # files like data.train, or {file, name, match: exact | json,
-                               # pattern, max_new_tokens, limit}
+  tasks: []                    # files like data.train, or {file, name, match: exact | json |
+                               # contains | regex | number | math | choice, pattern,
+                               # max_new_tokens, limit}
   knowledge: default           # a general text, .txt or .jsonl; default: Python's help topics
   chunks: 16                   # pieces of 512 tokens of it
   batch_size: 16
@@ -72,7 +73,7 @@ class Lora(BaseModel):
 class TaskFile(Strict):
     file: str
     name: str | None = None
-    match: Literal["exact", "json"] = "exact"
+    match: Literal["exact", "json", "contains", "regex", "number", "math", "choice"] = "exact"
     pattern: str | None = None
     max_new_tokens: int = Field(64, ge=1)
     limit: int | None = Field(None, ge=1)

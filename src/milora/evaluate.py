@@ -4,15 +4,13 @@ The base's figures come from the same model with the adapter off (the base is un
 is the base, bitwise); only full fine-tuning needs a second model.
 """
 
-import json
 import math
 import pydoc_data.topics
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +19,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from milora.adapter import base_only
 from milora.data import IGNORED, Collator, Row, encode, pad, prompt_ids, read_rows
 from milora.errors import UserError
+from milora.grade import Grader, Verdict, check_reference, grader
 
-Verdict = Literal["right", "wrong", "format"]
-Grader = Callable[[str, str], Verdict]  # (answer, reference)
 Progress = Callable[[str, int, int], None]  # (what, done, total)
 
 DEFAULT_TEXT = "default"
@@ -55,45 +52,6 @@ class Pair(NamedTuple):
         yield self.model  # type: ignore[misc]
 
 
-def grader(match: str, pattern: str | None = None) -> Grader:
-    """`match` "exact" compares the stripped text, "json" the parsed values.
-
-    An answer that `pattern` (a regular expression, whole answer) does not match, or that is not
-    JSON, is a format failure, which is counted apart from a wrong answer.
-    """
-    if match not in ("exact", "json"):
-        raise UserError(f"evaluate.tasks: match is {match!r}; use exact or json")
-    try:
-        shape = re.compile(pattern, re.DOTALL) if pattern else None
-    except re.error as error:
-        raise UserError(
-            f"evaluate.tasks: pattern {pattern!r} is no regular expression: {error}"
-        ) from error
-
-    def grade(answer: str, reference: str) -> Verdict:
-        answer, reference = answer.strip(), reference.strip()
-        if shape and not shape.fullmatch(answer):
-            return "format"
-        if match == "exact":
-            return "right" if answer == reference else "wrong"
-        try:
-            value = _canonical(answer)
-        except (ValueError, RecursionError):
-            return "format"
-        return "right" if value == _canonical(reference) else "wrong"
-
-    return grade
-
-
-def _canonical(text: str) -> str:
-    """JSON with its keys in order, as text, so that 1, 1.0 and true are three values."""
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not JSON")  # though Python's parser takes it
-
-    return json.dumps(json.loads(text, parse_constant=refuse), sort_keys=True)
-
-
 def load_task(task: str | Mapping[str, Any], limit: int | None = None) -> Task:
     """A task from a data file: its path, or {file, name, match, pattern, max_new_tokens, limit}."""
     options: dict[str, Any] = {"file": task} if isinstance(task, str) else dict(task)
@@ -102,15 +60,12 @@ def load_task(task: str | Mapping[str, Any], limit: int | None = None) -> Task:
     for row in rows:
         if row.messages[-1]["role"] != "assistant" or len(row.messages) < 2:
             raise UserError(f"{row.place}: a task needs a question and the answer as last message")
-    grade = grader(options.get("match") or "exact", options.get("pattern"))
-    if options.get("match") == "json":
-        for row in rows:
-            try:
-                _canonical(row.messages[-1]["content"])
-            except (ValueError, RecursionError) as error:
-                raise UserError(
-                    f"{row.place}: the reference answer is not JSON: {error}"
-                ) from error
+    match = options.get("match") or "exact"
+    grade = grader(match, options.get("pattern"))
+    for row in rows:
+        reason = check_reference(match, row.messages[-1]["content"])
+        if reason:
+            raise UserError(f"{row.place}: the reference answer {reason}")
     limit = limit or options.get("limit")
     name = options.get("name") or Path(file).stem
     return Task(name, rows[:limit], grade, options.get("max_new_tokens") or 64)

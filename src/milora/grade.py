@@ -1,0 +1,177 @@
+"""Graders: what an answer is worth, from its text and the reference alone.
+
+A verdict is right, wrong, or format: the answer does not have the form that could be either. What
+cannot be read is never right (the published graders of mathematics return True when parsing fails),
+and format failures are counted apart, since they tell of the prompt and not of knowledge.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Literal
+
+from milora.errors import UserError
+
+Verdict = Literal["right", "wrong", "format"]
+Grader = Callable[[str, str], Verdict]  # (answer, reference)
+
+MATCHES = ("exact", "json", "contains", "regex", "number", "math", "choice")
+
+# The last one of a text is taken; thousands may have commas. 3/4 is one number.
+_NUMBER = re.compile(
+    r"(?<![\w.])[-+−]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:(?<=\d)\.\d+|(?<!\d)\.\d+)?"
+    r"(?:[eE][-+]?\d+)?(?:\s?/\s?\d+)?(?![\w])"
+)
+_MARKER = re.compile(r"answer\s+is\s*:?", re.IGNORECASE)
+
+
+def grader(match: str, pattern: str | None = None) -> Grader:
+    """The grader called `match`; both texts are stripped first.
+
+    exact     the text equals the reference
+    json      the parsed values are equal (1, 1.0 and true are three); not JSON: format
+    contains  the reference stands in the answer
+    regex     the first group of `pattern` (or all of its first match) equals the reference
+    number    the number after the last "answer is", else the last number, equals the reference's
+              last one, exactly; no number: format
+    math      equal as mathematics by the math-verify package; unreadable: format
+    choice    the first match of `pattern` equals the reference, case aside; none: format
+
+    With exact, json, contains, number and math, `pattern` is the form of a whole answer, and what
+    does not match it is a format failure.
+    """
+    if match not in MATCHES:
+        raise UserError(f"evaluate.tasks: match is {match!r}; use one of {', '.join(MATCHES)}")
+    if match in ("regex", "choice") and not pattern:
+        raise UserError(f"evaluate.tasks: match: {match} needs a pattern")
+    try:
+        form = re.compile(pattern, re.DOTALL) if pattern else None
+    except re.error as error:
+        raise UserError(
+            f"evaluate.tasks: pattern {pattern!r} is no regular expression: {error}"
+        ) from error
+    compare: Grader = {
+        "exact": _exact, "json": _json, "contains": _contains, "number": _number, "math": _math,
+    }.get(match, _exact)  # fmt: skip
+
+    def grade(answer: str, reference: str) -> Verdict:
+        answer, reference = answer.strip(), reference.strip()
+        if form and match in ("regex", "choice"):
+            found = form.search(answer) if match == "regex" else _search_any_case(form, answer)
+            if not found:
+                return "format"
+            taken = next((g for g in found.groups() if g is not None), found[0]).strip()
+            if match == "choice":
+                taken, reference = taken.casefold(), reference.casefold()
+            return "right" if taken == reference else "wrong"
+        if form and not form.fullmatch(answer):
+            return "format"
+        return compare(answer, reference)
+
+    return grade
+
+
+def check_reference(match: str, reference: str) -> str | None:
+    """What is wrong with a reference that cannot be graded against, else None."""
+    if match == "json":
+        try:
+            canonical_json(reference)
+        except (ValueError, RecursionError) as error:
+            return f"is not JSON: {error}"
+    if match == "number" and number(reference) is None:
+        return "holds no number"
+    if match == "math" and not _gold(reference):
+        return "cannot be read by math-verify"
+    return None
+
+
+def _exact(answer: str, reference: str) -> Verdict:
+    return "right" if answer == reference else "wrong"
+
+
+def _contains(answer: str, reference: str) -> Verdict:
+    return "right" if reference in answer else "wrong"
+
+
+def _json(answer: str, reference: str) -> Verdict:
+    try:
+        value = canonical_json(answer)
+    except (ValueError, RecursionError):
+        return "format"
+    return "right" if value == canonical_json(reference) else "wrong"
+
+
+def canonical_json(text: str) -> str:
+    """JSON with its keys in order, as text, so that 1, 1.0 and true are three values."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")  # though Python's parser takes it
+
+    return json.dumps(json.loads(text, parse_constant=refuse), sort_keys=True)
+
+
+def _number(answer: str, reference: str) -> Verdict:
+    value = number(answer)
+    if value is None:
+        return "format"
+    return "right" if value == number(reference) else "wrong"
+
+
+def number(text: str) -> Fraction | None:
+    """The first number after the last "answer is", else the last number of the text, exactly."""
+    marks = list(_MARKER.finditer(text))
+    after = _numbers(text[marks[-1].end() :]) if marks else []
+    if after:
+        return after[0]
+    anywhere = _numbers(text)
+    return anywhere[-1] if anywhere else None
+
+
+def _numbers(text: str) -> list[Fraction]:
+    found = []
+    for match in _NUMBER.finditer(text):
+        plain = re.sub(r"[,\s]", "", match[0]).replace("−", "-")
+        above, slash, below = plain.partition("/")
+        # Longer exponents would take the memory of the machine.
+        if not re.search(r"\d", above) or re.search(r"[eE][-+]?\d{4}", above):
+            continue
+        if slash and int(below) == 0:
+            continue
+        found.append(Fraction(above) / (int(below) if slash else 1))
+    return found
+
+
+def _math(answer: str, reference: str) -> Verdict:
+    from math_verify import verify
+
+    found = _parsed(answer)
+    if not found:
+        return "format"
+    try:
+        return "right" if verify(_gold(reference), found) else "wrong"
+    except Exception:  # of many kinds, from a timeout to sympy's own: none is a pass
+        return "wrong"
+
+
+def _gold(reference: str) -> list[object]:
+    # The answers of MATH are bare LaTeX, which is read as such only between dollars.
+    marked = "$" in reference or "\\boxed" in reference
+    return _parsed(reference if marked else f"${reference}$")
+
+
+def _parsed(text: str) -> list[object]:
+    try:
+        from math_verify import parse
+    except ImportError as error:
+        raise UserError(
+            "match: math needs the math-verify package: pip install 'milora[math]'"
+        ) from error
+    try:
+        return list(parse(text, fallback_mode="no_fallback"))
+    except Exception:  # what cannot be read has no value
+        return []
+
+
+def _search_any_case(form: re.Pattern[str], text: str) -> re.Match[str] | None:
+    return re.compile(form.pattern, form.flags | re.IGNORECASE).search(text)
