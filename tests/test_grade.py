@@ -50,6 +50,7 @@ CHOICE = "answer[1-5]|solution[12]|option[12]|ending[1-4]|true|false"
         ("regex", r"[A-D]\b", "It is B or C", "B", "right"),
         ("choice", CHOICE, "the correct answer is Answer2", "answer2", "right"),
         ("choice", CHOICE, "the correct answer is answer3", "answer2", "wrong"),
+        ("choice", CHOICE, "answer2", "the correct answer is answer2", "right"),
         ("choice", CHOICE, "the second one", "answer2", "format"),
         ("choice", CHOICE, "", "true", "format"),
         ("number", None, "5 + 13 = 18", "18", "right"),

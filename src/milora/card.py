@@ -104,6 +104,13 @@ def model_card(
     return "\n".join(lines)
 
 
+SCORES = (
+    ("format_failures", "format failures"),
+    ("loss", "loss per answer token"),
+    ("accuracy_normalised", "accuracy, per byte of the option"),
+)
+
+
 def scores_table(evaluation: Mapping[str, Any]) -> list[str]:
     """Base against tuned, as lines of a Markdown table."""
     lines = ["| | base | tuned |", "|---|---|---|"]
@@ -113,10 +120,9 @@ def scores_table(evaluation: Mapping[str, Any]) -> list[str]:
             low, high = task[state]["interval"]
             cells.append(f"{task[state]['accuracy']:.3f} ({low:.3f} to {high:.3f})")
         lines.append(f"| {_safe(name)}: accuracy of {task['rows']} (95 %) | {' | '.join(cells)} |")
-        for key, label in (
-            ("format_failures", "format failures"),
-            ("loss", "loss per answer token"),
-        ):
+        for key, label in SCORES:
+            if key not in task["base"]:
+                continue
             cells = [f"{task[state][key]:.3f}" for state in ("base", "tuned")]
             lines.append(f"| {_safe(name)}: {label} | {' | '.join(cells)} |")
     kept = evaluation["knowledge"]

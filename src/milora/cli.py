@@ -251,6 +251,8 @@ def _print_scores(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from milora.card import SCORES
+
     table = Table("", "base", "tuned")
     for name, task in result["tasks"].items():
         cells = [
@@ -258,10 +260,9 @@ def _print_scores(result: dict[str, Any]) -> None:
             for s in ("base", "tuned")
         ]
         table.add_row(f"{name}: accuracy of {task['rows']} (95 %)", *cells)
-        for key, label in (
-            ("format_failures", "format failures"),
-            ("loss", "loss per answer token"),
-        ):
+        for key, label in SCORES:
+            if key not in task["base"]:
+                continue
             table.add_row(f"{name}: {label}", *(f"{task[s][key]:.3f}" for s in ("base", "tuned")))
     kept = result["knowledge"]
     table.add_row(

@@ -40,7 +40,7 @@ training:                      # handed to transformers.TrainingArguments as it 
 evaluate:
   tasks: []                    # files like data.train, or {file, name, match: exact | json |
                                # contains | regex | number | math | choice, pattern,
-                               # max_new_tokens, limit}
+                               # protocol: generate | likelihood, prompt, max_new_tokens, limit}
   knowledge: default           # a general text, .txt or .jsonl; default: Python's help topics
   chunks: 16                   # pieces of 512 tokens of it
   batch_size: 16
@@ -75,6 +75,8 @@ class TaskFile(Strict):
     name: str | None = None
     match: Literal["exact", "json", "contains", "regex", "number", "math", "choice"] = "exact"
     pattern: str | None = None
+    protocol: Literal["generate", "likelihood"] = "generate"
+    prompt: str | None = None
     max_new_tokens: int = Field(64, ge=1)
     limit: int | None = Field(None, ge=1)
 

@@ -99,7 +99,7 @@ def read_rows(
     Raises UserError with file, row, column and value for the first bad row, unless
     `on_bad_row` is "skip", which leaves such rows out and lists them.
     """
-    read, skipped = _read_records(source, split, on_bad_row)
+    read, skipped = read_records(source, split, on_bad_row)
     if not read:
         raise UserError(_all_bad(source, skipped) if skipped else f"{source} holds no rows")
     columns = columns or {}
@@ -154,9 +154,10 @@ def _check_columns(source: str, columns: Mapping[str, str], first: Mapping[str, 
             raise UserError(f"{source} has no column {theirs!r} (data.columns); it has {have}")
 
 
-def _read_records(
-    source: str, split: str, on_bad_row: str
+def read_records(
+    source: str, split: str = "train", on_bad_row: str = "fail"
 ) -> tuple[list[tuple[dict[str, Any], str]], list[str]]:
+    """The rows of a file or hub data set as they stand, each with its place; see `read_rows`."""
     path, skipped = Path(source), list[str]()
     suffix = path.suffix.lower()
     if suffix not in (".jsonl", ".json", ".csv", ".parquet"):

@@ -17,6 +17,13 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from milora.adapter import base_only
+from milora.choices import (
+    PROMPT,
+    Question,
+    encode_question,
+    log_probabilities,
+    read_questions,
+)
 from milora.data import IGNORED, Collator, Row, encode, pad, prompt_ids, read_rows
 from milora.errors import UserError
 from milora.grade import Grader, Verdict, check_reference, grader
@@ -31,6 +38,14 @@ class Task(NamedTuple):
     rows: list[Row]  # the last message of each is the reference answer
     grade: Grader
     max_new_tokens: int
+
+
+class ChoiceTask(NamedTuple):
+    """A task scored by the likelihood of given options."""
+
+    name: str
+    questions: list[Question]
+    prompt: str  # with {question}
 
 
 class Pair(NamedTuple):
@@ -52,10 +67,14 @@ class Pair(NamedTuple):
         yield self.model  # type: ignore[misc]
 
 
-def load_task(task: str | Mapping[str, Any], limit: int | None = None) -> Task:
-    """A task from a data file: its path, or {file, name, match, pattern, max_new_tokens, limit}."""
+def load_task(task: str | Mapping[str, Any], limit: int | None = None) -> Task | ChoiceTask:
+    """A task from a data file: its path, or the keys of config.TaskFile."""
     options: dict[str, Any] = {"file": task} if isinstance(task, str) else dict(task)
     file = options["file"]
+    limit = limit or options.get("limit")
+    name = options.get("name") or Path(file).stem
+    if options.get("protocol") == "likelihood":
+        return ChoiceTask(name, read_questions(file)[:limit], options.get("prompt") or PROMPT)
     rows = read_rows(file).rows
     for row in rows:
         if row.messages[-1]["role"] != "assistant" or len(row.messages) < 2:
@@ -66,19 +85,19 @@ def load_task(task: str | Mapping[str, Any], limit: int | None = None) -> Task:
         reason = check_reference(match, row.messages[-1]["content"])
         if reason:
             raise UserError(f"{row.place}: the reference answer {reason}")
-    limit = limit or options.get("limit")
-    name = options.get("name") or Path(file).stem
     return Task(name, rows[:limit], grade, options.get("max_new_tokens") or 64)
 
 
 def evaluate_task(
     pair: Pair,
     tokenizer: PreTrainedTokenizerBase,
-    task: Task,
+    task: Task | ChoiceTask,
     batch_size: int = 16,
     progress: Progress = lambda what, done, total: None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Scores of base and tuned, and the samples: greedy answers graded against the reference."""
+    """Scores of base and tuned, and the samples: what each said to every row."""
+    if isinstance(task, ChoiceTask):
+        return evaluate_choices(pair, tokenizer, task, batch_size, progress)
     samples: list[dict[str, Any]] = [
         {
             "task": task.name,
@@ -94,6 +113,55 @@ def evaluate_task(
             scores[state], graded = score(model, tokenizer, task, batch_size, state, progress)
         for sample, (answer, verdict) in zip(samples, graded, strict=True):
             sample[state] = {"answer": answer, "verdict": verdict}
+    return scores, samples
+
+
+def evaluate_choices(
+    pair: Pair,
+    tokenizer: PreTrainedTokenizerBase,
+    task: ChoiceTask,
+    batch_size: int = 16,
+    progress: Progress = lambda what, done, total: None,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """How often the right option is the likeliest, for base and tuned, and every log-probability.
+
+    `accuracy` compares sums of log-probabilities, `accuracy_normalised` those per byte of the
+    option; `majority` is what always naming the most frequent place would score.
+    """
+    encoded = [encode_question(tokenizer, question, task.prompt) for question in task.questions]
+    right = [question.right for question in task.questions]
+    samples: list[dict[str, Any]] = [
+        {"task": task.name, "row": q.place, "prompt": task.prompt.replace("{question}", q.question),
+         "options": q.options, "right": q.right}
+        for q in task.questions
+    ]  # fmt: skip
+    count = len(right)
+    scores: dict[str, Any] = {
+        "rows": count,
+        "protocol": "likelihood",
+        "chance": sum(1 / len(q.options) for q in task.questions) / count,
+        "majority": max(right.count(place) for place in set(right)) / count,
+    }
+    for state, entered in (("base", pair.base), ("tuned", pair.tuned)):
+        with entered() as model:
+            what = f"{task.name}, {state}"
+            log_p = log_probabilities(model, encoded, batch_size, what, progress)
+        likeliest = [max(range(len(each)), key=each.__getitem__) for each in log_p]
+        per_byte = [
+            [value / len(option.encode()) for value, option in zip(each, q.options, strict=True)]
+            for each, q in zip(log_p, task.questions, strict=True)
+        ]
+        normalised = [max(range(len(each)), key=each.__getitem__) for each in per_byte]
+        hits = sum(a == b for a, b in zip(likeliest, right, strict=True))
+        hits_normalised = sum(a == b for a, b in zip(normalised, right, strict=True))
+        scores[state] = {
+            "accuracy": hits / count,
+            "interval": wilson(hits, count),
+            "accuracy_normalised": hits_normalised / count,
+            "interval_normalised": wilson(hits_normalised, count),
+        }
+        for sample, each, pick in zip(samples, log_p, likeliest, strict=True):
+            sample[state] = {"log_p": [round(value, 4) for value in each], "likeliest": pick}
     return scores, samples
 
 
@@ -127,7 +195,7 @@ def score(
 def evaluate_all(
     pair: Pair,
     tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[Task],
+    tasks: Sequence[Task | ChoiceTask],
     text: tuple[str, str],
     chunks: int,
     batch_size: int,
@@ -265,8 +333,18 @@ def positions(model: nn.Module) -> int:
     return int(getattr(config, "max_position_embeddings", None) or 10**9)
 
 
-def check_lengths(task: Task, tokenizer: PreTrainedTokenizerBase, limit: int) -> None:
+def check_lengths(task: Task | ChoiceTask, tokenizer: PreTrainedTokenizerBase, limit: int) -> None:
     """Raise UserError for a question that, with its answer, is longer than the model can take."""
+    if isinstance(task, ChoiceTask):
+        for question in task.questions:
+            known, options = encode_question(tokenizer, question, task.prompt)
+            length = len(known) + max(len(option) for option in options)
+            if length > limit:
+                raise UserError(
+                    f"{question.place}: the question and its longest option are {length} tokens, "
+                    f"the model has {limit} positions: leave it out"
+                )
+        return
     for row in task.rows:
         length = len(_prompt(tokenizer, row)) + task.max_new_tokens
         if length > limit:

@@ -32,11 +32,11 @@ def grader(match: str, pattern: str | None = None) -> Grader:
     exact     the text equals the reference
     json      the parsed values are equal (1, 1.0 and true are three); not JSON: format
     contains  the reference stands in the answer
-    regex     the first group of `pattern` (or all of its first match) equals the reference
+    regex     the first group of `pattern` (or all of its first match) equals that of the reference
     number    the number after the last "answer is", else the last number, equals the reference's
               last one, exactly; no number: format
     math      equal as mathematics by the math-verify package; unreadable: format
-    choice    the first match of `pattern` equals the reference, case aside; none: format
+    choice    regex, case aside; for both, no match in the answer: format
 
     With exact, json, contains, number and math, `pattern` is the form of a whole answer, and what
     does not match it is a format failure.
@@ -58,13 +58,11 @@ def grader(match: str, pattern: str | None = None) -> Grader:
     def grade(answer: str, reference: str) -> Verdict:
         answer, reference = answer.strip(), reference.strip()
         if form and match in ("regex", "choice"):
-            found = form.search(answer) if match == "regex" else _search_any_case(form, answer)
-            if not found:
+            taken = _first(form, answer, match == "choice")
+            if taken is None:
                 return "format"
-            taken = next((g for g in found.groups() if g is not None), found[0]).strip()
-            if match == "choice":
-                taken, reference = taken.casefold(), reference.casefold()
-            return "right" if taken == reference else "wrong"
+            wanted = _first(form, reference, match == "choice") or reference
+            return "right" if taken == wanted else "wrong"
         if form and not form.fullmatch(answer):
             return "format"
         return compare(answer, reference)
@@ -173,5 +171,12 @@ def _parsed(text: str) -> list[object]:
         return []
 
 
-def _search_any_case(form: re.Pattern[str], text: str) -> re.Match[str] | None:
-    return re.compile(form.pattern, form.flags | re.IGNORECASE).search(text)
+def _first(form: re.Pattern[str], text: str, any_case: bool) -> str | None:
+    """The first group that took part in the first match, or all of the match."""
+    if any_case:
+        form = re.compile(form.pattern, form.flags | re.IGNORECASE)
+    found = form.search(text)
+    if not found:
+        return None
+    taken: str = next((g for g in found.groups() if g is not None), found[0]).strip()
+    return taken.casefold() if any_case else taken

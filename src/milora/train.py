@@ -42,6 +42,7 @@ from milora.card import model_card
 from milora.data import Collator, Prepared, Rows, overlap, prepare, read_rows, split_rows
 from milora.errors import UserError
 from milora.evaluate import (
+    ChoiceTask,
     Pair,
     Task,
     check_lengths,
@@ -100,7 +101,7 @@ class Material(NamedTuple):
     train: Prepared
     held_out: Prepared
     overlap: int
-    tasks: list[Task]
+    tasks: list[Task | ChoiceTask]
     text: str
     text_source: str
     files: dict[str, str]  # name -> sha256
