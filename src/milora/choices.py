@@ -151,9 +151,11 @@ def log_probabilities(
                 after_prompt[name].batch_select_indices(row)
                 whole = torch.cat([mask[row], real[:, :-1]], 1)
                 rest = model(
-                    input_ids=tokens[:, :-1], attention_mask=whole,
-                    position_ids=_positions(whole)[:, mask.shape[1] :], **{name: after_prompt[name]},
-                ).logits  # fmt: skip
+                    input_ids=tokens[:, :-1],
+                    attention_mask=whole,
+                    position_ids=_positions(whole)[:, mask.shape[1] :],
+                    **{name: after_prompt[name]},
+                ).logits
                 logits = torch.cat([logits, rest], 1)
             log_p = logits.float().log_softmax(-1).gather(2, tokens[:, :, None])[..., 0]
             sums = (log_p.double() * real).sum(1).tolist()
