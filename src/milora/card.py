@@ -115,6 +115,12 @@ def scores_table(evaluation: Mapping[str, Any]) -> list[str]:
     """Base against tuned, as lines of a Markdown table."""
     lines = ["| | base | tuned |", "|---|---|---|"]
     for name, task in evaluation["tasks"].items():
+        for metric, value in task["base"].get("metrics", {}).items():
+            if "stderr" not in metric:
+                tuned = task["tuned"]["metrics"][metric]
+                lines.append(f"| {_safe(name)}: {_safe(metric)} | {value:.4f} | {tuned:.4f} |")
+        if "accuracy" not in task["base"]:
+            continue
         cells = []
         for state in ("base", "tuned"):
             low, high = task[state]["interval"]

@@ -136,7 +136,9 @@ def evaluate(
         loaded, pair = opened.base, Pair(opened.model)
     chosen = [name for name in tasks.split(",") if name] or asked["tasks"]
     by_name = {
-        str(t.get("name") or Path(t["file"]).stem): t for t in asked["tasks"] if isinstance(t, dict)
+        str(t.get("name") or t.get("harness") or Path(t["file"]).stem): t
+        for t in asked["tasks"]
+        if isinstance(t, dict)
     }
     loaded_tasks = [
         load_task(by_name.get(t, t) if isinstance(t, str) else t, limit) for t in chosen
@@ -255,6 +257,12 @@ def _print_scores(result: dict[str, Any]) -> None:
 
     table = Table("", "base", "tuned")
     for name, task in result["tasks"].items():
+        for metric, value in task["base"].get("metrics", {}).items():
+            if "stderr" not in metric:
+                tuned = task["tuned"]["metrics"][metric]
+                table.add_row(f"{name}: {metric}", f"{value:.4f}", f"{tuned:.4f}")
+        if "accuracy" not in task["base"]:
+            continue
         cells = [
             "{:.3f}  ({:.3f}-{:.3f})".format(task[s]["accuracy"], *task[s]["interval"])
             for s in ("base", "tuned")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from milora.errors import UserError
 
@@ -71,7 +71,9 @@ class Lora(BaseModel):
 
 
 class TaskFile(Strict):
-    file: str
+    file: str | None = None
+    harness: str | None = None
+    include: str | None = None
     name: str | None = None
     match: Literal["exact", "json", "contains", "regex", "number", "math", "choice"] = "exact"
     pattern: str | None = None
@@ -79,6 +81,12 @@ class TaskFile(Strict):
     prompt: str | None = None
     max_new_tokens: int = Field(64, ge=1)
     limit: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "TaskFile":
+        if (self.file is None) == (self.harness is None):
+            raise ValueError("a task needs either file or harness")
+        return self
 
 
 class Evaluate(Strict):

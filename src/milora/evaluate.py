@@ -27,6 +27,7 @@ from milora.choices import (
 from milora.data import IGNORED, Collator, Row, encode, pad, prompt_ids, read_rows
 from milora.errors import UserError
 from milora.grade import Grader, Verdict, check_reference, grader
+from milora.harness import HarnessTask, harness_task, run_harness
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
 
@@ -48,6 +49,9 @@ class ChoiceTask(NamedTuple):
     prompt: str  # with {question}
 
 
+AnyTask = Task | ChoiceTask | HarnessTask
+
+
 class Pair(NamedTuple):
     """The model in both states. Entering `base()` or `tuned()` gives the one to run."""
 
@@ -67,11 +71,15 @@ class Pair(NamedTuple):
         yield self.model  # type: ignore[misc]
 
 
-def load_task(task: str | Mapping[str, Any], limit: int | None = None) -> Task | ChoiceTask:
-    """A task from a data file: its path, or the keys of config.TaskFile."""
+def load_task(task: str | Mapping[str, Any], limit: int | None = None) -> AnyTask:
+    """A task from its file's path, "harness:NAME", or the keys of config.TaskFile."""
     options: dict[str, Any] = {"file": task} if isinstance(task, str) else dict(task)
-    file = options["file"]
+    if isinstance(task, str) and task.startswith("harness:"):
+        options = {"harness": task.removeprefix("harness:")}
     limit = limit or options.get("limit")
+    if options.get("harness"):
+        return harness_task(options["harness"], limit, options.get("include"))
+    file = options["file"]
     name = options.get("name") or Path(file).stem
     if options.get("protocol") == "likelihood":
         return ChoiceTask(name, read_questions(file)[:limit], options.get("prompt") or PROMPT)
@@ -91,13 +99,15 @@ def load_task(task: str | Mapping[str, Any], limit: int | None = None) -> Task |
 def evaluate_task(
     pair: Pair,
     tokenizer: PreTrainedTokenizerBase,
-    task: Task | ChoiceTask,
+    task: AnyTask,
     batch_size: int = 16,
     progress: Progress = lambda what, done, total: None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Scores of base and tuned, and the samples: what each said to every row."""
     if isinstance(task, ChoiceTask):
         return evaluate_choices(pair, tokenizer, task, batch_size, progress)
+    if isinstance(task, HarnessTask):
+        return evaluate_harness(pair, tokenizer, task, batch_size, progress)
     samples: list[dict[str, Any]] = [
         {
             "task": task.name,
@@ -165,6 +175,37 @@ def evaluate_choices(
     return scores, samples
 
 
+def evaluate_harness(
+    pair: Pair,
+    tokenizer: PreTrainedTokenizerBase,
+    task: HarnessTask,
+    batch_size: int = 16,
+    progress: Progress = lambda what, done, total: None,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The harness's metrics for base and tuned, and its samples."""
+    scores: dict[str, Any] = {"protocol": "lm-evaluation-harness"}
+    samples: list[dict[str, Any]] = []
+    for place, (state, entered) in enumerate((("base", pair.base), ("tuned", pair.tuned))):
+        progress(f"{task.name} by the harness", place, 2)
+        with entered() as model:
+            found = run_harness(model, tokenizer, task, batch_size)
+        scores["rows"] = found.rows
+        scores[state] = {"metrics": found.metrics}
+        if found.accuracy is not None:
+            right = round(found.accuracy * found.rows)
+            scores[state] |= {
+                "accuracy": found.accuracy, "interval": wilson(right, found.rows)
+            }  # fmt: skip
+        if not samples:
+            samples = [
+                {"task": task.name, "row": s["row"], "reference": s["reference"]}
+                for s in found.samples
+            ]
+        for sample, own in zip(samples, found.samples, strict=True):
+            sample[state] = {"answer": own["answer"]}
+    return scores, samples
+
+
 def score(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -195,7 +236,7 @@ def score(
 def evaluate_all(
     pair: Pair,
     tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[Task | ChoiceTask],
+    tasks: Sequence[AnyTask],
     text: tuple[str, str],
     chunks: int,
     batch_size: int,
@@ -333,8 +374,10 @@ def positions(model: nn.Module) -> int:
     return int(getattr(config, "max_position_embeddings", None) or 10**9)
 
 
-def check_lengths(task: Task | ChoiceTask, tokenizer: PreTrainedTokenizerBase, limit: int) -> None:
+def check_lengths(task: AnyTask, tokenizer: PreTrainedTokenizerBase, limit: int) -> None:
     """Raise UserError for a question that, with its answer, is longer than the model can take."""
+    if isinstance(task, HarnessTask):
+        return  # the harness cuts prompts from the left and says so
     if isinstance(task, ChoiceTask):
         for question in task.questions:
             known, options = encode_question(tokenizer, question, task.prompt)

@@ -42,9 +42,8 @@ from milora.card import model_card
 from milora.data import Collator, Prepared, Rows, overlap, prepare, read_rows, split_rows
 from milora.errors import UserError
 from milora.evaluate import (
-    ChoiceTask,
+    AnyTask,
     Pair,
-    Task,
     check_lengths,
     evaluate_all,
     general_text,
@@ -101,7 +100,7 @@ class Material(NamedTuple):
     train: Prepared
     held_out: Prepared
     overlap: int
-    tasks: list[Task | ChoiceTask]
+    tasks: list[AnyTask]
     text: str
     text_source: str
     files: dict[str, str]  # name -> sha256
@@ -411,8 +410,9 @@ def _read(
     return Material(base, rows, prepared, prepared_held, common, tasks, text, text_source, files)
 
 
-def _task_file(task: Any) -> str:
-    return str(task if isinstance(task, str) else task["file"])
+def _task_file(task: Any) -> str | None:
+    file: str | None = task if isinstance(task, str) else task["file"]
+    return None if file and file.startswith("harness:") else file
 
 
 def _fit(
