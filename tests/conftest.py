@@ -8,6 +8,7 @@ from pathlib import Path
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test never reaches for the network
 os.environ["MILORA_STORE"] = tempfile.mkdtemp(prefix="milora-store-")  # nor for the user's store
+os.environ["MILORA_ANSWERS"] = tempfile.mkdtemp(prefix="milora-answers-")
 
 import pytest
 import torch

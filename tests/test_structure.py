@@ -17,7 +17,7 @@ SOURCE = ROOT / "src" / "milora"
 LAYERS = (
     {"errors", "files", "svd", "progress"},
     {"grade", "adapter", "data", "pretrained", "config", "card"},
-    {"choices", "harness"},
+    {"choices", "harness", "answers"},
     {"export", "evaluate", "loop", "verify", "preview", "chat", "checkpoint"},
     {"store"},
     {"artefacts", "train"},

@@ -9,6 +9,8 @@ import pydoc_data.topics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from milora.adapter import base_only
+from milora.answers import Recall, compute_always, recall_of, who_answers
 from milora.choices import (
     PROMPT,
     Question,
@@ -27,11 +30,14 @@ from milora.choices import (
 from milora.data import IGNORED, Collator, Row, encode, pad, prompt_ids, read_rows
 from milora.errors import UserError
 from milora.grade import Grader, Verdict, check_reference, grader
-from milora.harness import HarnessTask, harness_task, run_harness
+from milora.harness import HarnessScores, HarnessTask, harness_task, run_harness
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
 
 DEFAULT_TEXT = "default"
+
+
+ASKED_ANEW: Mapping[str, Recall] = {"base": compute_always, "tuned": compute_always}
 
 
 class Task(NamedTuple):
@@ -102,12 +108,16 @@ def evaluate_task(
     task: AnyTask,
     batch_size: int = 16,
     progress: Progress = lambda what, done, total: None,
+    recall: Mapping[str, Recall] = ASKED_ANEW,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Scores of base and tuned, and the samples: what each said to every row."""
+    """Scores of base and tuned, and the samples: what each said to every row.
+
+    `recall` looks for what each of the two has answered before; by default nothing is kept.
+    """
     if isinstance(task, ChoiceTask):
-        return evaluate_choices(pair, tokenizer, task, batch_size, progress)
+        return evaluate_choices(pair, tokenizer, task, batch_size, progress, recall)
     if isinstance(task, HarnessTask):
-        return evaluate_harness(pair, tokenizer, task, batch_size, progress)
+        return evaluate_harness(pair, tokenizer, task, batch_size, progress, recall)
     samples: list[dict[str, Any]] = [
         {
             "task": task.name,
@@ -120,7 +130,9 @@ def evaluate_task(
     scores: dict[str, Any] = {"rows": len(task.rows), "max_new_tokens": task.max_new_tokens}
     for state, entered in (("base", pair.base), ("tuned", pair.tuned)):
         with entered() as model:
-            scores[state], graded = score(model, tokenizer, task, batch_size, state, progress)
+            scores[state], graded = score(
+                model, tokenizer, task, batch_size, state, progress, recall[state]
+            )
         for sample, (answer, verdict) in zip(samples, graded, strict=True):
             sample[state] = {"answer": answer, "verdict": verdict}
     return scores, samples
@@ -132,6 +144,7 @@ def evaluate_choices(
     task: ChoiceTask,
     batch_size: int = 16,
     progress: Progress = lambda what, done, total: None,
+    recall: Mapping[str, Recall] = ASKED_ANEW,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """How often the right option is the likeliest, for base and tuned, and every log-probability.
 
@@ -155,7 +168,10 @@ def evaluate_choices(
     for state, entered in (("base", pair.base), ("tuned", pair.tuned)):
         with entered() as model:
             what = f"{task.name}, {state}"
-            log_p = log_probabilities(model, encoded, batch_size, what, progress)
+            log_p = recall[state](
+                ["likelihood", encoded],
+                partial(log_probabilities, model, encoded, batch_size, what, progress),
+            )
         likeliest = [max(range(len(each)), key=each.__getitem__) for each in log_p]
         per_byte = [
             [value / len(option.encode()) for value, option in zip(each, q.options, strict=True)]
@@ -181,6 +197,7 @@ def evaluate_harness(
     task: HarnessTask,
     batch_size: int = 16,
     progress: Progress = lambda what, done, total: None,
+    recall: Mapping[str, Recall] = ASKED_ANEW,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The harness's metrics for base and tuned, and its samples."""
     scores: dict[str, Any] = {"protocol": "lm-evaluation-harness"}
@@ -188,7 +205,12 @@ def evaluate_harness(
     for place, (state, entered) in enumerate((("base", pair.base), ("tuned", pair.tuned))):
         progress(f"{task.name} by the harness", place, 2)
         with entered() as model:
-            found = run_harness(model, tokenizer, task, batch_size)
+            asked = ["harness", version("lm_eval"), task]
+            # Task files of one's own may have changed.
+            ask = compute_always if task.include else recall[state]
+            found = HarnessScores(
+                *ask(asked, partial(run_harness, model, tokenizer, task, batch_size))
+            )
         scores["rows"] = found.rows
         scores[state] = {"metrics": found.metrics}
         if found.accuracy is not None:
@@ -213,15 +235,25 @@ def score(
     batch_size: int = 16,
     state: str = "model",
     progress: Progress = lambda what, done, total: None,
+    recall: Recall = compute_always,
 ) -> tuple[dict[str, Any], list[tuple[str, Verdict]]]:
     """The model's scores on one task, and its answer to every row with the verdict on it."""
     prompts = [_prompt(tokenizer, row) for row in task.rows]
     what = f"{task.name}, {state}"
-    answers = generate(model, tokenizer, prompts, task.max_new_tokens, batch_size, what, progress)
+    answers = recall(
+        ["generate", prompts, task.max_new_tokens],
+        lambda: generate(
+            model, tokenizer, prompts, task.max_new_tokens, batch_size, what, progress
+        ),
+    )
+    answers = [Answer(*answer) for answer in answers]
     references = [row.messages[-1]["content"] for row in task.rows]
     verdicts = [task.grade(a.text, ref) for a, ref in zip(answers, references, strict=True)]
     right = verdicts.count("right")
-    loss, loss_rows = answer_loss(model, tokenizer, task.rows, batch_size)
+    loss, loss_rows = recall(
+        ["loss", [row.messages for row in task.rows]],
+        lambda: answer_loss(model, tokenizer, task.rows, batch_size),
+    )
     scores = {
         "accuracy": right / len(verdicts),
         "interval": wilson(right, len(verdicts)),
@@ -242,12 +274,23 @@ def evaluate_all(
     batch_size: int,
     progress: Progress = lambda what, done, total: None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Every task and the knowledge kept: the content of evaluation.json, and the samples."""
+    """Every task and the knowledge kept: the content of evaluation.json, and the samples.
+
+    What either model has been asked before is not asked again (answers.py).
+    """
     scores, samples = {}, []
+    who = {
+        "base": who_answers(pair.other_base or pair.model, tokenizer, tuned=False),
+        "tuned": who_answers(pair.model, tokenizer, tuned=True),
+    }
+    recall = {state: recall_of(name) for state, name in who.items()}
     for task in tasks:
-        scores[task.name], own = evaluate_task(pair, tokenizer, task, batch_size, progress)
+        scores[task.name], own = evaluate_task(pair, tokenizer, task, batch_size, progress, recall)
         samples += own
-    kept = knowledge_kept(pair, tokenizer, text[0], chunks, progress=progress)
+    kept = recall["tuned"](
+        ["knowledge", who["base"], text[0], chunks],
+        lambda: knowledge_kept(pair, tokenizer, text[0], chunks, progress=progress),
+    )
     return {"tasks": scores, "knowledge": {"text": text[1], **kept}}, samples
 
 

@@ -1,0 +1,74 @@
+"""What models have answered, kept, so that no question is put to the same model twice.
+
+A second evaluation computes only what is new; the base's answers serve every run on that base. An
+answer is found by a hash of the model's weights, its tokenizer and template, the versions that
+compute, and the question; verdicts are not kept, since graders may change.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from milora.adapter import base_sha256, tensor_sha256
+from milora.files import cache_folder, read_json, write_json
+
+Result = TypeVar("Result")
+Recall = Callable[[Any, Callable[[], Any]], Any]  # (question, how to compute) -> answer, as JSON
+
+
+def compute_always(asked: Any, compute: Callable[[], Result]) -> Result:
+    """A Recall that keeps nothing."""
+    return compute()
+
+
+def recall_of(who: str, folder: Path | None = None) -> Recall:
+    """A Recall for the model that `who` names (see `who_answers`)."""
+    home = folder or answers_folder()
+
+    def recall(asked: Any, compute: Callable[[], Any]) -> Any:
+        text = json.dumps([who, asked], sort_keys=True)
+        path = home / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
+        with suppress(OSError, ValueError):  # not there, or damaged: it is asked again
+            return read_json(path)
+        # Through JSON, so that it is the same whether it was kept or not.
+        found = json.loads(json.dumps(compute()))
+        with suppress(OSError):  # no room: it costs time when asked again, and nothing else
+            home.mkdir(parents=True, exist_ok=True)
+            write_json(path, found)
+        return found
+
+    return recall
+
+
+def who_answers(model: nn.Module, tokenizer: PreTrainedTokenizerBase, tuned: bool) -> str:
+    """A hash of all that decides what the model answers, with its adapter on or off."""
+    parameter = next(model.parameters())
+    parts = [
+        base_sha256(model), str(parameter.dtype), parameter.device.type,
+        str(getattr(tokenizer, "chat_template", None)), len(tokenizer), type(tokenizer).__name__,
+        *(version(package) for package in ("milora", "torch", "transformers", "peft")),
+    ]  # fmt: skip
+    if tuned and isinstance(model, PeftModel):
+        inner: Any = model.base_model
+        parts += sorted(
+            f"{name} {tensor_sha256(tensor)}"
+            for name, tensor in inner.state_dict().items()
+            if ".lora_" in name
+        )
+        parts += sorted(str(config.to_dict()) for config in model.peft_config.values())
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def answers_folder() -> Path:
+    """$MILORA_ANSWERS, else answers/ in milora's cache."""
+    own = os.environ.get("MILORA_ANSWERS")
+    return Path(own).expanduser() if own else cache_folder() / "answers"

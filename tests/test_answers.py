@@ -1,0 +1,122 @@
+"""Kept answers: never asked twice, never taken for another model's."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_tokenizer
+from transformers import PreTrainedModel
+
+import milora.evaluate
+from milora.adapter import adapted_layers, add_adapter, lora_config
+from milora.answers import recall_of, who_answers
+from milora.evaluate import Pair, evaluate_all, load_task
+
+Load = Callable[..., PreTrainedModel]
+CONFIG = {"r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}
+TEXT = ("some general text, of which there is enough " * 20, "here")
+
+
+@pytest.fixture(autouse=True)
+def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MILORA_ANSWERS", str(tmp_path / "answers"))
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def tasks(folder: Path) -> list[Any]:
+    asked = [{"prompt": f"{i} =", "completion": str(i)} for i in range(4)]
+    choices = [{"question": f"{i}?", "choices": ["a", "b"], "answer": 0} for i in range(4)]
+    first = {"file": write(folder / "a.jsonl", asked), "max_new_tokens": 3}
+    second = {"file": write(folder / "b.jsonl", choices), "protocol": "likelihood"}
+    return [load_task(first), load_task(second)]
+
+
+def evaluated(model: Any, asked: list[Any]) -> Any:
+    return evaluate_all(Pair(model), make_tokenizer(), asked, TEXT, 1, 4)
+
+
+def no_asking(*args: Any, **kwargs: Any) -> None:
+    raise AssertionError("the model was asked again")
+
+
+def forbid(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    for name in names:
+        monkeypatch.setattr(milora.evaluate, name, no_asking)
+
+
+ALL = ("generate", "answer_loss", "log_probabilities", "knowledge_kept")
+
+
+def test_a_second_evaluation_asks_only_what_is_new(
+    tmp_path: Path, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = add_adapter(load("llama"), lora_config(CONFIG), "milora")
+    first, second = tasks(tmp_path)
+    once = evaluated(model, [first])
+    with monkeypatch.context() as context:
+        forbid(context, *ALL)
+        assert evaluated(model, [first]) == once
+    with monkeypatch.context() as context:
+        forbid(context, "generate", "answer_loss", "knowledge_kept")
+        both = evaluated(model, [first, second])
+    assert both[0]["tasks"]["a"] == once[0]["tasks"]["a"]
+    assert set(both[0]["tasks"]) == {"a", "b"}
+
+
+def test_another_adapter_is_asked_and_the_base_is_not(
+    tmp_path: Path, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = add_adapter(load("llama"), lora_config(CONFIG), "milora")
+    (first, _), tokenizer = tasks(tmp_path), make_tokenizer()
+    evaluated(model, [first])
+    base, tuned = (who_answers(model, tokenizer, tuned) for tuned in (False, True))
+    layer = next(iter(adapted_layers(model).values()))
+    with torch.no_grad():
+        layer.lora_B["milora"].weight.add_(1)
+    assert who_answers(model, tokenizer, False) == base
+    assert who_answers(model, tokenizer, True) != tuned
+    states = []
+    real = milora.evaluate.generate
+
+    def noting(model: Any, tokenizer: Any, prompts: Any, new: int, size: int, what: str, p: Any):  # type: ignore[no-untyped-def]
+        states.append(what)
+        return real(model, tokenizer, prompts, new, size, what, p)
+
+    monkeypatch.setattr(milora.evaluate, "generate", noting)
+    evaluated(model, [first])
+    assert states == ["a, tuned"]
+
+
+def test_what_decides_an_answer(load: Load) -> None:
+    tokenizer, other = make_tokenizer(), make_tokenizer(chat=False)
+    names = {
+        who_answers(load("llama"), tokenizer, False),
+        who_answers(load("llama", torch.bfloat16), tokenizer, False),
+        who_answers(load("llama"), other, False),
+        who_answers(load("qwen2"), tokenizer, False),
+    }
+    assert len(names) == 4
+    assert who_answers(load("llama"), tokenizer, True) in names  # no adapter: the base
+
+
+def test_a_damaged_answer_is_asked_again(tmp_path: Path) -> None:
+    recall = recall_of("someone", tmp_path)
+    assert recall(["q", 1], lambda: (1.5, "a")) == [1.5, "a"]
+    assert recall(["q", 1], no_asking) == [1.5, "a"]
+    (file,) = tmp_path.iterdir()
+    file.write_text("[1.5,")
+    assert recall(["q", 1], lambda: 2) == 2
+    assert recall_of("someone else", tmp_path)(["q", 1], lambda: 3) == 3
+
+
+def test_answers_that_cannot_be_kept_are_given_all_the_same(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    recall = recall_of("someone", tmp_path / "file")
+    assert [recall("q", lambda: 1), recall("q", lambda: 2)] == [1, 2]
