@@ -161,6 +161,34 @@ def evaluate(
         write_text(out.with_suffix(".samples.jsonl"), lines)
 
 
+@app.command(
+    epilog="Example: milora compare run.yaml --methods lora,milora,lora:training.weight_decay=0.1 "
+    "--seeds 0,1,2 --learning-rates 1e-4,3e-4,1e-3"
+)
+def compare(
+    config: Annotated[Path, typer.Argument(help="A configuration; output_dir holds all runs.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="Override a key.")
+    ] = None,
+    methods: Annotated[
+        str, typer.Option(help="Comma-separated METHOD or METHOD:key=value.")
+    ] = "lora,milora",
+    seeds: Annotated[str, typer.Option(help="The first chooses the rates.")] = "0,1,2",
+    learning_rates: Annotated[str, typer.Option(help="Tried for every method.")] = "1e-4,3e-4,1e-3",
+) -> None:
+    """Methods at their best rates over seeds: one table; continues by itself."""
+    _quiet()
+    from milora.compare import compare as run_comparison
+    from milora.compare import parse_arm, tables
+    from milora.progress import Progress
+
+    arms = [parse_arm(text) for text in methods.split(",") if text]
+    numbers = _numbers("--seeds", seeds, int), _numbers("--learning-rates", learning_rates, float)
+    with Progress() as progress:
+        result = run_comparison(config, overrides or [], arms, *numbers, progress=progress)
+    typer.echo(tables(result))
+
+
 @app.command(epilog="Example: milora export runs/first --to lora --rank 32 --out lora32")
 def export(
     run: Annotated[Path, typer.Argument(help="The run folder.")],
@@ -221,6 +249,13 @@ def chat(
 
     for base, tuned in replies(opened.model, opened.base.tokenizer, questions(), max_new_tokens):
         typer.echo(f"base:  {base}\ntuned: {tuned}\n")
+
+
+def _numbers(option: str, text: str, kind: Any) -> list[Any]:
+    try:
+        return [kind(part) for part in text.split(",") if part]
+    except ValueError as error:
+        raise UserError(f"{option}: {text!r} is no list of numbers with commas") from error
 
 
 def _print_plan(plan: dict[str, Any]) -> None:
@@ -305,7 +340,7 @@ def main() -> None:
     except UserError as error:
         sys.exit(_fail(str(error)))
     except KeyboardInterrupt:
-        init = sys.argv[1:2] == ["init"]
+        init = sys.argv[1:2] in (["init"], ["compare"])
         again = "the same command" if init else "`milora train ... --resume`"
         sys.exit(_fail(f"stopped; {again} continues"))
     except OSError as error:

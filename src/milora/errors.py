@@ -3,3 +3,7 @@
 
 class UserError(ValueError):
     """A wrong input: names the file, row, module, value and bound, and says what to do."""
+
+
+class DivergedError(UserError):
+    """Training ended in NaN or infinity: a lower learning rate is needed."""

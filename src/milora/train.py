@@ -40,7 +40,7 @@ from transformers.integrations import (  # type: ignore[attr-defined]
 from milora import adapter, export
 from milora.card import model_card
 from milora.data import Collator, Prepared, Rows, overlap, prepare, read_rows, split_rows
-from milora.errors import UserError
+from milora.errors import DivergedError, UserError
 from milora.evaluate import (
     AnyTask,
     Pair,
@@ -445,7 +445,7 @@ def _fit(
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except FloatingPointError as error:
-        raise UserError(str(error)) from error
+        raise DivergedError(str(error)) from error
     # Under bf16 or fp16 accelerate leaves autocast around forward; what follows is without.
     trainer.accelerator.unwrap_model(live, keep_fp32_wrapper=False)
 
