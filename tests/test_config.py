@@ -132,6 +132,10 @@ def test_missing_and_nested_keys(tmp_path: Path) -> None:
     tasks = "evaluate: {tasks: [{file: a.jsonl, patern: x}]}\n"
     said = refused(tmp_path, MINIMAL + tasks)
     assert said.endswith("unknown key evaluate.tasks.0.patern, did you mean pattern?")
+    for both in ("{name: a}", "{file: a.jsonl, harness: arc_easy}"):
+        said = refused(tmp_path, MINIMAL + f"evaluate: {{tasks: [{both}]}}\n")
+        assert said.endswith("evaluate.tasks.0 needs either file or harness")
+    said = refused(tmp_path, MINIMAL + tasks)
     assert said.count(";") == 0  # nothing about what else a task could have been
 
 

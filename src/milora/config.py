@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from milora.errors import UserError
 
@@ -81,12 +81,6 @@ class TaskFile(Strict):
     prompt: str | None = None
     max_new_tokens: int = Field(64, ge=1)
     limit: int | None = Field(None, ge=1)
-
-    @model_validator(mode="after")
-    def _one_source(self) -> "TaskFile":
-        if (self.file is None) == (self.harness is None):
-            raise ValueError("a task needs either file or harness")
-        return self
 
 
 class Evaluate(Strict):
@@ -171,6 +165,9 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(
             f"{path}: data.eval is {config.data.eval}: a share between 0 and 1, or a file"
         )
+    for place, task in enumerate(config.evaluate.tasks):
+        if isinstance(task, TaskFile) and (task.file is None) == (task.harness is None):
+            raise UserError(f"{path}: evaluate.tasks.{place} needs either file or harness")
     if config.lora.lora_alpha is None:
         config.lora.lora_alpha = config.lora.r  # the paper's setting: s = 1
     return config
