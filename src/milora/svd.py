@@ -266,7 +266,7 @@ def _all_eigenvectors(A: Tensor, wanted: Tensor, dtype: torch.dtype) -> Componen
 
     None where the squaring has taken the digits that a wanted singular value needs.
     """
-    G = _symmetric(_gram(A, torch.float64))
+    G = _gram(A, torch.float64)
     values, vectors = torch.linalg.eigh(G.to(dtype))
     norm = math.sqrt(float(values[-1]))
     chosen = torch.zeros(len(G), dtype=torch.bool, device=A.device)
@@ -277,7 +277,7 @@ def _all_eigenvectors(A: Tensor, wanted: Tensor, dtype: torch.dtype) -> Componen
             return None
         # What V has of the other eigenvectors is 6e-8 norm² / gap; a step of Newton's method on
         # its span squares that (Ogita and Aishima 2018). Equal values may stay mixed.
-        GV = V @ G
+        GV = V @ _symmetric(G)
         own = (GV * V).sum(1, keepdim=True) / (V * V).sum(1, keepdim=True)
         gap = own - values[~chosen].double()
         correction = ((GV - own * V) @ rest.T / gap).masked_fill(gap.abs() <= 1e-6 * norm**2, 0.0)
@@ -293,9 +293,11 @@ def _all_eigenvectors(A: Tensor, wanted: Tensor, dtype: torch.dtype) -> Componen
     solver = f"all eigenvectors, {str(dtype).removeprefix('torch.')}"
     U = (AV / S[:, None]).T
     overlap = U.T @ U
-    if not (overlap - torch.eye(len(S), dtype=U.dtype, device=U.device)).norm() < 1e-6:
+    skew = float((overlap - torch.eye(len(S), dtype=U.dtype, device=U.device)).norm())
+    if not skew < 1e-6:
         return _rayleigh_ritz(A, V, norm, slice(None), solver)[0]
-    U = 1.5 * U - 0.5 * (U @ overlap)  # one Newton-Schulz step: orthonormal to 1e-12
+    if skew > 5e-13:
+        U = 1.5 * U - 0.5 * (U @ overlap)  # one Newton-Schulz step: orthonormal to skew²
     miss = torch.stack([(U.T @ A - S[:, None] * V).norm(), (AV.T - U * S).norm()]).max()
     return Components(U, S, V, norm, float(miss) / norm, solver)
 
