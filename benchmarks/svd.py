@@ -394,7 +394,7 @@ def plot() -> None:
                     label="GEMM limit" if not place else None)  # fmt: skip
     axes.axhline(1, color="#6B6B6B", lw=1, ls=":")
     axes.annotate("a full fp32 SVD", (len(found) - 0.5, 1.01), ha="right", color="#6B6B6B")
-    axes.set_xticks(range(len(found)), [f"{r['shape'][0]} × {r['shape'][1]}" for r in found])
+    axes.set_xticks(range(len(found)), [f"{r['shape'][0]} ×\n{r['shape'][1]}" for r in found])
     axes.set_ylabel("time, ratio to a full fp32 SVD")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
