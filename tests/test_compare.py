@@ -65,6 +65,7 @@ def test_a_grid(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert json.loads((tmp_path / "grid" / "compare.json").read_text()) == result
     page = (tmp_path / "grid" / "compare.md").read_text()
     assert page == tables(result)
+    assert (tmp_path / "grid" / "compare.png").read_bytes().startswith(b"\x89PNG")
     assert "| lora:training.weight_decay=0.5 | " in page
     assert "too few to tell methods apart" in page
 
@@ -107,6 +108,19 @@ def test_a_rate_at_which_training_diverges_is_left_out(
     assert run(config, ["lora"], [0], [1e-3, 1e30]) == result
     with pytest.raises(UserError, match="lora diverged at every rate"):
         run(config, ["lora"], [0], [1e30])
+
+
+def test_without_matplotlib_the_figures_are_there(
+    config: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    run(config, ["lora"], [0], [1e-3])
+    assert "pip install 'milora[plot]'" in capsys.readouterr().err
+    assert (tmp_path / "grid" / "compare.md").exists()
+    assert not (tmp_path / "grid" / "compare.png").exists()
 
 
 def test_rows_are_paired() -> None:

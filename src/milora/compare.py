@@ -7,6 +7,7 @@ choice. Each run is an ordinary run folder, so that a stopped comparison goes on
     OUTPUT_DIR/<arm>-<rate>-<seed>/   the runs
     OUTPUT_DIR/compare.json           all figures
     OUTPUT_DIR/compare.md             the tables
+    OUTPUT_DIR/compare.png            learned against kept, with the extra `plot`
 """
 
 import json
@@ -106,6 +107,10 @@ def compare(
     result["notes"] = _notes(result)
     write_json(home / "compare.json", result)
     write_text(home / "compare.md", tables(result))
+    try:
+        plot(result, home / "compare.png")
+    except ImportError:
+        progress.say("compare.png needs matplotlib: pip install 'milora[plot]', and call it again")
     return result
 
 
@@ -303,6 +308,37 @@ def tables(result: Mapping[str, Any]) -> str:
         )
     lines += ["", *(f"- {note}" for note in result["notes"])]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def plot(result: Mapping[str, Any], path: Path) -> None:
+    """Accuracy of each task against KL from the base, a point an arm, bars over the seeds.
+
+    Raises ImportError without matplotlib.
+    """
+    from matplotlib.figure import Figure
+
+    names = list(result["base"]["tasks"])
+    figure = Figure(figsize=(1 + 4.2 * max(len(names), 1), 4.2), layout="constrained")
+    panels = figure.subplots(1, max(len(names), 1), squeeze=False)[0]
+    for panel, name in zip(panels, names, strict=False):
+        panel.axhline(result["base"]["tasks"][name]["accuracy"], color="#6B6B6B", lw=1, ls=":")
+        for arm, found in result["arms"].items():
+            score, kl = found["tasks"][name]["accuracy"], found["kl"]
+            drawn = panel.errorbar(
+                kl["mean"], score["mean"], xerr=kl["deviation"], yerr=score["deviation"],
+                fmt="o", capsize=3,
+            )  # fmt: skip
+            panel.annotate(
+                f"{arm}\n{found['learning_rate']:g}", (kl["mean"], score["mean"]),
+                xytext=(6, 4), textcoords="offset points", fontsize=9,
+                color=drawn.lines[0].get_color(),
+            )  # fmt: skip
+        panel.set_title(f"{name} (dotted: base)", fontsize=11, loc="left")
+        panel.set_xlabel("KL(base‖tuned) per token: forgotten")
+        panel.set_ylabel("accuracy: learned")
+        panel.margins(0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=160)
 
 
 def _pm(found: Mapping[str, Any], digits: int) -> str:
