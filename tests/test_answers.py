@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 import milora.evaluate
 from milora.adapter import adapted_layers, add_adapter, lora_config
-from milora.answers import recall_of, who_answers
+from milora.answers import recall_of, who_answers, with_adapter
 from milora.evaluate import Pair, evaluate_all, load_task
 
 Load = Callable[..., PreTrainedModel]
@@ -76,12 +76,13 @@ def test_another_adapter_is_asked_and_the_base_is_not(
     model, _ = add_adapter(load("llama"), lora_config(CONFIG), "milora")
     (first, _), tokenizer = tasks(tmp_path), make_tokenizer()
     evaluated(model, [first])
-    base, tuned = (who_answers(model, tokenizer, tuned) for tuned in (False, True))
+    base = who_answers(model, tokenizer)
+    tuned = with_adapter(base, model)
     layer = next(iter(adapted_layers(model).values()))
     with torch.no_grad():
         layer.lora_B["milora"].weight.add_(1)
-    assert who_answers(model, tokenizer, False) == base
-    assert who_answers(model, tokenizer, True) != tuned
+    assert who_answers(model, tokenizer) == base
+    assert with_adapter(base, model) != tuned
     states = []
     real = milora.evaluate.generate
 
@@ -97,13 +98,14 @@ def test_another_adapter_is_asked_and_the_base_is_not(
 def test_what_decides_an_answer(load: Load) -> None:
     tokenizer, other = make_tokenizer(), make_tokenizer(chat=False)
     names = {
-        who_answers(load("llama"), tokenizer, False),
-        who_answers(load("llama", torch.bfloat16), tokenizer, False),
-        who_answers(load("llama"), other, False),
-        who_answers(load("qwen2"), tokenizer, False),
+        who_answers(load("llama"), tokenizer),
+        who_answers(load("llama", torch.bfloat16), tokenizer),
+        who_answers(load("llama"), other),
+        who_answers(load("qwen2"), tokenizer),
     }
     assert len(names) == 4
-    assert who_answers(load("llama"), tokenizer, True) in names  # no adapter: the base
+    plain = load("llama")
+    assert with_adapter(who_answers(plain, tokenizer), plain) in names  # no adapter: the base
 
 
 def test_a_damaged_answer_is_asked_again(tmp_path: Path) -> None:

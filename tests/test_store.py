@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import KINDS, TARGETS, make_tokenizer
 from safetensors.torch import load_file, save_file
+from tiny_run import kill_at_write
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -396,25 +397,9 @@ def test_methods_without_components_are_refused(tmp_path: Path, tiny: Tiny) -> N
 
 
 def init_and_kill(model: str, store: str, at_write: int) -> None:
-    """In a child process: SIGKILL itself just before the n-th change to the store."""
-    seen = 0
-
-    def hook(event: str, values: tuple[Any, ...]) -> None:
-        nonlocal seen
-        if event == "open":
-            writes = any(c in "wax+" for c in values[1] or "") or bool(
-                (values[2] or 0) & (os.O_WRONLY | os.O_RDWR)
-            )
-        else:
-            writes = event in ("os.rename", "os.mkdir", "os.remove")
-        path = values[0] if values else ""
-        if writes and isinstance(path, str | bytes | Path) and store in os.fsdecode(path):
-            seen += 1
-            if seen == at_write:
-                os.kill(os.getpid(), signal.SIGKILL)
-
+    """In a child process: an init that kills itself just before the n-th change to the store."""
     torch.set_num_threads(1)
-    sys.addaudithook(hook)
+    kill_at_write(store, at_write)
     decompose(Path(model), Path(store))
 
 

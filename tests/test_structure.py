@@ -25,7 +25,7 @@ LAYERS = (
     {"cli"},
     {"__main__", "__init__"},
 )
-SAME_LAYER = {("verify", "evaluate"), ("chat", "evaluate")}
+SAME_LAYER = {("verify", "evaluate"), ("chat", "evaluate"), ("config", "grade")}
 
 
 def imported(path: Path) -> set[str]:

@@ -60,12 +60,12 @@ def run(arguments: dict[str, Any], **options: Any) -> dict[str, Any]:
         return train(**arguments, **options, progress=progress)
 
 
-def run_and_kill(arguments: dict[str, Any], resume: bool, at_write: int) -> None:
-    """In a child process: SIGKILL itself at the n-th change to the file system in the run folder.
+def kill_at_write(inside: str, at_write: int) -> None:
+    """From now on this process kills itself (SIGKILL) at the n-th change within a folder.
 
     Opening a file to write, renaming, making and removing all count, just before they happen.
     """
-    inside, seen = str(Path(arguments["output_dir"])), 0
+    seen = 0
 
     def hook(event: str, values: tuple[Any, ...]) -> None:
         nonlocal seen
@@ -83,6 +83,11 @@ def run_and_kill(arguments: dict[str, Any], resume: bool, at_write: int) -> None
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
+
+
+def run_and_kill(arguments: dict[str, Any], resume: bool, at_write: int) -> None:
+    """In a child process: a run that kills itself at the n-th change to its folder."""
+    kill_at_write(str(Path(arguments["output_dir"])), at_write)
     run(arguments, resume=resume)
 
 

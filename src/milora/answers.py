@@ -7,7 +7,6 @@ compute, and the question; verdicts are not kept, since graders may change.
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import version
@@ -19,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from milora.adapter import base_sha256, tensor_sha256
-from milora.files import cache_folder, read_json, write_json
+from milora.files import cache_folder, folder_of, read_json, write_json
 
 Result = TypeVar("Result")
 Recall = Callable[[Any, Callable[[], Any]], Any]  # (question, how to compute) -> answer, as JSON
@@ -49,26 +48,32 @@ def recall_of(who: str, folder: Path | None = None) -> Recall:
     return recall
 
 
-def who_answers(model: nn.Module, tokenizer: PreTrainedTokenizerBase, tuned: bool) -> str:
-    """A hash of all that decides what the model answers, with its adapter on or off."""
+def who_answers(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of all that decides what the model answers with its adapter off."""
     parameter = next(model.parameters())
     parts = [
         base_sha256(model), str(parameter.dtype), parameter.device.type,
         str(getattr(tokenizer, "chat_template", None)), len(tokenizer), type(tokenizer).__name__,
         *(version(package) for package in ("milora", "torch", "transformers", "peft")),
     ]  # fmt: skip
-    if tuned and isinstance(model, PeftModel):
-        inner: Any = model.base_model
-        parts += sorted(
-            f"{name} {tensor_sha256(tensor)}"
-            for name, tensor in inner.state_dict().items()
-            if ".lora_" in name
-        )
-        parts += sorted(str(config.to_dict()) for config in model.peft_config.values())
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def with_adapter(who: str, model: nn.Module) -> str:
+    """The same for the model whose base is `who`, with its adapter on, if it has one."""
+    if not isinstance(model, PeftModel):
+        return who
+    inner: Any = model.base_model
+    parts = [who]
+    parts += sorted(
+        f"{name} {tensor_sha256(tensor)}"
+        for name, tensor in inner.state_dict().items()
+        if ".lora_" in name
+    )
+    parts += sorted(str(config.to_dict()) for config in model.peft_config.values())
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def answers_folder() -> Path:
     """$MILORA_ANSWERS, else answers/ in milora's cache."""
-    own = os.environ.get("MILORA_ANSWERS")
-    return Path(own).expanduser() if own else cache_folder() / "answers"
+    return folder_of("MILORA_ANSWERS", cache_folder() / "answers")

@@ -1,6 +1,6 @@
 """The model card that lies beside the adapter: base, data, recipe, scores, rank, licence."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import yaml
@@ -111,26 +111,30 @@ SCORES = (
 )
 
 
+def task_scores(tasks: Mapping[str, Any], interval: str) -> Iterator[tuple[str, str, str]]:
+    """(label, base, tuned) for all that is shown of the tasks of an evaluation.
+
+    `interval` is the format of an accuracy and the two ends of its interval.
+    """
+    for name, task in tasks.items():
+        base, tuned = task["base"], task["tuned"]
+        for metric, value in base.get("metrics", {}).items():
+            if "stderr" not in metric:
+                yield f"{name}: {metric}", f"{value:.4f}", f"{tuned['metrics'][metric]:.4f}"
+        if "accuracy" not in base:
+            continue
+        accuracy = [interval.format(one["accuracy"], *one["interval"]) for one in (base, tuned)]
+        yield f"{name}: accuracy of {task['rows']} (95 %)", accuracy[0], accuracy[1]
+        for key, label in SCORES:
+            if key in base:
+                yield f"{name}: {label}", f"{base[key]:.3f}", f"{tuned[key]:.3f}"
+
+
 def scores_table(evaluation: Mapping[str, Any]) -> list[str]:
     """Base against tuned, as lines of a Markdown table."""
     lines = ["| | base | tuned |", "|---|---|---|"]
-    for name, task in evaluation["tasks"].items():
-        for metric, value in task["base"].get("metrics", {}).items():
-            if "stderr" not in metric:
-                tuned = task["tuned"]["metrics"][metric]
-                lines.append(f"| {_safe(name)}: {_safe(metric)} | {value:.4f} | {tuned:.4f} |")
-        if "accuracy" not in task["base"]:
-            continue
-        cells = []
-        for state in ("base", "tuned"):
-            low, high = task[state]["interval"]
-            cells.append(f"{task[state]['accuracy']:.3f} ({low:.3f} to {high:.3f})")
-        lines.append(f"| {_safe(name)}: accuracy of {task['rows']} (95 %) | {' | '.join(cells)} |")
-        for key, label in SCORES:
-            if key not in task["base"]:
-                continue
-            cells = [f"{task[state][key]:.3f}" for state in ("base", "tuned")]
-            lines.append(f"| {_safe(name)}: {label} | {' | '.join(cells)} |")
+    for label, base, tuned in task_scores(evaluation["tasks"], "{:.3f} ({:.3f} to {:.3f})"):
+        lines.append(f"| {_safe(label)} | {base} | {tuned} |")
     kept = evaluation["knowledge"]
     lines += [
         f"| perplexity of {_safe(kept['text'])} ({kept['tokens']} tokens) "

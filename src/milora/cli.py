@@ -288,25 +288,11 @@ def _print_scores(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from milora.card import SCORES
+    from milora.card import task_scores
 
     table = Table("", "base", "tuned")
-    for name, task in result["tasks"].items():
-        for metric, value in task["base"].get("metrics", {}).items():
-            if "stderr" not in metric:
-                tuned = task["tuned"]["metrics"][metric]
-                table.add_row(f"{name}: {metric}", f"{value:.4f}", f"{tuned:.4f}")
-        if "accuracy" not in task["base"]:
-            continue
-        cells = [
-            "{:.3f}  ({:.3f}-{:.3f})".format(task[s]["accuracy"], *task[s]["interval"])
-            for s in ("base", "tuned")
-        ]
-        table.add_row(f"{name}: accuracy of {task['rows']} (95 %)", *cells)
-        for key, label in SCORES:
-            if key not in task["base"]:
-                continue
-            table.add_row(f"{name}: {label}", *(f"{task[s][key]:.3f}" for s in ("base", "tuned")))
+    for row in task_scores(result["tasks"], "{:.3f}  ({:.3f}-{:.3f})"):
+        table.add_row(*row)
     kept = result["knowledge"]
     table.add_row(
         "perplexity of general text",

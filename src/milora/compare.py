@@ -16,7 +16,7 @@ import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from milora.files import read_json, write_json, write_text
 from milora.progress import Progress
 from milora.train import train
 
-METHODS = ("milora", "pissa", "middle", "random", "lora", "full")
+METHODS: tuple[str, ...] = get_args(Config.model_fields["method"].annotation)
 
 
 class Arm(NamedTuple):

@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from milora.errors import UserError
+from milora.grade import Match
 
 DEFAULT = """\
 # milora train this-file.yaml [key=value ...]
@@ -75,7 +76,7 @@ class TaskFile(Strict):
     harness: str | None = None
     include: str | None = None
     name: str | None = None
-    match: Literal["exact", "json", "contains", "regex", "number", "math", "choice"] = "exact"
+    match: Match = "exact"
     pattern: str | None = None
     protocol: Literal["generate", "likelihood"] = "generate"
     prompt: str | None = None

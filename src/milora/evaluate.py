@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from milora.adapter import base_only
-from milora.answers import Recall, compute_always, recall_of, who_answers
+from milora.answers import Recall, compute_always, recall_of, who_answers, with_adapter
 from milora.choices import (
     PROMPT,
     Question,
@@ -172,14 +172,15 @@ def evaluate_choices(
                 ["likelihood", encoded],
                 partial(log_probabilities, model, encoded, batch_size, what, progress),
             )
-        likeliest = [max(range(len(each)), key=each.__getitem__) for each in log_p]
         per_byte = [
             [value / len(option.encode()) for value, option in zip(each, q.options, strict=True)]
             for each, q in zip(log_p, task.questions, strict=True)
         ]
-        normalised = [max(range(len(each)), key=each.__getitem__) for each in per_byte]
-        hits = sum(a == b for a, b in zip(likeliest, right, strict=True))
-        hits_normalised = sum(a == b for a, b in zip(normalised, right, strict=True))
+        likeliest, normalised = _places_of_largest(log_p), _places_of_largest(per_byte)
+        hits, hits_normalised = (
+            sum(a == b for a, b in zip(places, right, strict=True))
+            for places in (likeliest, normalised)
+        )
         scores[state] = {
             "accuracy": hits / count,
             "interval": wilson(hits, count),
@@ -189,6 +190,10 @@ def evaluate_choices(
         for sample, each, pick in zip(samples, log_p, likeliest, strict=True):
             sample[state] = {"log_p": [round(value, 4) for value in each], "likeliest": pick}
     return scores, samples
+
+
+def _places_of_largest(rows: Sequence[Sequence[float]]) -> list[int]:
+    return [max(range(len(row)), key=row.__getitem__) for row in rows]
 
 
 def evaluate_harness(
@@ -279,10 +284,9 @@ def evaluate_all(
     What either model has been asked before is not asked again (answers.py).
     """
     scores, samples = {}, []
-    who = {
-        "base": who_answers(pair.other_base or pair.model, tokenizer, tuned=False),
-        "tuned": who_answers(pair.model, tokenizer, tuned=True),
-    }
+    adapter_off = who_answers(pair.model, tokenizer)
+    base = who_answers(pair.other_base, tokenizer) if pair.other_base else adapter_off
+    who = {"base": base, "tuned": with_adapter(adapter_off, pair.model)}
     recall = {state: recall_of(name) for state, name in who.items()}
     for task in tasks:
         scores[task.name], own = evaluate_task(pair, tokenizer, task, batch_size, progress, recall)

@@ -16,10 +16,14 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 def cache_folder() -> Path:
     """Where converted models and decompositions live: $MILORA_CACHE, else in the user's cache."""
-    own = os.environ.get("MILORA_CACHE")
-    if own:
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "milora"
+    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return folder_of("MILORA_CACHE", user / "milora")
+
+
+def folder_of(variable: str, default: Path) -> Path:
+    """The folder that an environment variable names, else `default`."""
+    own = os.environ.get(variable)
+    return Path(own).expanduser() if own else default
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -9,14 +9,15 @@ import json
 import re
 from collections.abc import Callable
 from fractions import Fraction
-from typing import Literal
+from typing import Literal, get_args
 
 from milora.errors import UserError
 
 Verdict = Literal["right", "wrong", "format"]
 Grader = Callable[[str, str], Verdict]  # (answer, reference)
 
-MATCHES = ("exact", "json", "contains", "regex", "number", "math", "choice")
+Match = Literal["exact", "json", "contains", "regex", "number", "math", "choice"]
+MATCHES = get_args(Match)
 
 # The last one of a text is taken; thousands may have commas. 3/4 is one number.
 _NUMBER = re.compile(

@@ -1,6 +1,7 @@
 """Tasks of lm-evaluation-harness by their names, through that library (the extra `harness`)."""
 
 import difflib
+import functools
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,6 +79,7 @@ def run_harness(
     return HarnessScores(len(samples), metrics, accuracy, samples)
 
 
+@functools.cache
 def _manager(include: str | None) -> Any:
     try:
         from lm_eval.tasks import TaskManager

@@ -9,7 +9,6 @@ It is written whole or not at all. Any smaller rank is a slice of it.
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -26,7 +25,7 @@ from torch import Tensor
 from milora.adapter import COMPONENT, lora_config, module_seed, targets, tensor_sha256
 from milora.checkpoint import open_checkpoint
 from milora.errors import UserError
-from milora.files import NO_ROOM, cache_folder, write_bytes
+from milora.files import NO_ROOM, cache_folder, folder_of, write_bytes
 from milora.pretrained import dtype_of
 from milora.progress import Progress
 from milora.svd import SOLVER, Component, Components, components, positions
@@ -177,8 +176,7 @@ class Store:
 
 def store_folder() -> Path:
     """$MILORA_STORE, else decompositions/ in milora's cache."""
-    own = os.environ.get("MILORA_STORE")
-    return Path(own).expanduser() if own else cache_folder() / "decompositions"
+    return folder_of("MILORA_STORE", cache_folder() / "decompositions")
 
 
 def decompose_checkpoint(
