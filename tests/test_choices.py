@@ -168,3 +168,22 @@ def test_every_row_of_the_commonsense_sets_is_read() -> None:
         found = read_questions(str(SHARED_DATA / "commonsense" / f"{name}_test.json"))
         assert len(found) == size
         assert all("nswer1:" not in q.question for q in found)
+
+
+def test_an_option_whose_logits_are_not_finite_is_wrong_and_counted(load: Load) -> None:
+    model, tokenizer = load("llama"), make_tokenizer()
+    whole = log_probabilities(model, questions())
+    # A token that is impossible, and pads the shorter options: those keep their values.
+    model.lm_head.register_forward_hook(
+        lambda module, args, out: torch.cat([torch.full_like(out[..., :1], -torch.inf),
+                                             out[..., 1:]], -1)
+    )  # fmt: skip
+    for found, before in zip(log_probabilities(model, questions()), whole, strict=True):
+        assert None not in found
+        assert len(found) == len(before)
+    model.lm_head.weight.data.fill_(torch.nan)
+    assert log_probabilities(model, questions())[0] == [None, None]
+    asked = [Question("a, row 1", "2 + 2 = ?", ["4", "five"], 0)]
+    scores, samples = evaluate_task(Pair(model), tokenizer, ChoiceTask("t", asked, "{question}"))
+    assert (scores["tuned"]["accuracy"], scores["tuned"]["not_finite"]) == (0.0, 1.0)
+    assert samples[0]["tuned"] == {"log_p": [None, None], "likeliest": None}

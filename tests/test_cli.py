@@ -91,7 +91,7 @@ def test_a_whole_run_and_what_follows(command: Command) -> None:
     assert "step 0: adapted and base logits differ by" in err
     assert "training: 2/2" in err
     assert "The result: run/adapter" in out
-    assert "KL(base || tuned)" in out
+    assert "KL(base‖tuned)" in out
     assert yaml.safe_load(Path("run/config.yaml").read_text())["training"]["learning_rate"] == 1e-3
     code, out, _ = command("verify", "run/adapter")
     assert code == 0

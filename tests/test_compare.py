@@ -14,7 +14,8 @@ from tiny_run import settings, write_rows
 
 import milora.compare
 from milora.cli import main
-from milora.compare import Arm, bootstrap, compare, parse_arm, tables
+from milora.compare import Arm, bootstrap, chosen_rate, compare, grid, parse_arm, summary
+from milora.compare_page import page, plot, tables
 from milora.errors import UserError
 from milora.progress import Progress
 
@@ -51,9 +52,9 @@ def test_a_grid(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert len(folders) == 3 * (2 + 1)  # the second seed at the chosen rate only
     assert "lora-training.weight-decay-0.5-0.01-0" in folders
     for name, found in result["arms"].items():
-        losses = found["held_out_loss"]
+        losses = {rate: one["held_out_loss"] for rate, one in found["tried"].items()}
         assert losses[f"{found['learning_rate']:g}"] == min(losses.values())
-        assert len(found["kl"]["each"]) == 2
+        assert len(found["knowledge"][0]["kl"]["each"]) == 2
         assert found["tasks"]["rows"]["accuracy"]["mean"] == pytest.approx(
             sum(found["tasks"]["rows"]["accuracy"]["each"]) / 2
         ), name
@@ -63,11 +64,13 @@ def test_a_grid(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert decayed["training"]["weight_decay"] == 0.5
     assert len(result["pairs"]) == 3
     assert json.loads((tmp_path / "grid" / "compare.json").read_text()) == result
-    page = (tmp_path / "grid" / "compare.md").read_text()
-    assert page == tables(result)
-    assert (tmp_path / "grid" / "compare.png").read_bytes().startswith(b"\x89PNG")
-    assert "| lora:training.weight_decay=0.5 | " in page
-    assert "too few to tell methods apart" in page
+    text = (tmp_path / "grid" / "compare.md").read_text()
+    assert text == tables(result)
+    assert "| lora:training.weight_decay=0.5 | " in text
+    assert "too few to tell methods apart" in text
+    drawing = (tmp_path / "grid" / "compare.svg").read_text()
+    assert drawing == plot(result)  # the same figures, the same bytes
+    assert drawing[drawing.find("<svg") :] in (tmp_path / "grid" / "compare.html").read_text()
 
     def no_training(**kwargs: Any) -> None:
         raise AssertionError("a run that is done was done again")
@@ -95,14 +98,14 @@ def test_a_stopped_grid_goes_on(
         run(config, ["lora"], [0], [1e-4, 1e-3, 1e-2])
     result = run(config, ["lora"], [0], [1e-4, 1e-3, 1e-2])
     assert len(calls) == 4  # the first is not done again
-    assert len(result["arms"]["lora"]["held_out_loss"]) == 3
+    assert len(result["arms"]["lora"]["tried"]) == 3
 
 
 def test_a_rate_at_which_training_diverges_is_left_out(
     config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     result = run(config, ["lora"], [0], [1e-3, 1e30])
-    assert result["arms"]["lora"]["held_out_loss"]["1e+30"] is None
+    assert result["arms"]["lora"]["tried"]["1e+30"] == {"held_out_loss": None}
     assert result["arms"]["lora"]["learning_rate"] == 1e-3
     monkeypatch.setattr(milora.compare, "train", lambda **kwargs: pytest.fail("tried again"))
     assert run(config, ["lora"], [0], [1e-3, 1e30]) == result
@@ -120,7 +123,95 @@ def test_without_matplotlib_the_figures_are_there(
     run(config, ["lora"], [0], [1e-3])
     assert "pip install 'milora[plot]'" in capsys.readouterr().err
     assert (tmp_path / "grid" / "compare.md").exists()
-    assert not (tmp_path / "grid" / "compare.png").exists()
+    assert not (tmp_path / "grid" / "compare.svg").exists()
+    assert "<h2>The trade" not in (tmp_path / "grid" / "compare.html").read_text()
+
+
+def test_a_run_of_other_settings_is_not_taken(config: Path) -> None:
+    run(config, ["lora"], [0], [1e-3])
+    values = yaml.safe_load(config.read_text())
+    values["training"]["max_steps"] = 3
+    config.write_text(yaml.safe_dump(values))
+    with pytest.raises(UserError, match=r"lora-0.001-0.json is of other settings \(training\)"):
+        run(config, ["lora"], [0], [1e-3])
+
+
+def outcome(loss: float | None, right: str = "01", kl: float = 0.1, **more: Any) -> dict[str, Any]:
+    """As a run leaves it, of one task, with the figures that the summary reads."""
+    accuracy = right.count("1") / len(right)
+    if loss is None:
+        return {"held_out_loss": None, "diverged": "the loss is nan"}
+    base = {"accuracy": 0.0, "interval": [0.0, 0.1]}
+    task: dict[str, Any] = {
+        "rows": len(right),
+        "base": base,
+        "tuned": base | {"accuracy": accuracy},
+    }
+    return {
+        "held_out_loss": loss, "trained_parameters": 10, "seconds": {"training": 1.0},
+        "right": {"t": right},
+        "evaluation": {
+            "tasks": {"t": task},
+            "knowledge": [{"text": "w.txt", "kl": kl, "base_perplexity": 9.0,
+                           "tuned_perplexity": 9.5}],
+        },
+    } | more  # fmt: skip
+
+
+def landscape(best: dict[str, float], tried: list[tuple[str, float, int]]) -> Any:
+    """A run whose held-out loss has its minimum at the arm's best rate, and diverges above 1."""
+
+    def pretend(arm: Arm, rate: float, seed: int) -> dict[str, Any]:
+        tried.append((arm.name, rate, seed))
+        return outcome(abs(math.log(rate / best[arm.name])) if rate < 1 else None)
+
+    return pretend
+
+
+def test_rates_beyond_those_given() -> None:
+    tried: list[tuple[str, float, int]] = []
+    best = {"lora": 1e-3, "pissa": 3e-6, "milora": 0.5, "full": 1e-12}
+    outcomes = grid(
+        arms(*best), [7, 8], [3e-4, 1e-3, 3e-3], landscape(best, tried), Progress(), widen=True
+    )
+    assert [rate for arm, rate, seed in tried if arm == "lora"] == [3e-4, 1e-3, 3e-3, 1e-3]
+    downwards = [rate for arm, rate, seed in tried if arm == "pissa" and seed == 7][3:]
+    assert downwards == [9e-5, 2.7e-5, 8.1e-6, 2.4e-6]
+    assert chosen_rate(outcomes, "pissa", 7) == 2.4e-6
+    # Upwards until it diverges, and four at most.
+    assert [rate for arm, rate, seed in tried if arm == "milora" and seed == 7][3:] == [
+        0.009, 0.027, 0.081, 0.24,
+    ]  # fmt: skip
+    result = summary(outcomes, [7, 8])
+    edges = {arm: found["at_the_edge"] for arm, found in result["arms"].items()}
+    assert edges == {"lora": False, "pissa": True, "milora": True, "full": True}
+    assert "full: the chosen rate 2.4e-06 is at the edge" in " ".join(result["notes"])
+    with pytest.raises(UserError, match="--widen"):
+        grid(arms("lora"), [0], [1e-3], landscape(best, tried), Progress(), widen=True)
+
+
+def test_a_seed_that_diverges_is_said() -> None:
+    outcomes = {("lora", 1e-3, 0): outcome(1.0), ("lora", 1e-3, 1): outcome(None)}
+    with pytest.raises(UserError, match=r"lora diverged at 0\.001 with seed 1"):
+        summary(outcomes, [0, 1])
+
+
+HOSTILE = "<script>alert(1)</script>|"
+
+
+def test_what_stands_in_the_data_is_harmless_on_the_page() -> None:
+    found = outcome(1.0)
+    found["evaluation"]["tasks"] = {HOSTILE: found["evaluation"]["tasks"]["t"]}
+    found["evaluation"]["knowledge"][0]["text"] = HOSTILE
+    found["right"] = {HOSTILE: "01"}
+    outcomes = {(arm, 1e-3, seed): found for arm in ("lora", "a" + HOSTILE) for seed in (0, 1)}
+    result = summary(outcomes, [0, 1])
+    drawn = plot(result)
+    assert "<script" not in page(result, drawn)
+    assert "<script" not in drawn
+    assert "<script" not in tables(result)
+    rows = {line.replace("\\|", "").count("|") for line in tables(result).splitlines()[:4]}
+    assert rows == {6}
 
 
 def test_rows_are_paired() -> None:

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,19 +15,23 @@ from test_adapter import config, perturb
 from transformers import PreTrainedModel
 
 from milora.adapter import add_adapter
+from milora.card import scores_table
 from milora.data import Row, prompt_ids
 from milora.errors import UserError
 from milora.evaluate import (
+    ChoiceTask,
     Pair,
     Task,
     answer_loss,
     check_lengths,
     evaluate_task,
-    general_text,
+    general_texts,
     generate,
     kl,
     knowledge_kept,
     load_task,
+    save_evaluation,
+    score,
     wilson,
 )
 from milora.grade import grader
@@ -201,7 +206,7 @@ def test_the_loss_is_that_of_the_answers_alone(kind: str, load: Load) -> None:
         loss, over = answer_loss(model, tokenizer, [*rows, spelled], size)
         assert loss == pytest.approx(total / count, rel=1e-5)
         assert over == 3  # the row that encode refuses is left out, and that is said
-    assert math.isnan(answer_loss(model, tokenizer, [spelled])[0])
+    assert answer_loss(model, tokenizer, [spelled]) == (None, 0)
 
 
 def test_greedy_whatever_the_model_folder_says(load: Load) -> None:
@@ -253,16 +258,132 @@ def test_loading_tasks(tmp_path: Path) -> None:
         check_lengths(Task("t", [row], grader("exact"), 9), refusing, 80)
 
 
-def test_general_text(tmp_path: Path) -> None:
-    text, source = general_text("default")
+def test_general_texts(tmp_path: Path) -> None:
+    ((text, source),) = general_texts("default")
     assert len(text) > 100_000
     assert source.startswith("the help topics of Python 3.")
     (tmp_path / "a.txt").write_text("prose", encoding="utf-8")
-    assert general_text(str(tmp_path / "a.txt"))[0] == "prose"
+    assert general_texts(str(tmp_path / "a.txt"))[0][0] == "prose"
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n', encoding="utf-8")
-    assert general_text(str(tmp_path / "a.jsonl"))[0] == "one\n\ntwo"
+    assert general_texts(str(tmp_path / "a.jsonl"))[0][0] == "one\n\ntwo"
     with pytest.raises(UserError, match="does not exist"):
-        general_text(str(tmp_path / "none.txt"))
+        general_texts(str(tmp_path / "none.txt"))
     (tmp_path / "b.txt").write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="is not UTF-8"):
-        general_text(str(tmp_path / "b.txt"))
+        general_texts(str(tmp_path / "b.txt"))
+    both = general_texts([str(tmp_path / "a.txt"), str(tmp_path / "a.jsonl")])
+    assert [text for text, _ in both] == ["prose", "one\n\ntwo"]
+    for names in ([], ["default", "default"]):
+        with pytest.raises(UserError, match="each text must be given once, and one at least"):
+            general_texts(names)
+
+
+def test_a_token_that_is_impossible_adds_nothing() -> None:
+    p = torch.tensor([[0.5, -math.inf, 1.0], [0.0, 0.0, 0.0]]).log_softmax(-1)
+    q = torch.tensor([[0.1, -math.inf, 0.0], [0.0, -math.inf, 0.0]]).log_softmax(-1)
+    found = kl(p, q)
+    P, Q = p[0, [0, 2]].double().softmax(-1), q[0, [0, 2]].double().softmax(-1)
+    assert float(found[0]) == pytest.approx(float((P * (P / Q).log()).sum()), abs=1e-6)
+    assert found[1] == math.inf  # impossible for q alone
+
+
+def broken(model: PreTrainedModel, token: int, value: float) -> None:
+    """Every logit at a position after `token` becomes `value`."""
+
+    def spoil(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+        ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+        logits = output.logits
+        seen = (ids == token)[:, -logits.shape[1] :]
+        output.logits = torch.where(seen[:, :, None], torch.tensor(value), logits)
+        return output
+
+    model.register_forward_hook(spoil, with_kwargs=True)
+
+
+def task_of(questions: list[str], reference: str = "a") -> Task:
+    rows = [
+        Row([{"role": "user", "content": q}, {"role": "assistant", "content": reference}], q)
+        for q in questions
+    ]
+    return Task("t", rows, grader("exact"), 4)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_logits_that_are_not_finite_are_counted(value: float, load: Load) -> None:
+    tokenizer, model = make_tokenizer(), load("llama")
+    prompts = [tokenizer(text)["input_ids"] for text in ("first", "second", "third")]
+    whole = generate(model, tokenizer, prompts, 4)
+    broken(model, prompts[1][-1], value)  # "d" ends the second and the third
+    answers = generate(model, tokenizer, prompts, 4)
+    assert [answer.finite for answer in answers] == [True, False, False]
+    assert answers[0] == whole[0]
+    texts = ["bad", "fine", "worse"]
+    end = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "x"}], add_generation_prompt=True, return_dict=False
+    )[-1]
+    broken(model, end, value)  # what every conversation ends in
+    scores, graded = score(model, tokenizer, task_of(texts))
+    assert (scores["not_finite"], scores["format_failures"], scores["accuracy"]) == (1.0, 1.0, 0.0)
+    assert {verdict for _, verdict in graded} == {"format"}
+    json.loads(json.dumps(scores), parse_constant=pytest.fail)  # no NaN in what is written
+
+
+def test_knowledge_where_logits_are_not_finite(load: Load) -> None:
+    tokenizer, model = make_tokenizer(), load("llama")
+    text = "The quick brown fox jumps over the lazy dog. " * 4
+    ids = tokenizer(text)["input_ids"][:100]
+    tuned = load("llama")
+    broken(tuned, ids[4], math.nan)
+    found = knowledge_kept(Pair(tuned, model), tokenizer, text, chunks=2, length=50)
+    wrong = ids[:49].count(ids[4]) + ids[50:99].count(ids[4])
+    assert 0 < wrong < 98
+    assert (found["not_finite"], found["tokens"]) == (wrong, 98)
+    assert found["kl"] == pytest.approx(0, abs=1e-9)
+    tuned.lm_head.weight.data.fill_(math.nan)
+    nothing = knowledge_kept(Pair(tuned, model), tokenizer, text, chunks=2, length=50)
+    assert nothing["not_finite"] == 98
+    assert [nothing[key] for key in ("kl", "kl_p99", "tuned_perplexity")] == [None] * 3
+    # A loss whose exponential is no number.
+    tuned = load("llama")
+    tuned.lm_head.weight.data.mul_(1e6)
+    huge = knowledge_kept(Pair(tuned, model), tokenizer, text, chunks=2, length=50)
+    assert huge["not_finite"] == 0
+    assert huge["tuned_perplexity"] is None
+    assert all("not finite" in line or "|" in line for line in scores_table(
+        {"tasks": {}, "knowledge": [{"text": "t"} | nothing]}))  # fmt: skip
+
+
+def test_rows_that_stand_twice_are_counted(tmp_path: Path) -> None:
+    rows = [{"prompt": q, "completion": "a"} for q in ("one", "two", "one", "one")]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = load_task(str(file))
+    assert isinstance(task, Task)
+    assert (len(task.rows), task.duplicates) == (4, 2)
+    choices = [{"question": q, "choices": ["a", "b"], "answer": 0} for q in ("one", "one")]
+    file.write_text("".join(json.dumps(row) + "\n" for row in choices))
+    asked = load_task({"file": str(file), "protocol": "likelihood"})
+    assert isinstance(asked, ChoiceTask)
+    assert asked.duplicates == 1
+    file.write_text("")
+    for options in ({}, {"protocol": "likelihood"}):
+        with pytest.raises(UserError, match="holds no rows"):
+            load_task({"file": str(file)} | options)
+
+
+def test_answers_for_a_judge(tmp_path: Path, load: Load) -> None:
+    rows = [{"instruction": q, "output": "ref", "generator": "x"} for q in ("Say a.", "Say b.")]
+    file = tmp_path / "alpaca_eval.json"
+    file.write_text(json.dumps(rows))
+    task = load_task({"file": str(file), "match": "none", "name": "a/b", "max_new_tokens": 3})
+    scores, samples = evaluate_task(Pair(load("llama")), make_tokenizer(), task)
+    assert "accuracy" not in scores["tuned"]
+    assert "verdict" not in samples[0]["tuned"]
+    result = {"tasks": {"a/b": scores}, "knowledge": []}
+    save_evaluation(tmp_path / "evaluation.json", tmp_path / "s.jsonl", result, samples)
+    for state in ("base", "tuned"):
+        written = json.loads((tmp_path / f"evaluation.a-b-{state}.json").read_text())
+        assert [one["instruction"] for one in written] == ["Say a.", "Say b."]
+        assert [one["output"] for one in written] == [s[state]["answer"] for s in samples]
+        assert {one["generator"] for one in written} == {state}
+    assert [line for line in scores_table(result) if "loss" in line]

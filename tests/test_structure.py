@@ -21,6 +21,7 @@ LAYERS = (
     {"export", "evaluate", "loop", "verify", "preview", "chat", "checkpoint"},
     {"store"},
     {"artefacts", "train"},
+    {"compare_page"},
     {"compare"},
     {"cli"},
     {"__main__", "__init__"},

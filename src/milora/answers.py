@@ -7,8 +7,9 @@ compute, and the question; verdicts are not kept, since graders may change.
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +21,10 @@ from transformers import PreTrainedTokenizerBase
 from milora.adapter import base_sha256, tensor_sha256
 from milora.files import cache_folder, folder_of, read_json, write_json
 
+PIECE = 128  # questions that are kept together
+
 Result = TypeVar("Result")
+Item = TypeVar("Item")
 Recall = Callable[[Any, Callable[[], Any]], Any]  # (question, how to compute) -> answer, as JSON
 
 
@@ -46,6 +50,20 @@ def recall_of(who: str, folder: Path | None = None) -> Recall:
         return found
 
     return recall
+
+
+def in_pieces(
+    recall: Recall, asked: Any, items: Sequence[Item], compute: Callable[[Sequence[Item], int], Any]
+) -> list[Any]:
+    """`compute(items, how many came before)` for PIECE of them at a time, each kept at once.
+
+    So an evaluation that was stopped within a task goes on near where it was.
+    """
+    found = []
+    for first in range(0, len(items), PIECE):
+        piece = items[first : first + PIECE]
+        found += recall([asked, piece], partial(compute, piece, first))
+    return found
 
 
 def who_answers(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -23,6 +23,9 @@ def model_card(
     """README.md of adapter/, from run.json, the configuration and evaluation.json."""
     base, data = record["base"], record["data"]
     rank = record.get("adapter", {}).get("rank") or asked["lora"]["r"]
+    license_named = harmless(base["license"])
+    if base["license"] == "unknown":
+        license_named = "see the card of the base"
     allowed = next((r for r in SERVER_RANKS if r >= rank), rank)
     head: dict[str, Any] = {
         "base_model": base["name"],
@@ -46,10 +49,10 @@ def model_card(
         yaml.safe_dump(head, sort_keys=False).strip(),
         "---",
         "",
-        f"# LoRA adapter for {_safe(base['name'])}",
+        f"# LoRA adapter for {harmless(base['name'])}",
         "",
-        f"A plain LoRA of rank {rank} for the untouched base `{_safe(base['name'])}`, trained with "
-        "[milora](https://arxiv.org/abs/2406.09044) (Wang et al., NAACL 2025).",
+        f"A plain LoRA of rank {rank} for the untouched base `{harmless(base['name'])}`, trained "
+        "with [milora](https://arxiv.org/abs/2406.09044) (Wang et al., NAACL 2025).",
         "",
         "## Load it",
         "",
@@ -77,9 +80,8 @@ def model_card(
     lines += [
         "## Base",
         "",
-        f"- {_safe(base['name'])}, {base['dtype']}, sha256 `{base['sha256'][:16]}`; licence: "
-        f"{'see the card of the base' if base['license'] == 'unknown' else _safe(base['license'])}"
-        ". The "
+        f"- {harmless(base['name'])}, {base['dtype']}, sha256 `{base['sha256'][:16]}`; licence: "
+        f"{license_named}. The "
         "licence of the base holds for the adapter used with it.",
         "",
         "## Data",
@@ -87,11 +89,14 @@ def model_card(
         f"- {data['train']['kept']} rows for training ({data['format']}), {data['eval']['kept']} "
         f"held out; {data['train']['shortened']} shortened, "
         f"{sum(data['train']['refused'].values())} refused",
-        *(f"- `{_safe(file)}`, sha256 `{digest[:16]}`" for file, digest in data["sha256"].items()),
+        *(
+            f"- `{harmless(file)}`, sha256 `{digest[:16]}`"
+            for file, digest in data["sha256"].items()
+        ),
         "",
         "## Recipe",
         "",
-        *(f"- {_safe(line)}" for line in recipe),
+        *(f"- {harmless(line)}" for line in recipe),
         f"- {record['parameters']['trainable']:,} trained parameters of "
         f"{record['parameters']['all']:,}; "
         f"{record['seconds'].get('training', 0):.0f} s of training",
@@ -109,44 +114,68 @@ SCORES = (
     ("loss", "loss per answer token"),
     ("accuracy_normalised", "accuracy, per byte of the option"),
 )
+# Said only where there are any.
+FAULTS = (("unended", "answers that did not end"), ("not_finite", "with logits not finite"))
 
 
-def task_scores(tasks: Mapping[str, Any], interval: str) -> Iterator[tuple[str, str, str]]:
-    """(label, base, tuned) for all that is shown of the tasks of an evaluation.
+def all_scores(evaluation: Mapping[str, Any], interval: str) -> Iterator[tuple[str, str, str]]:
+    """(label, base, tuned) for all that is shown of an evaluation.
 
     `interval` is the format of an accuracy and the two ends of its interval.
     """
-    for name, task in tasks.items():
+    for name, task in evaluation["tasks"].items():
         base, tuned = task["base"], task["tuned"]
-        for metric, value in base.get("metrics", {}).items():
+        for metric in base.get("metrics", {}):
             if "stderr" not in metric:
-                yield f"{name}: {metric}", f"{value:.4f}", f"{tuned['metrics'][metric]:.4f}"
-        if "accuracy" not in base:
-            continue
-        accuracy = [interval.format(one["accuracy"], *one["interval"]) for one in (base, tuned)]
-        yield f"{name}: accuracy of {task['rows']} (95 %)", accuracy[0], accuracy[1]
+                before, after = (figure(one["metrics"][metric], 4) for one in (base, tuned))
+                yield f"{name}: {metric}", before, after
+        if "accuracy" in base:
+            before, after = (
+                interval.format(one["accuracy"], *one["interval"]) for one in (base, tuned)
+            )
+            yield f"{name}: accuracy of {about(task)} (95 %)", before, after
         for key, label in SCORES:
             if key in base:
-                yield f"{name}: {label}", f"{base[key]:.3f}", f"{tuned[key]:.3f}"
+                yield f"{name}: {label}", figure(base[key], 3), figure(tuned[key], 3)
+        for key, label in FAULTS:
+            if base.get(key) or tuned.get(key):
+                yield f"{name}: {label}", figure(base[key], 3), figure(tuned[key], 3)
+    for kept in evaluation["knowledge"]:
+        missing = f", {kept['not_finite']} left out" if kept.get("not_finite") else ""
+        yield (
+            f"perplexity of {kept['text']} ({kept['tokens']} tokens{missing})",
+            figure(kept["base_perplexity"], 2),
+            figure(kept["tuned_perplexity"], 2),
+        )
+        tail = f"{figure(kept['kl'], 4)}, {figure(kept['kl_p99'], 4)}"
+        yield "KL(base‖tuned) per token there, mean and 99th percentile", "0", tail
+        agreement = figure(kept["top_token_agreement"], 3)
+        yield "same likeliest token as the base", "1", agreement
+
+
+def about(task: Mapping[str, Any]) -> str:
+    """How many rows a task has, how many stand twice, what the commonest answer alone scores."""
+    parts = [str(task["rows"])]
+    if task.get("duplicates"):
+        parts.append(f"{task['duplicates']} of them twice")
+    if task.get("majority", 0) >= 0.05:
+        parts.append(f"always the commonest answer: {task['majority']:.3f}")
+    return ", ".join(parts)
+
+
+def figure(value: float | None, digits: int) -> str:
+    return "not finite" if value is None else f"{value:.{digits}f}"
 
 
 def scores_table(evaluation: Mapping[str, Any]) -> list[str]:
     """Base against tuned, as lines of a Markdown table."""
     lines = ["| | base | tuned |", "|---|---|---|"]
-    for label, base, tuned in task_scores(evaluation["tasks"], "{:.3f} ({:.3f} to {:.3f})"):
-        lines.append(f"| {_safe(label)} | {base} | {tuned} |")
-    kept = evaluation["knowledge"]
-    lines += [
-        f"| perplexity of {_safe(kept['text'])} ({kept['tokens']} tokens) "
-        f"| {kept['base_perplexity']:.2f} | {kept['tuned_perplexity']:.2f} |",
-        f"| KL(base to tuned) per token there, mean and 99th percentile | 0 | {kept['kl']:.4f}, "
-        f"{kept['kl_p99']:.4f} |",
-        f"| same likeliest token as the base | 1 | {kept['top_token_agreement']:.3f} |",
-    ]
+    for label, base, tuned in all_scores(evaluation, "{:.3f} ({:.3f} to {:.3f})"):
+        lines.append(f"| {harmless(label)} | {base} | {tuned} |")
     return lines
 
 
-def _safe(text: Any) -> str:
+def harmless(text: Any) -> str:
     """Text from files and configurations, harmless in Markdown and HTML."""
     plain = " ".join(str(text).split())
     for character in "\\`*[]|":

@@ -5,6 +5,7 @@ its tokens after the prompt; normalised, that sum by the bytes of the option. No
 so that no answer can fail by its form.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -43,6 +44,8 @@ def read_questions(file: str) -> list[Question]:
     Raises UserError with file, row and what is wrong.
     """
     records, _ = read_records(file)
+    if not records:
+        raise UserError(f"{file} holds no rows")
     return [_question(record, place) for record, place in records]
 
 
@@ -121,13 +124,14 @@ def log_probabilities(
     batch_size: int = 16,
     what: str = "choices",
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
-) -> list[list[float]]:
+) -> list[list[float | None]]:
     """Sum of log p over the tokens of each option, in nats, in the order of `questions`.
 
+    None where it is not finite.
     The prompt is run once for all of its options; questions of like length go together.
     """
     order = sorted(range(len(questions)), key=lambda i: -len(questions[i].prompt))
-    found: dict[int, list[float]] = {}
+    found: dict[int, list[float | None]] = {}
     device = model.device
     for first in range(0, len(order), batch_size):
         progress(what, first, len(order))
@@ -158,7 +162,9 @@ def log_probabilities(
                 ).logits
                 logits = torch.cat([logits, rest], 1)
             log_p = logits.float().log_softmax(-1).gather(2, tokens[:, :, None])[..., 0]
-            sums = (log_p.double() * real).sum(1).tolist()
+            # A padding token may be impossible, and 0 times that has no value.
+            summed = torch.where(real.bool(), log_p.double(), 0.0).sum(1).tolist()
+            sums = [value if math.isfinite(value) else None for value in summed]
         for i, q in zip(order[first : first + batch_size], chosen, strict=True):
             found[i], sums = sums[: len(q.options)], sums[len(q.options) :]
     return [found[i] for i in range(len(questions))]

@@ -105,7 +105,9 @@ def evaluate(
     tasks: Annotated[
         str, typer.Option(help="Comma-separated data files; default: those of the run.")
     ] = "",
-    knowledge: Annotated[str, typer.Option(help="General text, .txt or .jsonl.")] = "",
+    knowledge: Annotated[
+        str, typer.Option(help="Comma-separated general texts, .txt or .jsonl.")
+    ] = "",
     limit: Annotated[int | None, typer.Option(min=1, help="Rows per task.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Also write the result to this JSON file.")
@@ -114,8 +116,7 @@ def evaluate(
 ) -> None:
     """Base against tuned: accuracy, format failures, loss, and knowledge kept."""
     _quiet()
-    from milora.evaluate import Pair, evaluate_all, general_text, load_task
-    from milora.files import write_json, write_text
+    from milora.evaluate import Pair, evaluate_all, general_texts, load_task, save_evaluation
     from milora.pretrained import load_pretrained
     from milora.progress import Progress
     from milora.verify import open_adapter
@@ -143,22 +144,20 @@ def evaluate(
     loaded_tasks = [
         load_task(by_name.get(t, t) if isinstance(t, str) else t, limit) for t in chosen
     ]
-    text = general_text(knowledge or asked["knowledge"])
+    texts = general_texts([t for t in knowledge.split(",") if t] or asked["knowledge"])
     with Progress() as progress:
         result, samples = evaluate_all(
             pair,
             loaded.tokenizer,
             loaded_tasks,
-            text,
+            texts,
             asked["chunks"],
             asked["batch_size"],
             progress,
         )
     _print_scores(result)
     if out:
-        write_json(out, result)
-        lines = "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples)
-        write_text(out.with_suffix(".samples.jsonl"), lines)
+        save_evaluation(out, out.with_suffix(".samples.jsonl"), result, samples)
 
 
 @app.command(
@@ -175,17 +174,21 @@ def compare(
     ] = "lora,milora",
     seeds: Annotated[str, typer.Option(help="The first chooses the rates.")] = "0,1,2",
     learning_rates: Annotated[str, typer.Option(help="Tried for every method.")] = "1e-4,3e-4,1e-3",
+    widen: Annotated[
+        bool, typer.Option("--widen", help="Try more while a method's best rate is at the edge.")
+    ] = False,
 ) -> None:
     """Methods at their best rates over seeds: one table; continues by itself."""
     _quiet()
     from milora.compare import compare as run_comparison
-    from milora.compare import parse_arm, tables
+    from milora.compare import parse_arm
+    from milora.compare_page import tables
     from milora.progress import Progress
 
     arms = [parse_arm(text) for text in methods.split(",") if text]
     numbers = _numbers("--seeds", seeds, int), _numbers("--learning-rates", learning_rates, float)
     with Progress() as progress:
-        result = run_comparison(config, overrides or [], arms, *numbers, progress=progress)
+        result = run_comparison(config, overrides or [], arms, *numbers, progress, widen)
     typer.echo(tables(result))
 
 
@@ -287,22 +290,13 @@ def _print_plan(plan: dict[str, Any]) -> None:
 def _print_scores(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    from milora.card import task_scores
+    from milora.card import all_scores
 
     table = Table("", "base", "tuned")
-    for row in task_scores(result["tasks"], "{:.3f}  ({:.3f}-{:.3f})"):
-        table.add_row(*row)
-    kept = result["knowledge"]
-    table.add_row(
-        "perplexity of general text",
-        f"{kept['base_perplexity']:.2f}",
-        f"{kept['tuned_perplexity']:.2f}",
-    )
-    table.add_row(
-        "KL(base || tuned) per token", "0", f"{kept['kl']:.4f}  (p99 {kept['kl_p99']:.3f})"
-    )
-    table.add_row("same likeliest token", "1", f"{kept['top_token_agreement']:.3f}")
+    for row in all_scores(result, "{:.3f}  ({:.3f}-{:.3f})"):
+        table.add_row(*map(Text, row))
     Console(highlight=False).print(table)
 
 

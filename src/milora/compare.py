@@ -2,25 +2,28 @@
 
 Every arm is tried at every rate with the first seed; the rate with the smallest loss on the
 held-out rows is its own; the other seeds run at that rate. The test tasks take no part in the
-choice. Each run is an ordinary run folder, so that a stopped comparison goes on where it was.
+choice. Each run is an ordinary run folder and leaves one file with all that is needed of it, so
+that a stopped comparison goes on where it was.
 
-    OUTPUT_DIR/<arm>-<rate>-<seed>/   the runs
-    OUTPUT_DIR/compare.json           all figures
-    OUTPUT_DIR/compare.md             the tables
-    OUTPUT_DIR/compare.png            learned against kept, with the extra `plot`
+    OUTPUT_DIR/<arm>-<rate>-<seed>/       the runs
+    OUTPUT_DIR/<arm>-<rate>-<seed>.json   what each came to
+    OUTPUT_DIR/compare.json               all figures
+    OUTPUT_DIR/compare.md, compare.html   the tables; the page has the plot too
+    OUTPUT_DIR/compare.svg                learned against kept, with the extra `plot`
 """
 
 import json
 import math
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
+from milora.compare_page import page, plot, tables
 from milora.config import Config, load_config
 from milora.errors import DivergedError, UserError
 from milora.files import read_json, write_json, write_text
@@ -28,6 +31,10 @@ from milora.progress import Progress
 from milora.train import train
 
 METHODS: tuple[str, ...] = get_args(Config.model_fields["method"].annotation)
+WIDEN_AT_MOST = 4  # rates that are added to those given, for each arm
+
+Outcome = dict[str, Any]
+Outcomes = dict[tuple[str, float, int], Outcome]  # by arm, learning rate and seed
 
 
 class Arm(NamedTuple):
@@ -56,66 +63,106 @@ def compare(
     seeds: Sequence[int],
     rates: Sequence[float],
     progress: Progress,
+    widen: bool = False,
 ) -> dict[str, Any]:
-    """Run what is missing and return the content of compare.json.
+    """Run what is missing and return the content of compare.json; see `grid` for `widen`.
 
     Raises UserError for settings under which there is nothing to choose by or to compare.
     """
     home = Path(load_config(config, overrides).output_dir)
+
+    def settings(arm: Arm, rate: float, seed: int) -> Config:
+        folder = home / run_name(arm.name, rate, seed)
+        return load_config(
+            config,
+            [*overrides, *arm.overrides, f"training.learning_rate={rate!r}", f"seed={seed}",
+             f"output_dir={folder}"],
+        )  # fmt: skip
+
+    _check([settings(arm, rate, seed) for arm in arms for rate in rates for seed in seeds])
+
+    def run(arm: Arm, rate: float, seed: int) -> Outcome:
+        return _run(settings(arm, rate, seed), progress)
+
+    outcomes = grid(arms, seeds, rates, run, progress, widen)
+    result = summary(outcomes, seeds)
+    write(result, home, progress)
+    return result
+
+
+def grid(
+    arms: Sequence[Arm],
+    seeds: Sequence[int],
+    rates: Sequence[float],
+    run: Callable[[Arm, float, int], Outcome],
+    progress: Progress,
+    widen: bool = False,
+) -> Outcomes:
+    """The outcomes of every arm at every rate with the first seed, then of all seeds at its best.
+
+    With `widen`, while an arm's best rate is the smallest or largest it was tried at, one more
+    beyond it is tried, at the distance of its neighbour, WIDEN_AT_MOST times.
+    """
     for what, given in (("methods", [arm.name for arm in arms]), ("seeds", seeds),
                         ("learning-rates", rates)):  # fmt: skip
         if not given or len(set(given)) < len(given):
             raise UserError(f"--{what}: each must be given once, and one at least")
-    plan = {
-        (arm.name, rate, seed): load_config(
-            config,
-            [*overrides, *arm.overrides, f"training.learning_rate={rate!r}", f"seed={seed}",
-             f"output_dir={_folder(home, arm.name, rate, seed)}"],
-        )
-        for arm in arms for rate in rates for seed in seeds
-    }  # fmt: skip
-    _check(list(plan.values()))
-    losses: dict[str, dict[float, float]] = {}
-    first, chosen = seeds[0], dict[str, float]()
-    count = len(arms) * (len(rates) + len(seeds) - 1)
-    done = 0
+    if widen and len(rates) < 2:
+        raise UserError("--widen: the distance to the next rate comes from two --learning-rates")
+    outcomes: Outcomes = {}
+    count, first = len(arms) * (len(rates) + len(seeds) - 1), seeds[0]
+
+    def one(arm: Arm, rate: float, seed: int) -> None:
+        nth = len(outcomes) + 1
+        progress.say(f"--- run {nth} of {max(nth, count)}: {arm.name} at {rate:g}, seed {seed}")
+        outcomes[arm.name, rate, seed] = run(arm, rate, seed)
+
     for arm in arms:
-        losses[arm.name] = {}
         for rate in rates:
-            done += 1
-            progress.say(f"--- run {done} of {count}: {arm.name} at {rate:g}, seed {first}")
-            losses[arm.name][rate] = _run(plan[arm.name, rate, first], progress)
-        tried = losses[arm.name]
-        best = min(tried, key=tried.__getitem__)
-        if math.isinf(tried[best]):
-            raise UserError(f"{arm.name} diverged at every rate: give lower --learning-rates")
-        chosen[arm.name] = best
+            one(arm, rate, first)
+        for _ in range(WIDEN_AT_MOST if widen else 0):
+            beyond = _beyond(_losses(outcomes, arm.name, first))
+            if beyond is None:
+                break
+            count += 1
+            one(arm, beyond, first)
+        best = chosen_rate(outcomes, arm.name, first)
         for seed in seeds[1:]:
-            done += 1
-            progress.say(f"--- run {done} of {count}: {arm.name} at {best:g}, seed {seed}")
-            _run(plan[arm.name, best, seed], progress)
-    result = {
-        "rates": list(rates),
-        "seeds": list(seeds),
-        "arms": {
-            arm.name: _summary(home, arm.name, losses[arm.name], chosen[arm.name], seeds)
-            for arm in arms
-        },
-    }
-    result["base"] = _base(home, arms[0].name, chosen[arms[0].name], first)
-    result["pairs"] = _pairs(home, chosen, seeds)
-    result["notes"] = _notes(result)
-    write_json(home / "compare.json", result)
-    write_text(home / "compare.md", tables(result))
-    try:
-        plot(result, home / "compare.png")
-    except ImportError:
-        progress.say("compare.png needs matplotlib: pip install 'milora[plot]', and call it again")
-    return result
+            one(arm, best, seed)
+    return outcomes
 
 
-def _folder(home: Path, arm: str, rate: float, seed: int) -> Path:
-    return home / f"{re.sub(r'[^A-Za-z0-9.]+', '-', arm)}-{rate:g}-{seed}"
+def _losses(outcomes: Outcomes, arm: str, seed: int) -> dict[float, float]:
+    """Held-out loss of each rate that was tried with `seed`, infinite where it diverged."""
+    found = {}
+    for (name, rate, drawn), outcome in outcomes.items():
+        if name == arm and drawn == seed:
+            loss = outcome["held_out_loss"]
+            found[rate] = math.inf if loss is None else loss
+    return dict(sorted(found.items()))
+
+
+def chosen_rate(outcomes: Outcomes, arm: str, seed: int) -> float:
+    """The rate with the smallest held-out loss. Raises UserError if the arm diverged at each."""
+    losses = _losses(outcomes, arm, seed)
+    best = min(losses, key=losses.__getitem__)
+    if math.isinf(losses[best]):
+        raise UserError(f"{arm} diverged at every rate: give lower --learning-rates")
+    return best
+
+
+def _beyond(losses: Mapping[float, float]) -> float | None:
+    """The rate to try next when the best is at an edge; `losses` by rate, in order."""
+    rates = list(losses)
+    best = min(rates, key=losses.__getitem__)
+    if math.isinf(losses[best]) or best not in (rates[0], rates[-1]):
+        return None
+    neighbour = rates[1] if best == rates[0] else rates[-2]
+    return float(f"{best * best / neighbour:.2g}")
+
+
+def run_name(arm: str, rate: float, seed: int) -> str:
+    return f"{re.sub(r'[^A-Za-z0-9.]+', '-', arm)}-{rate:g}-{seed}"
 
 
 def _check(settings: Sequence[Config]) -> None:
@@ -134,109 +181,54 @@ def _check(settings: Sequence[Config]) -> None:
         )
 
 
-def _run(settings: Config, progress: Progress) -> float:
-    """Do the run unless it is done; its last loss on the held-out rows, infinite if it diverged."""
+def _run(settings: Config, progress: Progress) -> Outcome:
+    """What the run came to, from its file, or by doing the run or the rest of it."""
     folder = Path(settings.output_dir)
-    marker = folder.with_name(folder.name + ".diverged")
-    if marker.exists():
-        return math.inf
-    state = read_json(folder / "run.json")["state"] if (folder / "run.json").exists() else None
-    if state != "done":
-        try:
-            train(**settings.model_dump(), resume=folder.exists(), progress=progress)
-        except DivergedError as error:
-            write_text(marker, f"{error}\n")
-            progress.say(str(error))
-            return math.inf
+    file = folder.with_name(folder.name + ".json")
+    asked = settings.model_dump(exclude={"output_dir"})
+    if file.exists():
+        found: Outcome = read_json(file)
+        # Through Config, so that a key that is new since then has its default.
+        stored = Config.model_validate(found["settings"] | {"output_dir": ""}).model_dump()
+        differ = [key for key in asked if stored[key] != asked[key]]
+        if differ:
+            raise UserError(
+                f"{file} is of other settings ({', '.join(differ)}): choose another output_dir, or "
+                "remove it and its folder to do that run again"
+            )
+        return found
+    try:
+        record = train(**settings.model_dump(), resume=folder.exists(), progress=progress)
+    except DivergedError as error:
+        progress.say(str(error))
+        outcome: Outcome = {"settings": asked, "held_out_loss": None, "diverged": str(error)}
+    else:
+        outcome = {"settings": asked, **_outcome(folder, record)}
+    write_json(file, outcome)
+    return outcome
+
+
+def _outcome(folder: Path, record: Mapping[str, Any]) -> Outcome:
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     held = [json.loads(line)["eval_loss"] for line in lines if '"eval_loss"' in line]
     if not held:
         raise UserError(f"{folder} has no held-out loss: its training.eval_strategy never came up")
-    return float(held[-1])
-
-
-def _summary(
-    home: Path, arm: str, losses: Mapping[float, float], rate: float, seeds: Sequence[int]
-) -> dict[str, Any]:
-    folders = [_folder(home, arm, rate, seed) for seed in seeds]
-    evaluations = [read_json(folder / "evaluation.json") for folder in folders]
-    record = read_json(folders[0] / "run.json")
-    tasks = {}
-    for name, task in evaluations[0]["tasks"].items():
-        if "accuracy" not in task["tuned"]:
-            continue
-        each = [evaluation["tasks"][name]["tuned"] for evaluation in evaluations]
-        tasks[name] = {
-            "rows": task["rows"],
-            "accuracy": _spread([one["accuracy"] for one in each]),
-            **{
-                key: _spread([one[key] for one in each])
-                for key in ("format_failures", "accuracy_normalised")
-                if key in each[0]
-            },
-        }
-    kept = [evaluation["knowledge"] for evaluation in evaluations]
-    finite = [r for r in losses if math.isfinite(losses[r])]
     return {
-        "held_out_loss": {f"{r:g}": loss if math.isfinite(loss) else None
-                          for r, loss in losses.items()},
-        "learning_rate": rate,
-        "at_the_edge": len(losses) > 2 and rate in (min(finite), max(losses)),
+        "held_out_loss": held[-1],
         "trained_parameters": record["parameters"]["trainable"],
-        "training_seconds": _spread([read_json(f / "run.json")["seconds"].get("training", 0.0)
-                                     for f in folders]),
-        "tasks": tasks,
-        "kl": _spread([one["kl"] for one in kept]),
-        "perplexity": _spread([one["tuned_perplexity"] for one in kept]),
-        "top_token_agreement": _spread([one["top_token_agreement"] for one in kept]),
-    }  # fmt: skip
-
-
-def _spread(values: Sequence[float]) -> dict[str, Any]:
-    """Mean, standard deviation over seeds (None for one), and each."""
-    deviation = statistics.stdev(values) if len(values) > 1 else None
-    return {"mean": statistics.fmean(values), "deviation": deviation, "each": list(values)}
-
-
-def _base(home: Path, arm: str, rate: float, seed: int) -> dict[str, Any]:
-    evaluation = read_json(_folder(home, arm, rate, seed) / "evaluation.json")
-    return {
-        "tasks": {
-            name: {key: task["base"][key] for key in ("accuracy", "interval")}
-            | {key: task[key] for key in ("chance", "majority") if key in task}
-            for name, task in evaluation["tasks"].items()
-            if "accuracy" in task["base"]
-        },
-        "perplexity": evaluation["knowledge"]["base_perplexity"],
-        "text": evaluation["knowledge"]["text"],
+        "seconds": record["seconds"],
+        "versions": record["versions"],
+        "base_sha256": record["base"]["sha256"],
+        "data_sha256": record["data"]["sha256"],
+        "evaluation": read_json(folder / "evaluation.json"),
+        "right": rows_right(folder / "samples.jsonl"),
     }
 
 
-def _pairs(home: Path, chosen: Mapping[str, float], seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """Accuracy of the first arm less the second's, for each pair, by a paired bootstrap."""
-    rows = {
-        arm: [_row_scores(_folder(home, arm, rate, seed)) for seed in seeds]
-        for arm, rate in chosen.items()
-    }
-    found, names = [], list(chosen)
-    for place, first in enumerate(names):
-        for second in names[place + 1 :]:
-            for task in rows[first][0]:
-                # Each row's mean over the seeds, so that what is resampled is the test set.
-                difference = torch.stack([run[task] for run in rows[first]]).mean(0)
-                difference -= torch.stack([run[task] for run in rows[second]]).mean(0)
-                low, high = bootstrap(difference)
-                found.append(
-                    {"first": first, "second": second, "task": task,
-                     "difference": float(difference.mean()), "interval": [low, high]}
-                )  # fmt: skip
-    return found
-
-
-def _row_scores(folder: Path) -> dict[str, Tensor]:
-    """1 for every row that the tuned model had right, else 0, in fp64, by task."""
-    found: dict[str, list[float]] = {}
-    for line in (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines():
+def rows_right(samples: Path) -> dict[str, str]:
+    """By task, a 1 for every row that the tuned model had right and a 0 for every other."""
+    found: dict[str, list[str]] = {}
+    for line in samples.read_text(encoding="utf-8").splitlines():
         sample = json.loads(line)
         tuned = sample["tuned"]
         if "verdict" in tuned:
@@ -245,8 +237,133 @@ def _row_scores(folder: Path) -> dict[str, Tensor]:
             right = tuned["likeliest"] == sample["right"]
         else:
             continue  # of the harness, whose metrics are its own
-        found.setdefault(sample["task"], []).append(float(right))
-    return {task: torch.tensor(values, dtype=torch.float64) for task, values in found.items()}
+        found.setdefault(sample["task"], []).append("01"[right])
+    return {task: "".join(values) for task, values in found.items()}
+
+
+def summary(outcomes: Outcomes, seeds: Sequence[int]) -> dict[str, Any]:
+    """The content of compare.json, from the outcomes that `grid` returns for these seeds."""
+    arms = list(dict.fromkeys(arm for arm, _, _ in outcomes))
+    chosen = {arm: chosen_rate(outcomes, arm, seeds[0]) for arm in arms}
+    of_chosen = {arm: [outcomes[arm, rate, seed] for seed in seeds] for arm, rate in chosen.items()}
+    for arm, found in of_chosen.items():
+        for seed, outcome in zip(seeds, found, strict=True):
+            if "diverged" in outcome:
+                raise UserError(
+                    f"{arm} diverged at {chosen[arm]:g} with seed {seed}, though not with seed "
+                    f"{seeds[0]}: give it lower --learning-rates"
+                )
+    result: dict[str, Any] = {
+        "seeds": list(seeds),
+        "base": _base(of_chosen[arms[0]][0]["evaluation"]),
+        "arms": {},
+        "pairs": _pairs(of_chosen),
+    }
+    for arm in arms:
+        losses = _losses(outcomes, arm, seeds[0])
+        result["arms"][arm] = {
+            "learning_rate": chosen[arm],
+            "at_the_edge": _beyond(losses) is not None if len(losses) > 1 else False,
+            "tried": {
+                f"{rate:g}": _tried(outcomes[arm, rate, seeds[0]]) for rate in losses
+            },
+            **_over_seeds(of_chosen[arm]),
+        }  # fmt: skip
+    result["notes"] = _notes(result)
+    return result
+
+
+def _tried(outcome: Outcome) -> dict[str, Any]:
+    if "diverged" in outcome:
+        return {"held_out_loss": None}
+    evaluation = outcome["evaluation"]
+    return {
+        "held_out_loss": outcome["held_out_loss"],
+        "accuracy": {name: task["tuned"]["accuracy"] for name, task in _scored(evaluation)},
+        "knowledge": [one[measure_of(one)] for one in evaluation["knowledge"]],
+    }
+
+
+def measure_of(knowledge: Mapping[str, Any]) -> str:
+    """By which figure it is said how far a model moved: KL, or "moved" for sentence embeddings."""
+    return "kl" if "kl" in knowledge else "moved"
+
+
+def _scored(evaluation: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    return [(n, task) for n, task in evaluation["tasks"].items() if "accuracy" in task["tuned"]]
+
+
+def _over_seeds(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    evaluations = [outcome["evaluation"] for outcome in outcomes]
+    tasks = {}
+    for name, task in _scored(evaluations[0]):
+        each = [evaluation["tasks"][name]["tuned"] for evaluation in evaluations]
+        tasks[name] = {
+            "rows": task["rows"],
+            **{
+                key: spread([one[key] for one in each])
+                for key in ("accuracy", "format_failures", "accuracy_normalised")
+                if key in each[0]
+            },
+        }
+    knowledge = []
+    for place, kept in enumerate(evaluations[0]["knowledge"]):
+        own = [evaluation["knowledge"][place] for evaluation in evaluations]
+        given = ("text", "tokens", "base_perplexity")
+        measured = [key for key in kept if key not in given]
+        knowledge.append(
+            {"text": kept["text"], **{key: spread([one[key] for one in own]) for key in measured}}
+        )
+    return {
+        "trained_parameters": outcomes[0]["trained_parameters"],
+        "training_seconds": spread([one["seconds"].get("training", 0.0) for one in outcomes]),
+        "tasks": tasks,
+        "knowledge": knowledge,
+    }
+
+
+def spread(values: Sequence[float | None]) -> dict[str, Any]:
+    """Mean, standard deviation over seeds (None for one), and each; None where one is None."""
+    finite = [value for value in values if value is not None]
+    if len(finite) < len(values):
+        return {"mean": None, "deviation": None, "each": list(values)}
+    deviation = statistics.stdev(finite) if len(finite) > 1 else None
+    return {"mean": statistics.fmean(finite), "deviation": deviation, "each": finite}
+
+
+def _base(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "tasks": {
+            name: {key: task["base"][key] for key in ("accuracy", "interval")}
+            | {key: task[key] for key in ("chance", "majority") if key in task}
+            for name, task in _scored(evaluation)
+        },
+        "knowledge": [
+            {key: kept[key] for key in ("text", "base_perplexity") if key in kept}
+            for kept in evaluation["knowledge"]
+        ],
+    }
+
+
+def _pairs(chosen: Mapping[str, Sequence[Outcome]]) -> list[dict[str, Any]]:
+    """Accuracy of the first arm less the second's, for each pair, by a paired bootstrap."""
+    found, names = [], list(chosen)
+    for place, first in enumerate(names):
+        for second in names[place + 1 :]:
+            for task in chosen[first][0]["right"]:
+                difference = _row_means(chosen[first], task) - _row_means(chosen[second], task)
+                low, high = bootstrap(difference)
+                found.append(
+                    {"first": first, "second": second, "task": task,
+                     "difference": float(difference.mean()), "interval": [low, high]}
+                )  # fmt: skip
+    return found
+
+
+def _row_means(outcomes: Sequence[Outcome], task: str) -> Tensor:
+    """Each row's mean over the seeds, (rows,) fp64, so that what is resampled is the test set."""
+    rows = [[float(digit) for digit in outcome["right"][task]] for outcome in outcomes]
+    return torch.tensor(rows, dtype=torch.float64).mean(0)
 
 
 def bootstrap(values: Tensor, draws: int = 10_000, seed: int = 0) -> tuple[float, float]:
@@ -271,78 +388,21 @@ def _notes(result: Mapping[str, Any]) -> list[str]:
         if found["at_the_edge"]:
             notes.append(
                 f"{arm}: the chosen rate {found['learning_rate']:g} is at the edge of those tried, "
-                "so that a better one may lie outside"
+                "so that a better one may lie outside (--widen looks there)"
             )
     if len(result["seeds"]) < 3:
         notes.append(f"{len(result['seeds'])} seed(s): too few to tell methods apart")
     return notes
 
 
-def tables(result: Mapping[str, Any]) -> str:
-    """compare.json as Markdown."""
-    base, lines = result["base"], list[str]()
-    names = list(base["tasks"])
-    head = ["arm", "rate", *(f"{name}: accuracy" for name in names), "KL(base‖tuned)", "perplexity"]
-    lines += [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    cells = ["base", "", *(f"{base['tasks'][name]['accuracy']:.3f}" for name in names), "0",
-             f"{base['perplexity']:.2f}"]  # fmt: skip
-    lines.append(f"| {' | '.join(cells)} |")
-    for arm, found in result["arms"].items():
-        cells = [arm, f"{found['learning_rate']:g}"]
-        cells += [_pm(found["tasks"][name]["accuracy"], 3) for name in names]
-        cells += [_pm(found["kl"], 4), _pm(found["perplexity"], 2)]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += [
-        "",
-        f"Mean ± standard deviation over seeds {', '.join(map(str, result['seeds']))}; each arm at "
-        "the rate with the smallest held-out loss. KL and perplexity on " + base["text"] + ".",
-        "",
-    ]
-    head = ["task", "difference", "accuracy", "95 % (paired bootstrap over rows)"]
-    lines += [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    for pair in result["pairs"]:
-        low, high = pair["interval"]
-        lines.append(
-            f"| {pair['task']} | {pair['first']} − {pair['second']} | {pair['difference']:+.3f} | "
-            f"{low:+.3f} to {high:+.3f} |"
-        )
-    lines += ["", *(f"- {note}" for note in result["notes"])]
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def plot(result: Mapping[str, Any], path: Path) -> None:
-    """Accuracy of each task against KL from the base, a point an arm, bars over the seeds.
-
-    Raises ImportError without matplotlib.
-    """
-    from matplotlib.figure import Figure
-
-    names = list(result["base"]["tasks"])
-    figure = Figure(figsize=(1 + 4.2 * max(len(names), 1), 4.2), layout="constrained")
-    panels = figure.subplots(1, max(len(names), 1), squeeze=False)[0]
-    for panel, name in zip(panels, names, strict=False):
-        panel.axhline(result["base"]["tasks"][name]["accuracy"], color="#6B6B6B", lw=1, ls=":")
-        for arm, found in result["arms"].items():
-            score, kl = found["tasks"][name]["accuracy"], found["kl"]
-            drawn = panel.errorbar(
-                kl["mean"], score["mean"], xerr=kl["deviation"], yerr=score["deviation"],
-                fmt="o", capsize=3,
-            )  # fmt: skip
-            panel.annotate(
-                f"{arm}\n{found['learning_rate']:g}", (kl["mean"], score["mean"]),
-                xytext=(6, 4), textcoords="offset points", fontsize=9,
-                color=drawn.lines[0].get_color(),
-            )  # fmt: skip
-        panel.set_title(f"{name} (dotted: base)", fontsize=11, loc="left")
-        panel.set_xlabel("KL(base‖tuned) per token: forgotten")
-        panel.set_ylabel("accuracy: learned")
-        panel.margins(0.25)
-        panel.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=160)
-
-
-def _pm(found: Mapping[str, Any], digits: int) -> str:
-    mean = f"{found['mean']:.{digits}f}"
-    if found["deviation"] is None:
-        return mean
-    return f"{mean} ± {found['deviation']:.{digits}f}"
+def write(result: Mapping[str, Any], home: Path, progress: Progress) -> None:
+    """compare.json, .md, .html and, where matplotlib is installed, .svg, into `home`."""
+    write_json(home / "compare.json", result)
+    write_text(home / "compare.md", tables(result))
+    drawing = ""
+    try:
+        drawing = plot(result)
+        write_text(home / "compare.svg", drawing)
+    except ImportError:
+        progress.say("no plot without matplotlib: pip install 'milora[plot]', and call it again")
+    write_text(home / "compare.html", page(result, drawing))

@@ -42,7 +42,7 @@ evaluate:
   tasks: []                    # files like data.train, or {file, name, match: exact | json |
                                # contains | regex | number | math | choice, pattern,
                                # protocol: generate | likelihood, prompt, max_new_tokens, limit}
-  knowledge: default           # a general text, .txt or .jsonl; default: Python's help topics
+  knowledge: default           # text file(s), .txt or .jsonl; default: Python's help topics
   chunks: 16                   # pieces of 512 tokens of it
   batch_size: 16
 """
@@ -86,7 +86,7 @@ class TaskFile(Strict):
 
 class Evaluate(Strict):
     tasks: list[str | TaskFile] = []
-    knowledge: str = "default"
+    knowledge: str | list[str] = "default"
     chunks: int = Field(default=16, ge=1)
     batch_size: int = Field(default=16, ge=1)
 

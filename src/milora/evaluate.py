@@ -4,8 +4,10 @@ The base's figures come from the same model with the adapter off (the base is un
 is the base, bitwise); only full fine-tuning needs a second model.
 """
 
+import json
 import math
 import pydoc_data.topics
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -16,12 +18,26 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from milora.adapter import base_only
-from milora.answers import Recall, compute_always, recall_of, who_answers, with_adapter
+from milora.answers import (
+    Recall,
+    compute_always,
+    in_pieces,
+    recall_of,
+    who_answers,
+    with_adapter,
+)
 from milora.choices import (
     PROMPT,
+    Encoded,
     Question,
     encode_question,
     log_probabilities,
@@ -29,6 +45,7 @@ from milora.choices import (
 )
 from milora.data import IGNORED, Collator, Row, encode, pad, prompt_ids, read_rows
 from milora.errors import UserError
+from milora.files import write_json, write_text
 from milora.grade import Grader, Verdict, check_reference, grader
 from milora.harness import HarnessScores, HarnessTask, harness_task, run_harness
 
@@ -43,8 +60,9 @@ ASKED_ANEW: Mapping[str, Recall] = {"base": compute_always, "tuned": compute_alw
 class Task(NamedTuple):
     name: str
     rows: list[Row]  # the last message of each is the reference answer
-    grade: Grader
+    grade: Grader | None  # None: the answers are only written down, for a judge
     max_new_tokens: int
+    duplicates: int = 0
 
 
 class ChoiceTask(NamedTuple):
@@ -53,6 +71,7 @@ class ChoiceTask(NamedTuple):
     name: str
     questions: list[Question]
     prompt: str  # with {question}
+    duplicates: int = 0
 
 
 AnyTask = Task | ChoiceTask | HarnessTask
@@ -88,8 +107,10 @@ def load_task(task: str | Mapping[str, Any], limit: int | None = None) -> AnyTas
     file = options["file"]
     name = options.get("name") or Path(file).stem
     if options.get("protocol") == "likelihood":
-        return ChoiceTask(name, read_questions(file)[:limit], options.get("prompt") or PROMPT)
-    rows = read_rows(file).rows
+        questions = read_questions(file)[:limit]
+        asked = [(q.question, *q.options) for q in questions]
+        return ChoiceTask(name, questions, options.get("prompt") or PROMPT, _again(asked))
+    rows = read_rows(file).rows[:limit]
     for row in rows:
         if row.messages[-1]["role"] != "assistant" or len(row.messages) < 2:
             raise UserError(f"{row.place}: a task needs a question and the answer as last message")
@@ -99,7 +120,13 @@ def load_task(task: str | Mapping[str, Any], limit: int | None = None) -> AnyTas
         reason = check_reference(match, row.messages[-1]["content"])
         if reason:
             raise UserError(f"{row.place}: the reference answer {reason}")
-    return Task(name, rows[:limit], grade, options.get("max_new_tokens") or 64)
+    again = _again([repr(row.messages[:-1]) for row in rows])
+    return Task(name, rows, grade, options.get("max_new_tokens") or 64, again)
+
+
+def _again(asked: Sequence[Any]) -> int:
+    """How many stand earlier in the list already."""
+    return len(asked) - len(set(asked))
 
 
 def evaluate_task(
@@ -127,14 +154,20 @@ def evaluate_task(
         }
         for row in task.rows
     ]
-    scores: dict[str, Any] = {"rows": len(task.rows), "max_new_tokens": task.max_new_tokens}
+    references = [row.messages[-1]["content"] for row in task.rows]
+    scores: dict[str, Any] = {
+        "rows": len(task.rows),
+        "duplicates": task.duplicates,
+        "max_new_tokens": task.max_new_tokens,
+        "majority": max(references.count(one) for one in set(references)) / len(references),
+    }
     for state, entered in (("base", pair.base), ("tuned", pair.tuned)):
         with entered() as model:
             scores[state], graded = score(
                 model, tokenizer, task, batch_size, state, progress, recall[state]
             )
         for sample, (answer, verdict) in zip(samples, graded, strict=True):
-            sample[state] = {"answer": answer, "verdict": verdict}
+            sample[state] = {"answer": answer} | ({"verdict": verdict} if verdict else {})
     return scores, samples
 
 
@@ -149,9 +182,11 @@ def evaluate_choices(
     """How often the right option is the likeliest, for base and tuned, and every log-probability.
 
     `accuracy` compares sums of log-probabilities, `accuracy_normalised` those per byte of the
-    option; `majority` is what always naming the most frequent place would score.
+    option; `majority` is what always naming the most frequent place would score. A question with
+    an option whose log-probability is not finite is wrong, and counted in `not_finite`.
     """
     encoded = [encode_question(tokenizer, question, task.prompt) for question in task.questions]
+    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i].prompt))
     right = [question.right for question in task.questions]
     samples: list[dict[str, Any]] = [
         {"task": task.name, "row": q.place, "prompt": task.prompt.replace("{question}", q.question),
@@ -161,6 +196,7 @@ def evaluate_choices(
     count = len(right)
     scores: dict[str, Any] = {
         "rows": count,
+        "duplicates": task.duplicates,
         "protocol": "likelihood",
         "chance": sum(1 / len(q.options) for q in task.questions) / count,
         "majority": max(right.count(place) for place in set(right)) / count,
@@ -168,12 +204,22 @@ def evaluate_choices(
     for state, entered in (("base", pair.base), ("tuned", pair.tuned)):
         with entered() as model:
             what = f"{task.name}, {state}"
-            log_p = recall[state](
-                ["likelihood", encoded],
-                partial(log_probabilities, model, encoded, batch_size, what, progress),
-            )
+
+            def compute(
+                piece: Sequence[Encoded], before: int, model: Any = model, what: str = what
+            ) -> Any:
+                return log_probabilities(
+                    model, piece, batch_size, what, _further(progress, before, count)
+                )
+
+            found = in_pieces(recall[state], "likelihood", [encoded[i] for i in order], compute)
+        by_place = dict(zip(order, found, strict=True))
+        log_p = [by_place[i] for i in range(count)]
         per_byte = [
-            [value / len(option.encode()) for value, option in zip(each, q.options, strict=True)]
+            [
+                None if value is None else value / len(option.encode())
+                for value, option in zip(each, q.options, strict=True)
+            ]
             for each, q in zip(log_p, task.questions, strict=True)
         ]
         likeliest, normalised = _places_of_largest(log_p), _places_of_largest(per_byte)
@@ -186,14 +232,26 @@ def evaluate_choices(
             "interval": wilson(hits, count),
             "accuracy_normalised": hits_normalised / count,
             "interval_normalised": wilson(hits_normalised, count),
+            "not_finite": likeliest.count(None) / count,
         }
         for sample, each, pick in zip(samples, log_p, likeliest, strict=True):
-            sample[state] = {"log_p": [round(value, 4) for value in each], "likeliest": pick}
+            rounded = [None if value is None else round(value, 4) for value in each]
+            sample[state] = {"log_p": rounded, "likeliest": pick}
     return scores, samples
 
 
-def _places_of_largest(rows: Sequence[Sequence[float]]) -> list[int]:
-    return [max(range(len(row)), key=row.__getitem__) for row in rows]
+def _places_of_largest(rows: Sequence[Sequence[float | None]]) -> list[int | None]:
+    """None for a row with a value that is None."""
+    found: list[int | None] = []
+    for row in rows:
+        values = [value for value in row if value is not None]
+        found.append(values.index(max(values)) if len(values) == len(row) else None)
+    return found
+
+
+def _further(progress: Progress, before: int, total: int) -> Progress:
+    """`progress` for a piece that `before` others of `total` came before."""
+    return lambda what, done, _: progress(what, before + done, total)
 
 
 def evaluate_harness(
@@ -241,31 +299,45 @@ def score(
     state: str = "model",
     progress: Progress = lambda what, done, total: None,
     recall: Recall = compute_always,
-) -> tuple[dict[str, Any], list[tuple[str, Verdict]]]:
-    """The model's scores on one task, and its answer to every row with the verdict on it."""
+) -> tuple[dict[str, Any], list[tuple[str, Verdict | None]]]:
+    """The model's scores on one task, and its answer to every row with the verdict on it.
+
+    An answer during which a logit was not finite is a format failure, whatever it says.
+    """
     prompts = [_prompt(tokenizer, row) for row in task.rows]
-    what = f"{task.name}, {state}"
-    answers = recall(
-        ["generate", prompts, task.max_new_tokens],
-        lambda: generate(
-            model, tokenizer, prompts, task.max_new_tokens, batch_size, what, progress
-        ),
-    )
-    answers = [Answer(*answer) for answer in answers]
-    references = [row.messages[-1]["content"] for row in task.rows]
-    verdicts = [task.grade(a.text, ref) for a, ref in zip(answers, references, strict=True)]
-    right = verdicts.count("right")
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    count, what = len(prompts), f"{task.name}, {state}"
+
+    def compute(piece: Sequence[list[int]], before: int) -> Any:
+        further = _further(progress, before, count)
+        return generate(model, tokenizer, piece, task.max_new_tokens, batch_size, what, further)
+
+    asked = ["generate", task.max_new_tokens]
+    found = in_pieces(recall, asked, [prompts[i] for i in order], compute)
+    by_place = dict(zip(order, found, strict=True))
+    answers = [Answer(*by_place[i]) for i in range(count)]
     loss, loss_rows = recall(
         ["loss", [row.messages for row in task.rows]],
         lambda: answer_loss(model, tokenizer, task.rows, batch_size),
     )
     scores = {
-        "accuracy": right / len(verdicts),
-        "interval": wilson(right, len(verdicts)),
-        "format_failures": verdicts.count("format") / len(verdicts),
-        "unended": sum(not a.ended for a in answers) / len(answers),
+        "unended": sum(not a.ended for a in answers) / count,
+        "not_finite": sum(not a.finite for a in answers) / count,
         "loss": loss,
         "loss_rows": loss_rows,  # fewer than rows where encode refuses some
+    }
+    if task.grade is None:
+        return scores, [(a.text, None) for a in answers]
+    verdicts: list[Verdict] = [
+        task.grade(a.text, row.messages[-1]["content"]) if a.finite else "format"
+        for a, row in zip(answers, task.rows, strict=True)
+    ]
+    right = verdicts.count("right")
+    scores = {
+        "accuracy": right / count,
+        "interval": wilson(right, count),
+        "format_failures": verdicts.count("format") / count,
+        **scores,
     }
     return scores, [(a.text, verdict) for a, verdict in zip(answers, verdicts, strict=True)]
 
@@ -274,13 +346,14 @@ def evaluate_all(
     pair: Pair,
     tokenizer: PreTrainedTokenizerBase,
     tasks: Sequence[AnyTask],
-    text: tuple[str, str],
+    texts: Sequence[tuple[str, str]],
     chunks: int,
     batch_size: int,
     progress: Progress = lambda what, done, total: None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Every task and the knowledge kept: the content of evaluation.json, and the samples.
 
+    `texts` are general texts, each with its name (see `general_texts`).
     What either model has been asked before is not asked again (answers.py).
     """
     scores, samples = {}, []
@@ -291,16 +364,57 @@ def evaluate_all(
     for task in tasks:
         scores[task.name], own = evaluate_task(pair, tokenizer, task, batch_size, progress, recall)
         samples += own
-    kept = recall["tuned"](
-        ["knowledge", who["base"], text[0], chunks],
-        lambda: knowledge_kept(pair, tokenizer, text[0], chunks, progress=progress),
-    )
-    return {"tasks": scores, "knowledge": {"text": text[1], **kept}}, samples
+    knowledge = []
+    for text, name in texts:
+        kept = recall["tuned"](
+            ["knowledge", who["base"], text, chunks],
+            partial(knowledge_kept, pair, tokenizer, text, chunks, progress=progress),
+        )
+        knowledge.append({"text": name, **kept})
+    return {"tasks": scores, "knowledge": knowledge}, samples
+
+
+def save_evaluation(
+    file: Path, samples_file: Path, result: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]
+) -> None:
+    """The two parts of `evaluate_all` as files; the result last, so that it says all is there.
+
+    The answers to a task without a grader go beside it, in the format that AlpacaEval's judge takes
+    as its model outputs: <stem>.<task>-base.json and -tuned.json.
+    """
+    lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+    write_text(samples_file, lines)
+    for name, task in result["tasks"].items():
+        if "protocol" in task or "accuracy" in task["tuned"]:
+            continue
+        own = [sample for sample in samples if sample["task"] == name]
+        for state in ("base", "tuned"):
+            answers = [
+                {"instruction": s["prompt"], "output": s[state]["answer"], "generator": state}
+                for s in own
+            ]
+            plain = re.sub(r"[^\w.-]+", "-", name)
+            write_json(file.with_name(f"{file.stem}.{plain}-{state}.json"), answers)
+    write_json(file, result)
 
 
 class Answer(NamedTuple):
     text: str
     ended: bool  # by an end-of-sequence token, not by the limit
+    finite: bool = True  # every logit was
+
+
+class _Finite(LogitsProcessor):
+    """Notes the rows of a batch in which a logit was NaN or +inf; those become -inf."""
+
+    def __init__(self) -> None:
+        self.broken: Tensor | None = None
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        wrong = scores.isnan() | (scores == math.inf)
+        row = wrong.any(1)
+        self.broken = row if self.broken is None else self.broken | row
+        return scores.masked_fill(wrong, -math.inf)
 
 
 def generate(
@@ -333,16 +447,20 @@ def generate(
         chosen = order[first : first + batch_size]
         ids = pad([prompts[i] for i in chosen], tokenizer.pad_token_id, left=True)
         mask = pad([[1] * len(prompts[i]) for i in chosen], 0, left=True)
+        watch = _Finite()
         with torch.no_grad():
             whole = run(
                 input_ids=ids.to(model.device),
                 attention_mask=mask.to(model.device),
                 generation_config=settings,
+                logits_processor=LogitsProcessorList([watch]),
             )
-        for i, row in zip(chosen, whole[:, ids.shape[1] :].tolist(), strict=True):
+        broken = [False] * len(chosen) if watch.broken is None else watch.broken.tolist()
+        said = whole[:, ids.shape[1] :].tolist()
+        for i, row, wrong in zip(chosen, said, broken, strict=True):
             end = next((k for k, token in enumerate(row) if token in stops), None)
             text = tokenizer.decode(row[:end], skip_special_tokens=True)
-            answers[i] = Answer(str(text).strip(), end is not None)
+            answers[i] = Answer(str(text).strip(), end is not None, not wrong)
     return [answers[i] for i in range(len(prompts))]
 
 
@@ -352,8 +470,11 @@ def answer_loss(
     rows: Sequence[Row],
     batch_size: int = 16,
     max_length: int = 2048,
-) -> tuple[float, int]:
-    """Mean cross-entropy per answer token, in nats, and how many rows it is over."""
+) -> tuple[float | None, int]:
+    """Mean cross-entropy per answer token, in nats, and how many rows it is over.
+
+    None where there is no such token or the mean is not finite.
+    """
     encoded = [encode(tokenizer, row, max_length) for row in rows]
     usable = [
         {"input_ids": e.input_ids, "labels": e.labels} for e in encoded if not isinstance(e, str)
@@ -367,7 +488,11 @@ def answer_loss(
             tokens = int((batch["labels"] != IGNORED).sum())
             loss = model(**{k: v.to(model.device) for k, v in batch.items()}).loss
             total, count = total + float(loss) * tokens, count + tokens
-    return total / count if count else math.nan, len(usable)
+    return _finite(total / count) if count else None, len(usable)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def knowledge_kept(
@@ -382,6 +507,8 @@ def knowledge_kept(
 
     The first `chunks` pieces of `length` tokens each; within a piece every token but the first
     is predicted from those before it. KL in nats, exact over the whole vocabulary, in fp32.
+    Tokens at which it is not finite are counted in `not_finite` and left out of the rest, which is
+    None where no token is left or a figure itself is not finite.
     """
     length = min(length, positions(pair.model))
     cut = tokenizer(text[: chunks * length * 12], add_special_tokens=False)["input_ids"]
@@ -389,7 +516,7 @@ def knowledge_kept(
     pieces = [piece for piece in pieces if len(piece) > 1]
     if not pieces:
         raise UserError("evaluate.knowledge: the text has fewer than 2 tokens")
-    divergence, agree, losses = [], 0, {"base": 0.0, "tuned": 0.0}
+    divergence, agree, losses = [], [], {"base": 0.0, "tuned": 0.0}
     for done, piece in enumerate(pieces):
         progress("knowledge kept", done, len(pieces))
         ids = torch.tensor([piece])
@@ -399,20 +526,33 @@ def knowledge_kept(
             with entered() as model, torch.no_grad():
                 logits = model(input_ids=ids.to(model.device)).logits[0, :-1].float()
                 log_p[state] = logits.log_softmax(-1).cpu()  # (t, vocabulary)
-            picked = log_p[state].gather(1, following[:, None])
+        each = kl(log_p["base"], log_p["tuned"])
+        finite = each.isfinite()
+        for state in losses:
+            picked = log_p[state].gather(1, following[:, None])[finite]
             losses[state] -= float(picked.double().sum())
-        divergence.append(kl(log_p["base"], log_p["tuned"]))
-        agree += int((log_p["base"].argmax(-1) == log_p["tuned"].argmax(-1)).sum())
+        divergence.append(each[finite])
+        agree.append((log_p["base"].argmax(-1) == log_p["tuned"].argmax(-1))[finite])
     each = torch.cat(divergence)
-    count = len(each)
-    return {
-        "tokens": count,
-        "kl": float(each.mean()),
-        "kl_p99": float(each.quantile(0.99)),
-        "top_token_agreement": agree / count,
-        "base_perplexity": math.exp(losses["base"] / count),
-        "tuned_perplexity": math.exp(losses["tuned"] / count),
-    }
+    count, total = len(each), sum(len(piece) - 1 for piece in pieces)
+    found = dict.fromkeys(
+        ("kl", "kl_p99", "top_token_agreement", "base_perplexity", "tuned_perplexity")
+    )
+    if count:
+        found |= {
+            "kl": float(each.mean()),
+            "kl_p99": float(each.quantile(0.99)),
+            "top_token_agreement": float(torch.cat(agree).double().mean()),
+            **{f"{state}_perplexity": _exp(losses[state] / count) for state in losses},
+        }
+    return {"tokens": total, "not_finite": total - count, **found}
+
+
+def _exp(value: float) -> float | None:
+    try:
+        return _finite(math.exp(value))
+    except OverflowError:
+        return None
 
 
 def positions(model: nn.Module) -> int:
@@ -452,12 +592,26 @@ def _prompt(tokenizer: PreTrainedTokenizerBase, row: Row) -> list[int]:
 
 
 def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """(t,) fp64: sum over the vocabulary of p (log p - log q), from log-probabilities (t, v)."""
-    return (log_p.exp() * (log_p - log_q)).sum(-1, dtype=torch.float64)
+    """(t,) fp64: sum over the vocabulary of p (log p - log q), from log-probabilities (t, v).
+
+    A token that is impossible under p, as some models make padding, adds nothing.
+    """
+    p = log_p.exp()
+    return torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(-1, dtype=torch.float64)
 
 
-def general_text(source: str) -> tuple[str, str]:
-    """(text, where it comes from). "default" is the prose of Python's own help topics."""
+def general_texts(sources: str | Sequence[str]) -> list[tuple[str, str]]:
+    """(text, where it comes from) of each. "default" is the prose of Python's own help topics.
+
+    Raises UserError for a file that is not there, is no text, or is given twice.
+    """
+    given = [sources] if isinstance(sources, str) else list(sources)
+    if not given or len(set(given)) < len(given):
+        raise UserError("evaluate.knowledge: each text must be given once, and one at least")
+    return [_general_text(source) for source in given]
+
+
+def _general_text(source: str) -> tuple[str, str]:
     if source == DEFAULT_TEXT:
         topics = pydoc_data.topics.topics
         release = f"{sys.version_info.major}.{sys.version_info.minor}"

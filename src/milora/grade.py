@@ -16,7 +16,7 @@ from milora.errors import UserError
 Verdict = Literal["right", "wrong", "format"]
 Grader = Callable[[str, str], Verdict]  # (answer, reference)
 
-Match = Literal["exact", "json", "contains", "regex", "number", "math", "choice"]
+Match = Literal["exact", "json", "contains", "regex", "number", "math", "choice", "none"]
 MATCHES = get_args(Match)
 
 # The last one of a text is taken; thousands may have commas. 3/4 is one number.
@@ -27,7 +27,7 @@ _NUMBER = re.compile(
 _MARKER = re.compile(r"answer\s+is\s*:?", re.IGNORECASE)
 
 
-def grader(match: str, pattern: str | None = None) -> Grader:
+def grader(match: str, pattern: str | None = None) -> Grader | None:
     """The grader called `match`; both texts are stripped first.
 
     exact     the text equals the reference
@@ -38,12 +38,15 @@ def grader(match: str, pattern: str | None = None) -> Grader:
               last one, exactly; no number: format
     math      equal as mathematics by the math-verify package; unreadable: format
     choice    regex, case aside; for both, no match in the answer: format
+    none      no verdict (None is returned): the answers are written down for a judge
 
     With exact, json, contains, number and math, `pattern` is the form of a whole answer, and what
     does not match it is a format failure.
     """
     if match not in MATCHES:
         raise UserError(f"evaluate.tasks: match is {match!r}; use one of {', '.join(MATCHES)}")
+    if match == "none":
+        return None
     if match in ("regex", "choice") and not pattern:
         raise UserError(f"evaluate.tasks: match: {match} needs a pattern")
     try:

@@ -13,7 +13,6 @@ one whole artefact in the run folder, and `resume` continues after the last one 
 
 import dataclasses
 import difflib
-import json
 import platform
 import time
 from collections.abc import Mapping
@@ -46,9 +45,10 @@ from milora.evaluate import (
     Pair,
     check_lengths,
     evaluate_all,
-    general_text,
+    general_texts,
     load_task,
     positions,
+    save_evaluation,
 )
 from milora.files import new_folder, read_json, sha256, write_json, write_text
 from milora.loop import (
@@ -101,8 +101,7 @@ class Material(NamedTuple):
     held_out: Prepared
     overlap: int
     tasks: list[AnyTask]
-    text: str
-    text_source: str
+    texts: list[tuple[str, str]]  # (text, where it comes from)
     files: dict[str, str]  # name -> sha256
 
 
@@ -260,12 +259,10 @@ def train(
     if not (run / "evaluation.json").exists():
         began = time.monotonic()
         result, samples = evaluate_all(
-            pair, base.tokenizer, material.tasks, (material.text, material.text_source),
+            pair, base.tokenizer, material.tasks, material.texts,
             int(evaluate["chunks"]), int(evaluate["batch_size"]), progress,
         )  # fmt: skip
-        lines = "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples)
-        write_text(run / "samples.jsonl", lines)
-        write_json(run / "evaluation.json", result)
+        save_evaluation(run / "evaluation.json", run / "samples.jsonl", result, samples)
         record["seconds"]["evaluation"] = time.monotonic() - began
     if (run / "adapter").exists():
         card = model_card(record, asked, read_json(run / "evaluation.json"))
@@ -381,8 +378,9 @@ def _read(
     names = [task.name for task in tasks]
     if len(set(names)) < len(names):
         raise UserError(f"evaluate.tasks: two tasks have one name ({', '.join(names)}): set name")
-    text, text_source = general_text(evaluate["knowledge"])
-    used = [source, held, evaluate["knowledge"], *(_task_file(t) for t in evaluate["tasks"])]
+    texts = general_texts(evaluate["knowledge"])
+    used = [source, held, *(text_source for _, text_source in texts)]
+    used += [_task_file(task) for task in evaluate["tasks"]]
     files = {f: sha256(Path(f)) for f in used if isinstance(f, str) and Path(f).is_file()}
     base = load_pretrained(model, dtype, trust_remote_code)
     longest = positions(base.model)
@@ -407,7 +405,7 @@ def _read(
             progress.say(f"refused: {place}")
     if common:
         progress.say(f"warning: {common} held-out questions also stand in the training rows")
-    return Material(base, rows, prepared, prepared_held, common, tasks, text, text_source, files)
+    return Material(base, rows, prepared, prepared_held, common, tasks, texts, files)
 
 
 def _task_file(task: Any) -> str | None:

@@ -1,0 +1,125 @@
+"""Methods compared on real weights and real tasks: `milora compare`, with its settings written out.
+
+    python benchmarks/comparison.py smollm2-trec     one comparison; goes on where it stopped
+    python benchmarks/comparison.py minilm-trec      the same grid over sentence_classifier.py
+
+What each run came to lies in benchmarks/results/comparison/NAME and is committed, so that a grid
+goes on from there on any machine; run folders lie beside it and are not.
+"""
+
+import argparse
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tasks import ROOT, graded, kept_tasks, require_data, task_files, text_file
+
+from milora.compare import Arm, compare, grid, parse_arm, run_name, summary, write
+from milora.compare_page import tables
+from milora.files import read_json, write_json
+from milora.progress import Progress
+
+RESULTS = Path("benchmarks/results/comparison")
+SEEDS = (0, 1, 2)
+
+
+def smollm2(task: str) -> dict[str, Any]:
+    """640 rows, 40 steps of 16. 16-bit weights, which the anchor leaves exact."""
+    files = task_files(task, 640, 160, 200)
+    return {
+        "model": "smollm2-135m",
+        "dtype": "bfloat16",
+        "output_dir": str(RESULTS / f"smollm2-{task}"),
+        "data": {"train": files["train"], "eval": files["held_out"], "max_length": 256},
+        "lora": {"r": 16, "lora_alpha": 16},
+        "training": {
+            "num_train_epochs": 1,
+            "per_device_train_batch_size": 16,
+            "save_strategy": "no",
+            "train_sampling_strategy": "group_by_length",
+        },
+        "evaluate": {
+            "tasks": [graded(task, files["test"]), *kept_tasks(200)],
+            "knowledge": [text_file("wikitext2_test.txt"), text_file("c4_demo.jsonl")],
+            "chunks": 8,
+        },
+    }
+
+
+# A decay that shrinks A and B by a tenth to a third over the run, at the rates that LoRA wants.
+SMOLLM2 = ("lora", "milora", "pissa", "random", "middle", "lora:training.weight_decay=3")
+SMALL = ("lora", "milora", "pissa", "random", "middle", "lora:training.weight_decay=1", "full")
+
+# By the first part of the name: arms, rates, tasks. The rates are widened where they must be.
+COMPARISONS = {
+    "smollm2": (SMOLLM2, (1e-4, 3e-4, 1e-3), ("trec", "mawps", "polarity")),
+    "minilm": (SMALL, (3e-4, 1e-3, 3e-3), ("trec", "subjectivity", "polarity")),
+}
+NAMES = [f"{model}-{task}" for model, (_, _, tasks) in COMPARISONS.items() for task in tasks]
+
+
+def causal(values: dict[str, Any], arms: Sequence[str], rates: Sequence[float]) -> dict[str, Any]:
+    """A comparison by `milora compare` itself."""
+    home = Path(values["output_dir"])
+    for folder in home.glob("*/"):  # a finished run is all in its file
+        if folder.with_name(folder.name + ".json").exists():
+            shutil.rmtree(folder)
+    config = Path("build") / f"{home.name}.yaml"
+    config.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    with Progress() as progress:
+        return compare(
+            config, [], [parse_arm(arm) for arm in arms], SEEDS, rates, progress, widen=True
+        )
+
+
+def minilm(task: str, arms: Sequence[str], rates: Sequence[float]) -> dict[str, Any]:
+    """The same grid, summary and page, over runs of sentence_classifier.py.
+
+    What stands for the base is a head trained on the untouched encoder.
+    """
+    from sentence_classifier import run
+
+    home = RESULTS / f"minilm-{task}"
+    home.mkdir(parents=True, exist_ok=True)
+
+    def one(arm: Arm, rate: float, seed: int) -> dict[str, Any]:
+        file = home / f"{run_name(arm.name, rate, seed)}.json"
+        if not file.exists():
+            asked = dict(override.split("=") for override in arm.overrides)
+            decay = float(asked.get("training.weight_decay", 0))
+            write_json(file, run(task, asked["method"], rate, seed, decay))
+        return read_json(file)
+
+    untouched = home / "head.json"
+    if not untouched.exists():
+        write_json(untouched, run(task, "head", 0.0, SEEDS[0], 0.0))
+    with Progress() as progress:
+        outcomes = grid([parse_arm(arm) for arm in arms], SEEDS, rates, one, progress, widen=True)
+        head = read_json(untouched)["evaluation"]["tasks"][task]["tuned"]
+        for outcome in outcomes.values():
+            outcome["evaluation"]["tasks"][task]["base"] = head
+        result = summary(outcomes, SEEDS)
+        write(result, home, progress)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("name", choices=NAMES)
+    name = parser.parse_args().name
+    require_data()
+    os.chdir(ROOT)
+    model, task = name.split("-")
+    arms, rates, _ = COMPARISONS[model]
+    if model == "minilm":
+        result = minilm(task, arms, rates)
+    else:
+        result = causal({"smollm2": smollm2}[model](task), arms, rates)
+    print(tables(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""One run on all-MiniLM-L6-v2: an adapter of any method and a classification head, on short text.
+
+The encoder's weights are fp32 as they were trained. The head sits on the mean of the token vectors,
+starts at zero and has a rate of its own, the same for every method. Kept is measured on sentences
+of other text: how far their embeddings moved, and how far the order of their similarities held.
+"""
+
+import copy
+import functools
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from peft import LoraConfig
+from tasks import DATA, LABELS, Row, split
+from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer, get_scheduler
+from weights import minilm
+
+from milora.adapter import add_adapter
+from milora.evaluate import wilson
+
+TRAIN, HELD_OUT, TEST = 1000, 500, 500
+BATCH, EPOCHS, HEAD_RATE = 16, 2, 3e-3
+TARGETS = ["query", "key", "value", "intermediate.dense", "output.dense"]
+Pieces = list[list[int]]  # token ids of each sentence
+
+
+class Classifier(nn.Module):
+    def __init__(self, encoder: nn.Module, classes: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = nn.Linear(384, classes)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def embed(self, ids: Tensor, mask: Tensor) -> Tensor:
+        hidden = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        weight = mask[:, :, None].to(hidden)
+        mean: Tensor = (hidden * weight).sum(1) / weight.sum(1)
+        return mean
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.embed(ids, mask))
+        return logits
+
+
+def padded(pieces: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
+    longest = max(map(len, pieces))
+    ids = torch.tensor([piece + [0] * (longest - len(piece)) for piece in pieces])
+    mask = torch.tensor([[1] * len(piece) + [0] * (longest - len(piece)) for piece in pieces])
+    return ids, mask
+
+
+def batches(pieces: Pieces, size: int = 64) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Places, ids and mask, sentences of like length together."""
+    order = sorted(range(len(pieces)), key=lambda i: len(pieces[i]))
+    for first in range(0, len(order), size):
+        places = order[first : first + size]
+        yield places, *padded([pieces[i] for i in places])
+
+
+@torch.no_grad()
+def over(model: Classifier, pieces: Pieces, what: str) -> Tensor:
+    """(sentences, 384) embeddings or (sentences, classes) logits, in order."""
+    model.eval()
+    found: dict[int, Tensor] = {}
+    call = model.embed if what == "embed" else model.forward
+    for places, ids, mask in batches(pieces):
+        found |= dict(zip(places, call(ids, mask), strict=True))
+    return torch.stack([found[i] for i in range(len(pieces))])
+
+
+def other_sentences() -> dict[str, list[str]]:
+    """Sentences of 8 to 40 words that are not about any of the tasks."""
+    found = {}
+    for name in ("wikitext2_test.txt", "c4_demo.jsonl"):
+        text = (DATA / "general_text" / name).read_text(encoding="utf-8").replace("\\n", ". ")
+        sentences = [s.strip() for line in text.split("\n") for s in line.split(". ")]
+        usable = [s for s in sentences if 8 <= len(s.split()) <= 40 and "=" not in s]
+        found[name] = usable[:: len(usable) // 500][:500]
+    return found
+
+
+def moved(before: Tensor, after: Tensor) -> dict[str, float]:
+    """1 - cosine of each embedding with itself, mean; correlation of all pairs' similarities."""
+    cosine = nn.functional.cosine_similarity(before, after)
+    pairs = torch.triu_indices(len(before), len(before), 1)
+    similar = []
+    for embeddings in (before, after):
+        unit = nn.functional.normalize(embeddings.double())
+        similar.append((unit @ unit.T)[*pairs])
+    return {
+        "moved": float((1 - cosine).double().mean()),
+        "similarities": float(torch.corrcoef(torch.stack(similar))[0, 1]),
+    }
+
+
+class Start(NamedTuple):
+    """What every run begins with."""
+
+    tokenizer: Any
+    encoder: Any
+    other: dict[str, Pieces]  # sentences of other text
+    before: dict[str, Tensor]  # and the base's embeddings of them
+
+
+@functools.cache
+def start() -> Start:
+    folder = minilm()
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    encoder = AutoModel.from_pretrained(folder, dtype=torch.float32)
+    other = {
+        name: tokenizer(sentences, truncation=True, max_length=128)["input_ids"]
+        for name, sentences in other_sentences().items()
+    }
+    model = Classifier(encoder, 1)
+    before = {name: over(model, pieces, "embed") for name, pieces in other.items()}
+    return Start(tokenizer, encoder, other, before)
+
+
+def run(task: str, method: str, rate: float, seed: int, weight_decay: float) -> dict[str, Any]:
+    """One run's outcome, as milora.compare keeps it. `method` "head" trains no adapter."""
+    tokenizer, base, other, before = start()
+    torch.manual_seed(seed)
+    encoder = copy.deepcopy(base)
+    encoder.requires_grad_(method == "full")
+    if method not in ("full", "head"):
+        config = LoraConfig(
+            r=16, lora_alpha=16, target_modules=TARGETS, task_type="FEATURE_EXTRACTION"
+        )
+        encoder, _ = add_adapter(encoder, config, method, seed=seed)
+    labels = LABELS[task]
+    parts = split(task, TRAIN, HELD_OUT, TEST)
+
+    def encoded(rows: Sequence[Row]) -> tuple[Pieces, Tensor]:
+        ids = tokenizer([row.question for row in rows], truncation=True, max_length=128)
+        return ids["input_ids"], torch.tensor([labels.index(row.answer) for row in rows])
+
+    model = Classifier(encoder, len(labels))
+    for name, pieces in other.items():
+        step0 = moved(before[name][:50], over(model, pieces[:50], "embed"))["moved"]
+        assert step0 < 1e-6, f"step 0 is not the base: {step0}"
+    began = time.monotonic()
+    trained = [p for p in encoder.parameters() if p.requires_grad]
+    fit(model, *encoded(parts.train), trained, rate, seed, weight_decay)
+    seconds = time.monotonic() - began
+    pieces, wanted = encoded(parts.held_out)
+    loss = float(nn.functional.cross_entropy(over(model, pieces, "logits"), wanted))
+    pieces, wanted = encoded(parts.test)
+    right = over(model, pieces, "logits").argmax(1) == wanted
+    score = {
+        "accuracy": float(right.double().mean()), "interval": wilson(int(right.sum()), len(right)),
+    }  # fmt: skip
+    knowledge = [
+        {"text": name, **moved(before[name], over(model, pieces, "embed"))}
+        for name, pieces in other.items()
+    ]
+    return {
+        "settings": {
+            "task": task, "method": method, "learning_rate": rate, "seed": seed,
+            "weight_decay": weight_decay, "rows": TRAIN, "batch": BATCH, "epochs": EPOCHS,
+            "head_rate": HEAD_RATE,
+        },
+        "held_out_loss": loss,
+        "trained_parameters": sum(p.numel() for p in trained),
+        "seconds": {"training": seconds},
+        "versions": {"torch": torch.__version__},
+        "evaluation": {
+            "tasks": {task: {"rows": len(right), "tuned": score}}, "knowledge": knowledge,
+        },
+        "right": {task: "".join("01"[bool(r)] for r in right)},
+    }  # fmt: skip
+
+
+def fit(
+    model: Classifier, pieces: Pieces, wanted: Tensor, trained: Sequence[nn.Parameter],
+    rate: float, seed: int, weight_decay: float,
+) -> None:  # fmt: skip
+    groups: list[Mapping[str, Any]] = [
+        {"params": model.head.parameters(), "lr": HEAD_RATE, "weight_decay": 0.0}
+    ]
+    if trained:
+        groups.append({"params": trained, "lr": rate, "weight_decay": weight_decay})
+    optimizer = torch.optim.AdamW(groups)
+    steps = EPOCHS * (len(pieces) // BATCH)
+    schedule = get_scheduler("linear", optimizer, round(0.06 * steps), steps)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(EPOCHS):
+        order = torch.randperm(len(pieces), generator=generator).tolist()
+        for first in range(0, len(order) - BATCH + 1, BATCH):
+            places = order[first : first + BATCH]
+            model.train()
+            logits = model(*padded([pieces[i] for i in places]))
+            loss = nn.functional.cross_entropy(logits, wanted[places])
+            loss.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_([*trained, *model.head.parameters()], 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()

@@ -1,0 +1,206 @@
+"""Small real tasks as JSONL, from the public data sets in the folder that SHARED_DATA names.
+
+    classify  TREC (6 classes of question), polarity and subjectivity (2 classes of sentence)
+    MAWPS     the arithmetic expression of a word problem, between dollars, so that math-verify
+              reads it; right when the value is
+    kept      ARC-Easy and PIQA, by the likelihood of the options; WikiText-2 and C4 as text
+
+Rows of a training set that also stand in its test set (or in MAWPS's validation set) are left out,
+compared without case, spaces and punctuation.
+"""
+
+import ast
+import io
+import json
+import operator
+import os
+import random
+import shutil
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = Path(os.environ.get("SHARED_DATA", ROOT.parent / "shared" / "data"))
+BUILD = Path("build/tasks")  # relative to ROOT, since what is recorded must hold on any machine
+
+CLASSES = {
+    "ABBR": "abbreviation", "ENTY": "entity", "DESC": "description", "HUM": "human",
+    "LOC": "location", "NUM": "number",
+}  # fmt: skip
+LABELS = {
+    "trec": list(CLASSES.values()),
+    "polarity": ["positive", "negative"],
+    "subjectivity": ["subjective", "objective"],
+}
+SYSTEM = {  # short, since it is read with every row
+    "trec": "Name what is asked for.",
+    "polarity": "Positive or negative?",
+    "subjectivity": "Subjective or objective?",
+    "mawps": "Write the expression.",
+}
+
+
+class Row(NamedTuple):
+    question: str
+    answer: str
+
+
+class Split(NamedTuple):
+    train: list[Row]
+    held_out: list[Row]
+    test: list[Row]
+    leaks: int  # rows that were left out of the training set
+
+
+def require_data() -> None:
+    if not DATA.is_dir():
+        sys.exit(f"{DATA} is not there: set SHARED_DATA to the folder with the data sets")
+
+
+def plain(text: str) -> str:
+    """Case, spaces and punctuation removed, to find the same question twice."""
+    return "".join(c for c in text.lower() if c.isalnum())
+
+
+def _lines(archive: str, wanted: str) -> list[str]:
+    with zipfile.ZipFile(DATA / "classification" / archive) as opened:
+        (name,) = [n for n in opened.namelist() if n.endswith(wanted) and "__MACOSX" not in n]
+        text = io.StringIO(opened.read(name).decode("latin-1"))
+        return [line.strip() for line in text if line.strip()]
+
+
+def trec() -> tuple[list[Row], list[Row]]:
+    parts = []
+    for name in ("train.txt", "test.txt"):
+        rows = []
+        for line in _lines("trec_qc.zip", name):
+            label, _, question = line.partition(" ")
+            rows.append(Row(question, CLASSES[label.partition(":")[0]]))
+        random.Random(0).shuffle(rows)
+        parts.append(rows)
+    return parts[0], parts[1]
+
+
+def _two_classes(archive: str, endings: dict[str, str]) -> tuple[list[Row], list[Row]]:
+    """Sets without a split of their own: 1,000 rows for the test."""
+    rows = [Row(line, label) for label, e in endings.items() for line in _lines(archive, e)]
+    random.Random(0).shuffle(rows)
+    return rows[1000:], rows[:1000]
+
+
+def polarity() -> tuple[list[Row], list[Row]]:
+    return _two_classes("sentence_polarity.zip", {"positive": ".pos", "negative": ".neg"})
+
+
+def subjectivity() -> tuple[list[Row], list[Row]]:
+    # quote: snippets of reviews; plot: summaries of plots
+    return _two_classes("subjectivity.zip", {"subjective": "quote.tok.gt9.5000",
+                                             "objective": "plot.tok.gt9.5000"})  # fmt: skip
+
+
+def mawps() -> tuple[list[Row], list[Row]]:
+    parts = []
+    for name in ("train", "test"):
+        rows = []
+        for item in json.loads((DATA / "math_words" / f"mawps_{name}.json").read_text()):
+            left, _, right = item["equation"].partition("=")
+            expression = right if left.strip().lower() == "x" else left
+            value, answer = calculate(expression), calculate(str(item["ans"]))
+            # A few equations are no plain right-hand side, or disagree with the stated answer.
+            if value is not None and answer is not None and abs(value - answer) < 1e-4:
+                rows.append(Row(item["original_text"], f"${expression.replace(' ', '')}$"))
+        random.Random(0).shuffle(rows)
+        parts.append(rows)
+    return parts[0], parts[1]
+
+
+SETS: dict[str, Callable[[], tuple[list[Row], list[Row]]]] = {
+    "trec": trec, "polarity": polarity, "subjectivity": subjectivity, "mawps": mawps,
+}  # fmt: skip
+
+OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+}  # fmt: skip
+
+
+def calculate(expression: str) -> float | None:
+    """The value of + - * / and brackets over numbers; None for anything else."""
+
+    def value(node: ast.AST) -> float:
+        if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+            return float(OPERATORS[type(node.op)](value(node.left), value(node.right)))
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            return -value(node.operand)
+        if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+            return float(node.value)
+        raise ValueError(node)
+
+    try:
+        return value(ast.parse(expression.strip(), mode="eval").body)
+    except (ValueError, SyntaxError, ZeroDivisionError, OverflowError, RecursionError, MemoryError):
+        return None
+
+
+def split(task: str, train: int, held_out: int, test: int) -> Split:
+    """So many rows of each, none of them in two parts."""
+    pool, tested = SETS[task]()
+    tested = tested[:test]
+    barred = {plain(row.question) for row in tested}
+    if task == "mawps":
+        valid = json.loads((DATA / "math_words" / "mawps_valid.json").read_text())
+        barred |= {plain(item["original_text"]) for item in valid}
+    clean: dict[str, Row] = {}
+    leaks = 0
+    for row in pool:
+        key = plain(row.question)
+        leaks += key in barred
+        if key not in barred:
+            clean.setdefault(key, row)
+    rows = list(clean.values())
+    assert len(rows) >= train + held_out, (task, len(rows))
+    assert len(tested) == test, (task, len(tested))
+    return Split(rows[:train], rows[train : train + held_out], tested, leaks)
+
+
+def task_files(task: str, train: int, held_out: int, test: int) -> dict[str, str]:
+    """Paths of train, held_out and test as JSONL in the alpaca format."""
+    parts = split(task, train, held_out, test)
+    paths = {}
+    for name in ("train", "held_out", "test"):
+        rows: list[Row] = getattr(parts, name)
+        path = BUILD / f"{task}-{train}" / f"{name}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = [
+            json.dumps({"system": SYSTEM[task], "instruction": q, "output": a}) for q, a in rows
+        ]
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        paths[name] = str(path)
+    return paths
+
+
+def graded(task: str, file: str) -> dict[str, Any]:
+    """The task under evaluate.tasks."""
+    if task == "mawps":
+        return {"file": file, "name": task, "match": "math", "max_new_tokens": 32}
+    pattern = rf"\b({'|'.join(LABELS[task])})\b"
+    return {"file": file, "name": task, "match": "choice", "pattern": pattern, "max_new_tokens": 6}
+
+
+def kept_tasks(limit: int) -> Iterator[dict[str, Any]]:
+    """ARC-Easy and PIQA, by likelihood."""
+    for name, file in (("arc-easy", "ARC-Easy_test.json"), ("piqa", "piqa_test.json")):
+        path = BUILD / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(DATA / "commonsense" / file, path)
+        yield {"file": str(path), "name": name, "protocol": "likelihood", "limit": limit}
+
+
+def text_file(name: str) -> str:
+    """A file of DATA/general_text, by a path that holds on any machine."""
+    path = BUILD / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(DATA / "general_text" / name, path)
+    return str(path)

@@ -1,0 +1,188 @@
+"""What a comparison found (compare.json), for people: Markdown tables, a plot, an HTML page."""
+
+import io
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+
+from milora.card import figure, harmless
+
+# Figures of `knowledge`, the base's own of each, heading, digits.
+MEASURES = (
+    ("kl", None, "KL(base‖tuned)", 4),
+    ("tuned_perplexity", "base_perplexity", "perplexity", 2),
+    ("moved", None, "moved (1 − cosine)", 4),
+    ("similarities", None, "correlation of similarities", 3),
+)
+# Okabe and Ito's colours, which most colour-blind readers can tell apart, and a mark for each.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKS = "os^Dv*P"
+
+
+class Table(NamedTuple):
+    head: list[str]
+    rows: list[list[str]]
+
+
+def scores(result: Mapping[str, Any]) -> Table:
+    """One row an arm: its rate, the accuracy of each task, and each measure of knowledge kept."""
+    base = result["base"]
+    names = list(next(iter(result["arms"].values()))["tasks"])
+    head = ["arm", "rate", *(f"{name}: accuracy" for name in names)]
+    first = ["base", "", *(f"{base['tasks'][name]['accuracy']:.3f}" for name in names)]
+    columns = list(_measures(result))
+    for place, _, own, label, digits in columns:
+        head.append(f"{label}, {short(base['knowledge'][place]['text'])}")
+        first.append(figure(base["knowledge"][place][own], digits) if own else "")
+    rows = [first]
+    if any("majority" in task for task in base["tasks"].values()):
+        always = [
+            f"{task['majority']:.3f}" if "majority" in task else ""
+            for task in base["tasks"].values()
+        ]
+        rows.append(["the commonest answer", "", *always, *[""] * len(columns)])
+    for arm, found in result["arms"].items():
+        cells = [arm, f"{found['learning_rate']:g}"]
+        cells += [plus_minus(found["tasks"][name]["accuracy"], 3) for name in names]
+        cells += [
+            plus_minus(found["knowledge"][place][key], digits)
+            for place, key, _, _, digits in columns
+        ]
+        rows.append(cells)
+    return Table(head, rows)
+
+
+def _measures(result: Mapping[str, Any]) -> Iterator[tuple[int, str, str | None, str, int]]:
+    for place, kept in enumerate(next(iter(result["arms"].values()))["knowledge"]):
+        for key, own, label, digits in MEASURES:
+            if key in kept:
+                yield place, key, own, label, digits
+
+
+def differences(result: Mapping[str, Any]) -> Table:
+    """One row a pair of arms and task, with the interval of the paired bootstrap."""
+    rows = []
+    for pair in result["pairs"]:
+        low, high = pair["interval"]
+        told = "" if low <= 0 <= high else "yes"
+        rows.append(
+            [pair["task"], f"{pair['first']} − {pair['second']}", f"{pair['difference']:+.3f}",
+             f"{low:+.3f} to {high:+.3f}", told]
+        )  # fmt: skip
+    return Table(["task", "difference", "accuracy", "95 %", "beyond chance"], rows)
+
+
+def rates(result: Mapping[str, Any]) -> Table:
+    """Held-out loss of every arm at every rate, by which the rates were chosen."""
+    tried = sorted(
+        {rate for found in result["arms"].values() for rate in found["tried"]}, key=float
+    )
+    rows = []
+    for arm, found in result["arms"].items():
+        cells = [arm]
+        for rate in tried:
+            loss = found["tried"].get(rate, {"held_out_loss": ""})["held_out_loss"]
+            text = "diverged" if loss is None else f"{loss:.4f}" if loss != "" else ""
+            cells.append(f"{text} (chosen)" if float(rate) == found["learning_rate"] else text)
+        rows.append(cells)
+    return Table(["arm", *tried], rows)
+
+
+def explanation(result: Mapping[str, Any]) -> list[str]:
+    seeds = ", ".join(map(str, result["seeds"]))
+    return [
+        f"Mean ± standard deviation over seeds {seeds}; each arm at the rate with the smallest "
+        "loss on held-out rows, chosen with the first seed. Scores are of test rows, which took no "
+        "part in that.",
+        "Differences: each row's score is averaged over the seeds, and the rows are resampled "
+        "(paired bootstrap), which says how far another test set would move them, not other seeds. "
+        "One in twenty goes beyond chance by chance.",
+    ]
+
+
+def tables(result: Mapping[str, Any]) -> str:
+    """compare.json as Markdown."""
+    scored, told = explanation(result)
+    lines = [*markdown(scores(result)), "", scored, "", "Held-out loss by learning rate:", ""]
+    lines += [*markdown(rates(result)), "", *markdown(differences(result)), "", told, ""]
+    lines += [f"- {harmless(note)}" for note in result["notes"]]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def markdown(table: Table) -> list[str]:
+    """The lines of a table, its cells made harmless."""
+    lines = [table.head, ["---"] * len(table.head), *table.rows]
+    return [f"| {' | '.join(harmless(cell) for cell in line)} |" for line in lines]
+
+
+def page(result: Mapping[str, Any], drawing: str) -> str:
+    """One self-contained HTML page; `drawing` is SVG of `plot`, or empty."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("milora", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    scored, told = explanation(result)
+    return environment.get_template("compare.html").render(
+        arms=list(result["arms"]), scores=scores(result), rates=rates(result),
+        differences=differences(result), notes=result["notes"], scored=scored, told=told,
+        drawing=drawing[drawing.find("<svg") :] if drawing else "",
+    )  # fmt: skip
+
+
+def plot(result: Mapping[str, Any]) -> str:
+    """SVG: accuracy of each task against how far the model moved on the first general text.
+
+    A mark an arm at its own rate, with bars of one standard deviation over the seeds; the thin
+    line joins all rates that were tried with the first seed. Raises ImportError without matplotlib.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    names = list(next(iter(result["arms"].values()))["tasks"])
+    kept = next(_measures(result))
+    sheet = Figure(figsize=(1 + 4.6 * max(len(names), 1), 4.4), layout="constrained")
+    panels = sheet.subplots(1, max(len(names), 1), squeeze=False)[0]
+    for panel, name in zip(panels, names, strict=False):
+        panel.axhline(result["base"]["tasks"][name]["accuracy"], color="#6B6B6B", lw=1, ls=":")
+        for place, (arm, found) in enumerate(result["arms"].items()):
+            colour, mark = COLOURS[place % len(COLOURS)], MARKS[place % len(MARKS)]
+            tried = [one for one in found["tried"].values() if one["held_out_loss"] is not None]
+            panel.plot(
+                [one["knowledge"][kept[0]] for one in tried],
+                [one["accuracy"][name] for one in tried], color=colour, lw=0.8, alpha=0.45,
+                marker=".", ms=4,
+            )  # fmt: skip
+            score, far = found["tasks"][name]["accuracy"], found["knowledge"][kept[0]][kept[1]]
+            if far["mean"] is None:
+                continue
+            panel.errorbar(
+                far["mean"], score["mean"], xerr=far["deviation"], yerr=score["deviation"],
+                fmt=mark, color=colour, capsize=3, label=f"{arm} at {found['learning_rate']:g}",
+            )  # fmt: skip
+        panel.set_xscale("log")
+        panel.set_title(f"{name} (dotted: base)", fontsize=11, loc="left")
+        panel.set_xlabel(f"{kept[3]}, {short(result['base']['knowledge'][0]['text'])}: forgotten")
+        panel.set_ylabel("accuracy: learned")
+        panel.spines[["top", "right"]].set_visible(False)
+    handles, labels = panels[0].get_legend_handles_labels()
+    sheet.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    drawn = io.StringIO()
+    # Text stays text, and the same figures give the same file.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "milora"}):
+        sheet.savefig(drawn, format="svg", metadata={"Date": None})
+    return drawn.getvalue()
+
+
+def short(text: str) -> str:
+    """The name of a general text: of a file, its stem."""
+    return Path(text).stem if text.endswith((".txt", ".jsonl")) else text
+
+
+def plus_minus(found: Mapping[str, Any], digits: int) -> str:
+    mean = figure(found["mean"], digits)
+    if found["deviation"] is None:
+        return mean
+    return f"{mean} ± {found['deviation']:.{digits}f}"
