@@ -1,6 +1,7 @@
 """The model card that lies beside the adapter: base, data, recipe, scores, rank, licence."""
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -133,7 +134,7 @@ def all_scores(evaluation: Mapping[str, Any], interval: str) -> Iterator[tuple[s
             before, after = (
                 interval.format(one["accuracy"], *one["interval"]) for one in (base, tuned)
             )
-            yield f"{name}: accuracy of {about(task)} (95 %)", before, after
+            yield f"{name}: accuracy of {about(task)}", before, after
         for key, label in SCORES:
             if key in base:
                 yield f"{name}: {label}", figure(base[key], 3), figure(tuned[key], 3)
@@ -143,7 +144,7 @@ def all_scores(evaluation: Mapping[str, Any], interval: str) -> Iterator[tuple[s
     for kept in evaluation["knowledge"]:
         missing = f", {kept['not_finite']} left out" if kept.get("not_finite") else ""
         yield (
-            f"perplexity of {kept['text']} ({kept['tokens']} tokens{missing})",
+            f"perplexity of {short(kept['text'])} ({kept['tokens']} tokens{missing})",
             figure(kept["base_perplexity"], 2),
             figure(kept["tuned_perplexity"], 2),
         )
@@ -155,12 +156,17 @@ def all_scores(evaluation: Mapping[str, Any], interval: str) -> Iterator[tuple[s
 
 def about(task: Mapping[str, Any]) -> str:
     """How many rows a task has, how many stand twice, what the commonest answer alone scores."""
-    parts = [str(task["rows"])]
+    parts = [f"{task['rows']} (95 %)"]
     if task.get("duplicates"):
-        parts.append(f"{task['duplicates']} of them twice")
+        parts.append(f"{task['duplicates']} rows stand twice")
     if task.get("majority", 0) >= 0.05:
         parts.append(f"always the commonest answer: {task['majority']:.3f}")
-    return ", ".join(parts)
+    return "; ".join(parts)
+
+
+def short(text: str) -> str:
+    """The name of a general text: of a file, its stem."""
+    return Path(text).stem if text.endswith((".txt", ".jsonl")) else text
 
 
 def figure(value: float | None, digits: int) -> str:

@@ -2,12 +2,11 @@
 
 import io
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
 
-from milora.card import figure, harmless
+from milora.card import figure, harmless, short
 
 # Figures of `knowledge`, the base's own of each, heading, digits.
 MEASURES = (
@@ -174,11 +173,6 @@ def plot(result: Mapping[str, Any]) -> str:
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "milora"}):
         sheet.savefig(drawn, format="svg", metadata={"Date": None})
     return drawn.getvalue()
-
-
-def short(text: str) -> str:
-    """The name of a general text: of a file, its stem."""
-    return Path(text).stem if text.endswith((".txt", ".jsonl")) else text
 
 
 def plus_minus(found: Mapping[str, Any], digits: int) -> str:
