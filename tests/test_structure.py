@@ -15,9 +15,9 @@ SOURCE = ROOT / "src" / "milora"
 
 # Each module may import those of earlier lines only.
 LAYERS = (
-    {"errors", "files", "svd", "progress"},
+    {"errors", "files", "svd", "spectra", "progress"},
     {"grade", "adapter", "data", "pretrained", "config", "card"},
-    {"choices", "harness", "answers"},
+    {"choices", "harness", "answers", "protect"},
     {"export", "evaluate", "loop", "verify", "preview", "chat", "checkpoint"},
     {"store"},
     {"artefacts", "train"},
@@ -78,10 +78,10 @@ def test_links_in_the_documents_resolve() -> None:
 
 
 def test_the_documents_name_every_configuration_key() -> None:
-    from milora.config import Config, Data, Evaluate, TaskFile
+    from milora.config import Config, Data, Evaluate, Interference, Milora, TaskFile
 
     page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
-    for model in (Config, Data, Evaluate, TaskFile):
+    for model in (Config, Data, Evaluate, Interference, Milora, TaskFile):
         for key in model.model_fields:
             assert f"`{key}`" in page, key
 

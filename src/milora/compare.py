@@ -220,6 +220,9 @@ def _outcome(folder: Path, record: Mapping[str, Any]) -> Outcome:
         "versions": record["versions"],
         "base_sha256": record["base"]["sha256"],
         "data_sha256": record["data"]["sha256"],
+        "interference": {key: record["interference"][key] for key in ("max", "mean", "size")}
+        if "interference" in record
+        else None,
         "evaluation": read_json(folder / "evaluation.json"),
         "right": rows_right(folder / "samples.jsonl"),
     }

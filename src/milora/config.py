@@ -4,7 +4,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -33,6 +33,13 @@ lora:                          # handed to peft.LoraConfig as it stands
   r: 32
   lora_alpha: 32
   target_modules: [q_proj, k_proj, v_proj, up_proj, down_proj]
+milora:
+  protect: 0                   # top-k singular directions held fixed; {energy: 0.5}; or by pattern
+  interference:                # how much of the update acts in the top directions, as it trains
+    top: 16                    # k where nothing is protected; 0 measures nothing
+    every: 50                  # steps
+    limit: null                # a share in (0, 1) above which a warning is given
+    stop: false                # true: and the run ends with its last checkpoint below the limit
 training:                      # handed to transformers.TrainingArguments as it stands
   learning_rate: 1.0e-4        # default by method: lora 3e-4; milora, middle, random 1e-4;
                                # pissa 3e-5; full 2e-5 (docs/method.md says why)
@@ -71,6 +78,25 @@ class Lora(BaseModel):
     target_modules: Any = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 
 
+class Energy(Strict):
+    energy: float = Field(gt=0, lt=1)
+
+
+Number = Annotated[int, Field(ge=0)]
+
+
+class Interference(Strict):
+    top: int = Field(default=16, ge=0)
+    every: int = Field(default=50, ge=1)
+    limit: float | None = Field(default=None, gt=0, lt=1)
+    stop: bool = False
+
+
+class Milora(Strict):
+    protect: Number | Energy | dict[str, Number | Energy] = 0
+    interference: Interference = Interference()
+
+
 class TaskFile(Strict):
     file: str | None = None
     harness: str | None = None
@@ -101,6 +127,7 @@ class Config(Strict):
     early_stopping_patience: int = Field(0, ge=0)
     data: Data
     lora: Lora = Lora()
+    milora: Milora = Milora()
     training: dict[str, Any] = {}
     evaluate: Evaluate = Evaluate()
 
@@ -138,7 +165,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold keys and values; see `milora train --print-default`")
-    for block in ("data", "lora", "training", "evaluate"):
+    for block in ("data", "lora", "milora", "training", "evaluate"):
         if block in values and values[block] is None:  # all its keys are commented out
             values[block] = {}
     for override in overrides:
@@ -169,6 +196,11 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     for place, task in enumerate(config.evaluate.tasks):
         if isinstance(task, TaskFile) and (task.file is None) == (task.harness is None):
             raise UserError(f"{path}: evaluate.tasks.{place} needs either file or harness")
+    watch = config.milora.interference
+    if watch.stop and watch.limit is None:
+        raise UserError(f"{path}: milora.interference.stop needs milora.interference.limit")
+    if watch.limit is not None and not watch.top and config.milora.protect == 0:
+        raise UserError(f"{path}: milora.interference.limit needs top above 0 to measure by")
     if config.lora.lora_alpha is None:
         config.lora.lora_alpha = config.lora.r  # the paper's setting: s = 1
     return config
@@ -200,6 +232,7 @@ def _nearest(where: Sequence[str]) -> str | None:
     blocks: dict[str, list[str]] = {
         "data": list(Data.model_fields),
         "lora": ["r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora"],
+        "milora": [*Milora.model_fields, *Interference.model_fields],
         "evaluate": list(Evaluate.model_fields),
         "training": ["learning_rate", "num_train_epochs", "max_steps", "report_to"],
     }

@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from transformers import (
     TrainingArguments,
 )
 
+from milora.adapter import Start
 from milora.errors import UserError
 from milora.files import read_json, write_bytes, write_text
 from milora.progress import Progress
+from milora.protect import Top, measure, project, worst
 
 STATE = "trained.safetensors"
 
@@ -47,6 +50,74 @@ class MiloraTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         load_state(Path(str(self.state.best_model_checkpoint)) / STATE, self._live())
+
+
+class Hold(TrainerCallback):
+    """Keeps the update out of the protected directions, after every optimizer step."""
+
+    def __init__(self, layers: Mapping[str, Any], tops: Mapping[str, Top]) -> None:
+        self.layers, self.tops = layers, tops
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        project(self.layers, self.tops)
+
+
+class Watch(TrainerCallback):
+    """Measures the interference every few steps and before a checkpoint is written.
+
+    Where it passes `limit` a warning is said; with `stop` the run ends there without a checkpoint,
+    so that the last one there is lies below the limit.
+    """
+
+    def __init__(
+        self, layers: Mapping[str, Any], start: Start, tops: Mapping[str, Top],
+        every: int, limit: float | None, stop: bool, path: Path, progress: Progress,
+    ) -> None:  # fmt: skip
+        self.layers, self.start, self.tops = layers, start, tops
+        self.every, self.limit, self.stop = every, limit, stop
+        self.path, self.progress = path, progress
+        self.trainer: Trainer | None = None  # whose trackers get the figures
+        self.passed = 0  # the step at which the run was stopped
+        self.warned = False
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step % self.every == 0 or control.should_save:
+            self._measure(state, control)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if control.should_save and state.global_step % self.every:
+            self._measure(state, control)
+
+    def _measure(self, state: TrainerState, control: TrainerControl) -> None:
+        found = measure(self.layers, self.start, self.tops)
+        numbers = {name: [_short(value) for value in one] for name, one in found.items()}
+        line = {"step": state.global_step, "interference": numbers}
+        with self.path.open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps(line) + "\n")
+        total = worst(found)
+        if self.trainer is not None:
+            self.trainer.log({f"interference_{key}": total[key] for key in ("max", "mean", "size")})
+        if self.limit is None or total["max"] <= self.limit:
+            return
+        if not self.warned:
+            self.warned = True
+            self.progress.say(
+                f"warning: step {state.global_step}: interference is {total['max']:.2g} in "
+                f"{total['module']}, above milora.interference.limit ({self.limit:g})"
+            )
+        if self.stop:
+            self.passed = state.global_step
+            control.should_save, control.should_training_stop = False, True
+
+
+def _short(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.4g}")
 
 
 class Reporter(TrainerCallback):

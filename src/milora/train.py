@@ -53,8 +53,10 @@ from milora.evaluate import (
 from milora.files import new_folder, read_json, sha256, write_json, write_text
 from milora.loop import (
     STATE,
+    Hold,
     MiloraTrainer,
     Reporter,
+    Watch,
     best_or_last,
     has_ended,
     last_complete_checkpoint,
@@ -64,6 +66,16 @@ from milora.loop import (
 from milora.pretrained import Pretrained, load_pretrained
 from milora.preview import coverage, peak_memory, plan
 from milora.progress import Progress
+from milora.protect import (
+    Top,
+    check_protect,
+    load_tops,
+    measure,
+    project,
+    save_tops,
+    top_vectors,
+    worst,
+)
 from milora.store import Store
 from milora.svd import components
 from milora.verify import make_probes
@@ -116,6 +128,7 @@ def train(
     trust_remote_code: bool = False,
     early_stopping_patience: int = 0,
     lora: Mapping[str, Any],
+    milora: Mapping[str, Any],
     training: Mapping[str, Any],
     evaluate: Mapping[str, Any],
     resume: bool = False,
@@ -130,7 +143,7 @@ def train(
     asked = {
         "model": model, "method": method, "output_dir": output_dir, "seed": seed, "dtype": dtype,
         "trust_remote_code": trust_remote_code, "early_stopping_patience": early_stopping_patience,
-        "data": dict(data), "lora": dict(lora), "training": dict(training),
+        "data": dict(data), "lora": dict(lora), "milora": dict(milora), "training": dict(training),
         "evaluate": dict(evaluate),
     }  # fmt: skip
     run = Path(output_dir)
@@ -139,6 +152,7 @@ def train(
     lora_config: LoraConfig | None = None
     if method != "full":
         lora_config = adapter.lora_config(lora)
+    check_protect(milora["protect"], method)
     if method == "full" and dtype == "auto":
         dtype = "float32"  # most steps of a small rate round to nothing in 16 bit
     set_seed(seed)
@@ -187,6 +201,9 @@ def train(
             f"{zero} singular values are zero: those pairs start with B = 0 and an A of ordinary "
             "size, so that they can learn (init/spectra.json)"
         )
+    tops: dict[str, Top] = {}
+    if isinstance(live, PeftModel) and start is not None:
+        tops = _tops(live, start, milora, run / "init" / "top.safetensors", seed, progress)
     collate = Collator(base.tokenizer, base.model)
     probe = collate(material.train.examples[:4])
     probe = {k: probe[k].to(base.model.device) for k in ("input_ids", "attention_mask")}
@@ -224,12 +241,22 @@ def train(
         init.parent.mkdir(exist_ok=True)
         write_json(run / "init" / "spectra.json", start.spectra)
         adapter.save_start(init, start)
+    if tops and start is not None and not (init.parent / "top.safetensors").exists():
+        save_tops(init.parent / "top.safetensors", tops, start.sha256)
 
     # --- training
     final = run / "checkpoints" / STATE
     if not final.exists():
         began = time.monotonic()
-        _fit(live, arguments, material, collate, run, early_stopping_patience, progress)
+        watch = None
+        if tops and isinstance(live, PeftModel) and start is not None:
+            watch = Watch(
+                adapter.adapted_layers(live), start, tops, **_watching(milora),
+                path=run / "metrics.jsonl", progress=progress,
+            )  # fmt: skip
+        _fit(live, arguments, material, collate, run, early_stopping_patience, watch, progress)
+        if watch and watch.passed:
+            record["stopped"] = {"step": watch.passed, "interference_limit": watch.limit}
         record["seconds"]["training"] = time.monotonic() - began
         record["peak_memory_bytes"] = peak_memory()
         save_state(final, live)
@@ -240,6 +267,8 @@ def train(
 
     # --- the result
     began = time.monotonic()
+    if tops and isinstance(live, PeftModel) and start is not None:
+        record["interference"] = _interference(live, start, tops)
     if isinstance(live, PeftModel) and start is not None:
         live = _export(live, start, record, material, run, probe, asked, progress)
         unchanged = adapter.base_sha256(live) == base_sha
@@ -420,6 +449,7 @@ def _fit(
     collate: Collator,
     run: Path,
     patience: int,
+    watch: Watch | None,
     progress: Progress,
 ) -> None:
     checkpoint = last_complete_checkpoint(run / "checkpoints")
@@ -429,6 +459,10 @@ def _fit(
     callbacks: list[TrainerCallback] = [Reporter(run / "metrics.jsonl", checkpoint, progress)]
     if patience:
         callbacks.append(EarlyStoppingCallback(patience))
+    if watch:
+        callbacks.append(watch)
+        if any(top.protected for top in watch.tops.values()):
+            callbacks.append(Hold(watch.layers, watch.tops))
     trainer = MiloraTrainer(
         model=live,
         args=arguments,
@@ -438,6 +472,8 @@ def _fit(
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)
+    if watch:
+        watch.trainer = trainer
     if checkpoint:
         progress.say(f"continuing from {checkpoint.name}")
     try:
@@ -446,6 +482,62 @@ def _fit(
         raise DivergedError(str(error)) from error
     # Under bf16 or fp16 accelerate leaves autocast around forward; what follows is without.
     trainer.accelerator.unwrap_model(live, keep_fp32_wrapper=False)
+    if watch and watch.passed:
+        good = last_complete_checkpoint(run / "checkpoints")
+        if good is None:
+            raise UserError(
+                f"the interference passed milora.interference.limit ({watch.limit:g}) at step "
+                f"{watch.passed}, before there was a checkpoint to go back to: use a lower "
+                "training.learning_rate, milora.protect, or a higher limit, and a new output_dir"
+            )
+        progress.say(f"stopped at step {watch.passed}; the result is that of {good.name}")
+        load_state(good / STATE, live)
+
+
+def _tops(
+    live: PeftModel, start: adapter.Start, milora: Mapping[str, Any], stored: Path, seed: int,
+    progress: Progress,
+) -> dict[str, Top]:  # fmt: skip
+    """The singular vectors to hold and to watch, from the run folder or the store."""
+    layers = adapter.adapted_layers(live)
+    if stored.exists():
+        tops = load_tops(stored, start.sha256)
+    else:
+        tops = top_vectors(
+            layers, start, milora["protect"], milora["interference"]["top"], seed,
+            Store(say=progress.say, optional=True).components,
+            lambda name, done, total: progress("the largest components", done, total, name),
+        )  # fmt: skip
+    held = [top for top in tops.values() if top.protected]
+    if held:
+        counts = sorted(top.protected for top in held)
+        energies = [top.energy for top in held]
+        progress.say(
+            f"protected: the top {counts[0]} to {counts[-1]} directions of {len(held)} weights, "
+            f"{min(energies):.0%} to {max(energies):.0%} of their energy"
+        )
+        limited = sum(top.limited for top in held)
+        if limited:
+            progress.say(
+                f"in {limited} of them fewer than asked for, since the initial factors begin there"
+            )
+        if start.method == "lora":  # its A starts anywhere, and B at 0: step 0 stays the base
+            project(layers, tops)
+    return tops
+
+
+def _watching(milora: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: milora["interference"][key] for key in ("every", "limit", "stop")}
+
+
+def _interference(live: PeftModel, start: adapter.Start, tops: Mapping[str, Top]) -> dict[str, Any]:
+    """What run.json keeps: worst and mean, and left, right, minor, size and k of each module."""
+    found = measure(adapter.adapted_layers(live), start, tops)
+    layers = {
+        name: {**one._asdict(), "k": tops[name].U.shape[1], "protected": tops[name].protected}
+        for name, one in found.items()
+    }
+    return {**worst(found), "layers": layers}
 
 
 def _export(

@@ -1,0 +1,219 @@
+"""Hold the top of every weight's spectrum fixed: the update is kept out of it during training.
+
+After each optimizer step
+
+    B <- (I - U_k U_kᵀ) B        A <- A (I - V_k V_kᵀ)
+
+with U_k, V_k the k largest singular vectors of W. A0 and B0 are orthogonal to them from the start,
+so that U_kᵀ dW = 0 and dW V_k = 0 hold to rounding, and the top-k singular triplets of W + dW are
+those of W (the projections are those of OPLoRA, arXiv 2510.13003, on the factors instead of on dW).
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from milora.adapter import COMPONENT, TRAINED, Decompose, Start, check_base, module_seed, weight_of
+from milora.errors import UserError
+from milora.files import write_bytes
+from milora.spectra import Interference, directions, interference
+from milora.svd import positions
+
+FORMAT = "milora top singular vectors 1"
+FIRST = 64  # triplets that are computed before it is known how many an energy takes
+
+Energy = Mapping[str, float]  # {"energy": share of ||W||²}
+Protect = int | Energy | Mapping[str, int | Energy]  # the last by pattern of module names
+
+
+class Top(NamedTuple):
+    """The largest singular vectors of one weight."""
+
+    U: Tensor  # (m, k) fp32, orthonormal columns
+    Vh: Tensor  # (k, n) fp32, orthonormal rows
+    energy: float  # their share of ||W||², Frobenius
+    norm: float  # ||W||
+    protected: int  # how many of the first are held; k or 0
+    limited: bool  # fewer than were asked for, since the initial factors lie there
+
+
+def check_protect(protect: Protect, method: str) -> None:
+    """Raise UserError for a method whose update cannot be held."""
+    if _nothing(protect):
+        return
+    if method == "full":
+        raise UserError("milora.protect: full fine-tuning has no factors to hold: use an adapter")
+    if method == "pissa":
+        raise UserError(
+            "milora.protect: pissa starts from the largest components, which protection leaves "
+            "alone: use method milora or lora"
+        )
+
+
+def _check_patterns(protect: Protect, names: list[str]) -> None:
+    for pattern in _patterns(protect):
+        try:
+            matched = any(re.match(rf"(.*\.)?({pattern})$", name) for name in names)
+        except re.error as error:
+            raise UserError(f"milora.protect: {pattern!r} is no pattern: {error}") from error
+        if not matched:
+            raise UserError(
+                f"milora.protect: {pattern!r} matches none of the {len(names)} adapted weights, of "
+                f"which one is {names[0]}"
+            )
+
+
+def _nothing(protect: Protect) -> bool:
+    return protect == 0 or protect == {}
+
+
+def _patterns(protect: Protect) -> list[str]:
+    if isinstance(protect, int) or "energy" in protect:
+        return []
+    return list(protect)
+
+
+def _asked(protect: Protect, name: str) -> int | Energy:
+    for pattern in _patterns(protect):
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return protect[pattern]  # type: ignore[index, return-value]
+    return 0 if _patterns(protect) else protect  # type: ignore[return-value]
+
+
+def top_vectors(
+    layers: Mapping[str, Any],
+    start: Start,
+    protect: Protect,
+    watched: int,
+    seed: int,
+    decompose: Decompose,
+    progress: Callable[[str, int, int], None] = lambda name, done, total: None,
+) -> dict[str, Top]:
+    """The top singular vectors of every adapted weight, to protect and to watch.
+
+    `layers` as adapter.adapted_layers gives them. Where nothing is protected, `watched` vectors
+    are taken, at most what the weight has. Raises UserError for a pattern that matches no module.
+    """
+    _check_patterns(protect, list(layers))
+    found = {}
+    for done, (name, layer) in enumerate(layers.items()):
+        progress(name, done, len(layers))
+        weight = weight_of(layer)
+        drawn = module_seed(seed, name)
+        room = _room(start.method, min(weight.shape), layer.r[TRAINED], drawn)
+        asked = _asked(protect, name)
+        norm = float(torch.linalg.norm(weight.double()))
+        if isinstance(asked, int):
+            held, limited = min(asked, room), asked > room
+        else:
+            held, limited = _for_energy(weight, asked["energy"], norm, room, drawn, decompose)
+        count = held or min(watched, min(weight.shape))
+        if count == 0:
+            continue
+        top = decompose(weight, count, "principal", drawn)
+        energy = float(top.S.square().sum()) / norm**2 if norm else 0.0
+        U, Vh = top.U.float().contiguous(), top.Vh.float().contiguous()
+        found[name] = Top(U, Vh, energy, norm, held, limited)
+    return found
+
+
+def _room(method: str, count: int, rank: int, seed: int) -> int:
+    """How many of the largest of `count` triplets the initial factors leave alone."""
+    if method == "lora":  # starts anywhere; r directions must be left for it
+        return count - rank
+    return int(positions(COMPONENT[method], count, rank, seed)[0])
+
+
+def _for_energy(
+    weight: Tensor, share: float, norm: float, room: int, seed: int, decompose: Decompose
+) -> tuple[int, bool]:
+    """The least k whose triplets hold `share` of ||W||², and whether there is no room for it."""
+    count = min(FIRST, room)
+    while count:
+        S = decompose(weight, count, "principal", seed).S
+        reached = (S.square().cumsum(0) >= share * norm**2).nonzero()
+        if len(reached):
+            return int(reached[0]) + 1, False
+        if count == room:
+            break
+        count = min(2 * count, room)
+    return room, True
+
+
+@torch.no_grad()
+def project(layers: Mapping[str, Any], tops: Mapping[str, Top]) -> None:
+    """The two projections above, in place, on the adapter of every protected weight."""
+    for name, top in tops.items():
+        if top.protected:
+            A, B = (part[TRAINED].weight for part in (layers[name].lora_A, layers[name].lora_B))
+            U, Vh = top.U.to(B), top.Vh.to(A)
+            B.sub_(U @ (U.T @ B))
+            A.sub_((A @ Vh.T) @ Vh)
+
+
+@torch.no_grad()
+def measure(
+    layers: Mapping[str, Any], start: Start, tops: Mapping[str, Top]
+) -> dict[str, Interference]:
+    """The interference of the adapter as it is now, by module."""
+    found = {}
+    for name, top in tops.items():
+        A, B = (part[TRAINED].weight for part in (layers[name].lora_A, layers[name].lora_B))
+        s, minor = start.scaling[name], None
+        P, Q = s * B.double(), A.double()
+        if start.method != "lora":
+            A0, B0 = (x.to(A.device) for x in start.factors[name])
+            P, Q = torch.cat([P, -s * B0.double()], 1), torch.cat([Q, A0.double()])
+            if start.method == "milora":
+                minor = directions(A0, B0)
+        found[name] = interference(P, Q, top.U.to(A.device), top.Vh.to(A.device), top.norm, minor)
+    return found
+
+
+def worst(found: Mapping[str, Interference]) -> dict[str, Any]:
+    """Over all modules: the largest and the mean of the larger side, where, and the mean size."""
+    sides = {name: max(one.left, one.right) for name, one in found.items()}
+    module = max(sides, key=sides.__getitem__)
+    return {
+        "max": sides[module],
+        "module": module,
+        "mean": sum(sides.values()) / len(sides),
+        "size": sum(one.size for one in found.values()) / len(found),
+    }
+
+
+def save_tops(path: Path, tops: Mapping[str, Top], sha256: Mapping[str, str]) -> None:
+    """One safetensors file, bound to the base by the hashes of its weights."""
+    tensors = {}
+    for name, top in tops.items():
+        tensors[f"{name}.top_U"], tensors[f"{name}.top_Vh"] = top.U.cpu(), top.Vh.cpu()
+    numbers = {n: [t.energy, t.norm, t.protected, t.limited] for n, t in tops.items()}
+    about = {"format": FORMAT, "numbers": numbers, "sha256": {n: sha256[n] for n in tops}}
+    write_bytes(path, save(tensors, {"milora": json.dumps(about)}))
+
+
+def load_tops(path: Path, sha256: Mapping[str, str]) -> dict[str, Top]:
+    """What `save_tops` wrote. Raises UserError when it is of another base or damaged."""
+    try:
+        with safe_open(path, framework="pt") as handle:
+            about = json.loads((handle.metadata() or {}).get("milora", "{}"))
+            if about.get("format") != FORMAT:
+                raise ValueError(f"it is not {FORMAT}")
+            tops = {
+                name: Top(
+                    handle.get_tensor(f"{name}.top_U"), handle.get_tensor(f"{name}.top_Vh"),
+                    *numbers,
+                )
+                for name, numbers in about["numbers"].items()
+            }  # fmt: skip
+    except Exception as error:  # safetensors raises its own types, not exported under one base
+        raise UserError(f"{path} cannot be read ({error}): start the run anew") from error
+    check_base(about["sha256"], {name: sha256[name] for name in tops if name in sha256})
+    return tops

@@ -1,0 +1,323 @@
+"""Protection and interference: against dense computation, and held through real training."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_run import run, settings
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from milora.adapter import (
+    adapted_layers,
+    add_adapter,
+    load_start,
+    lora_config,
+    trained_factors,
+    weight_of,
+)
+from milora.config import load_config
+from milora.errors import UserError
+from milora.export import merge, plain_lora
+from milora.protect import Top, load_tops, measure, project, save_tops, top_vectors, worst
+from milora.spectra import directions, interference
+from milora.svd import components
+
+Load = Callable[..., PreTrainedModel]
+Tiny = Callable[[str], Path]
+
+
+def drawn(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def dense(P: Tensor, Q: Tensor, U: Tensor, Vh: Tensor) -> tuple[float, float]:
+    D = P @ Q
+    total = float(D.square().sum())
+    return float((U.T @ D).square().sum()) / total, float((D @ Vh.T).square().sum()) / total
+
+
+@given(st.integers(0, 10**6), st.integers(1, 4), st.integers(1, 6), st.floats(-6, 6))
+def test_the_same_as_from_the_dense_update(seed: int, q: int, k: int, power: float) -> None:
+    W = drawn(seed, 12, 9)
+    U, _, Vh = torch.linalg.svd(W, full_matrices=False)
+    P, Q = 10**power * drawn(seed + 1, 12, q), drawn(seed + 2, q, 9)
+    norm = float(W.norm())
+    minor = (U[:, -2:], Vh[-2:])
+    found = interference(P, Q, U[:, :k], Vh[:k], norm, minor)
+    assert (found.left, found.right) == pytest.approx(dense(P, Q, U[:, :k], Vh[:k]), abs=1e-6)
+    inside = U[:, -2:].T @ P @ Q @ Vh[-2:].T
+    assert found.minor == pytest.approx(float(inside.norm() / (P @ Q).norm()) ** 2, abs=1e-6)
+    assert found.size == pytest.approx(float((P @ Q).norm()) / norm, rel=1e-9)
+
+
+@given(st.integers(0, 10**6), st.floats(1e-4, 1e4))
+def test_neither_rotation_nor_scale_changes_a_share(seed: int, scale: float) -> None:
+    U, _, Vh = torch.linalg.svd(drawn(seed, 10, 8), full_matrices=False)
+    P, Q = drawn(seed + 1, 10, 3), drawn(seed + 2, 3, 8)
+    R = torch.linalg.qr(drawn(seed + 3, 10, 10)).Q
+    T = torch.linalg.qr(drawn(seed + 4, 8, 8)).Q
+    X = drawn(seed + 5, 3, 3)  # other factors of the same update
+    one = interference(P, Q, U[:, :2], Vh[:2], 1.0, (U[:, -1:], Vh[-1:]))
+    other = interference(
+        scale * R @ P @ X, torch.linalg.solve(X, Q) @ T.T, R @ U[:, :2], Vh[:2] @ T.T, 1.0,
+        (R @ U[:, -1:], Vh[-1:] @ T.T),
+    )  # fmt: skip
+    assert other[:3] == pytest.approx(one[:3], abs=1e-6)
+
+
+def test_the_ends_of_the_scale() -> None:
+    U, _, Vh = torch.linalg.svd(drawn(0, 10, 8), full_matrices=False)
+    top, minor = (U[:, :3], Vh[:3]), (U[:, -2:], Vh[-2:])
+    within = interference(U[:, -2:] @ drawn(1, 2, 2), Vh[-2:], *top, 1.0, minor)
+    assert within[:3] == pytest.approx((0, 0, 1), abs=1e-12)
+    above = interference(U[:, :3] @ drawn(1, 3, 2), drawn(2, 2, 3) @ Vh[:3], *top, 1.0, minor)
+    assert above[:3] == pytest.approx((1, 1, 0), abs=1e-12)
+    P, Q = drawn(1, 10, 2), drawn(2, 2, 8)
+    both = torch.cat([P, -P], 1), torch.cat([Q, Q])
+    assert interference(*both, *top, 1.0, minor) == (0, 0, 0, 0)
+
+
+def adapted(load: Load, method: str, r: int = 2, **more: Any) -> Any:
+    config = lora_config(
+        {"r": r, "lora_alpha": r, "target_modules": ["q_proj", "v_proj", "down_proj"]} | more
+    )
+    model, start = add_adapter(load("llama"), config, method)
+    return model, start, adapted_layers(model)
+
+
+def tops_of(layers: Any, start: Any, protect: Any, watched: int = 0) -> dict[str, Top]:
+    return top_vectors(layers, start, protect, watched, 0, components)
+
+
+@pytest.mark.parametrize("method", ["milora", "lora"])
+def test_the_update_is_kept_out(method: str, load: Load) -> None:
+    model, start, layers = adapted(load, method)
+    tops = tops_of(layers, start, 3)
+    assert {top.protected for top in tops.values()} == {3}
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], 0.1, weight_decay=0.3
+    )
+    ids = torch.randint(2, 200, (2, 16), generator=torch.Generator().manual_seed(0))
+    if method == "lora":
+        project(layers, tops)
+    for _ in range(5):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        project(layers, tops)
+    found = measure(layers, start, tops)
+    assert worst(found)["max"] < 1e-10
+    assert worst(found)["size"] > 0.01
+    merged = load("llama")
+    merge(merged, plain_lora(start, trained_factors(model)))
+    modules = dict(merged.named_modules())
+    for name, layer in layers.items():
+        before = torch.linalg.svdvals(weight_of(layer).double())[:3]
+        after = torch.linalg.svd(modules[name].weight.double())
+        # They are singular triplets of W + dW still, though larger ones may have joined them.
+        U, Vh = tops[name].U.double(), tops[name].Vh.double()
+        kept = (U.T @ modules[name].weight.double() @ Vh.T).diagonal()
+        torch.testing.assert_close(kept, before, rtol=1e-5, atol=0)
+        assert float(after.S[0]) >= float(before[0]) * (1 - 1e-5)
+
+
+def test_how_many(load: Load) -> None:
+    _, start, layers = adapted(load, "milora")
+    shapes = {name: min(weight_of(layer).shape) for name, layer in layers.items()}
+    tops = tops_of(layers, start, 10**6)
+    for name, top in tops.items():
+        assert (top.protected, top.limited) == (shapes[name] - 2, True)
+    for share in (0.2, 0.9):
+        for name, top in tops_of(layers, start, {"energy": share}).items():
+            S = torch.linalg.svdvals(weight_of(layers[name]).double())
+            part = S.square().cumsum(0) / S.square().sum()
+            assert float(part[top.protected - 1]) >= share * (1 - 1e-9)
+            assert top.protected == 1 or float(part[top.protected - 2]) < share
+            assert top.energy == pytest.approx(float(part[top.protected - 1]), rel=1e-9)
+    patterns = {"q_proj": 4, r".*\.1\.mlp\.down_proj": {"energy": 0.3}}
+    tops = tops_of(layers, start, patterns, watched=2)
+    for name, top in tops.items():
+        if name.endswith("q_proj"):
+            assert top.protected == 4
+        elif name.endswith("1.mlp.down_proj"):
+            assert top.protected > 0
+        else:
+            assert (top.protected, top.U.shape[1]) == (0, 2)
+    assert set(tops_of(layers, start, patterns)) < set(layers)  # nothing to watch: left out
+    with pytest.raises(UserError, match="'k_proj' matches none of the 6 adapted weights"):
+        tops_of(layers, start, {"k_proj": 3})
+    with pytest.raises(UserError, match="is no pattern"):
+        tops_of(layers, start, {"(": 3})
+
+
+def test_the_minor_directions(load: Load) -> None:
+    _, start, layers = adapted(load, "milora")
+    for name, (A, B) in start.factors.items():
+        U, Vh = directions(A, B)
+        found = components(weight_of(layers[name]), 2, "minor")
+        torch.testing.assert_close(U @ U.T, found.U @ found.U.T, atol=1e-5, rtol=0)
+        torch.testing.assert_close(Vh.T @ Vh, found.Vh.T @ found.Vh, atol=1e-5, rtol=0)
+
+
+def test_they_are_stored_with_their_base(load: Load, tmp_path: Path) -> None:
+    _, start, layers = adapted(load, "milora")
+    tops = tops_of(layers, start, {"q_proj": 3}, 2)
+    path = tmp_path / "top.safetensors"
+    save_tops(path, tops, start.sha256)
+    for name, top in load_tops(path, start.sha256).items():
+        assert top[2:] == tops[name][2:]
+        assert torch.equal(top.U, tops[name].U)
+    other = {name: "0" * 64 for name in start.sha256}
+    with pytest.raises(UserError, match="wrong base"):
+        load_tops(path, other)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match="cannot be read"):
+        load_tops(path, start.sha256)
+
+
+HELD: dict[str, Any] = {"milora": {"protect": 5, "interference": {"every": 2}}}
+
+
+@pytest.mark.parametrize(
+    "training",
+    [
+        {},
+        {"gradient_accumulation_steps": 2, "weight_decay": 0.5},
+        {"optim": "sgd", "learning_rate": 1.0},
+        {"bf16": True},
+    ],
+    ids=["adamw", "accumulated", "sgd", "autocast"],
+)
+@pytest.mark.parametrize("method", ["milora", "lora"])
+def test_a_run_holds_it(method: str, training: dict[str, Any], tiny: Tiny, tmp_path: Path) -> None:
+    arguments = settings(
+        tiny("llama"), tmp_path, method=method, training=training, lora={"lora_dropout": 0.0},
+        **HELD,
+    )  # fmt: skip
+    record = run(arguments)
+    found = record["interference"]
+    assert found["max"] < 1e-8  # with sgd the update is small beside the rounding of A and B
+    assert found["size"] > 1e-4
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    measured = [json.loads(line) for line in lines if '"interference":' in line]
+    assert [line["step"] for line in measured] == [2, 4, 6]
+    assert set(measured[-1]["interference"]) == set(found["layers"])
+    assert any("interference_max" in json.loads(line) for line in lines)
+    base = AutoModelForCausalLM.from_pretrained(tiny("llama"))
+    start = load_start(tmp_path / "run" / "init" / "factors.safetensors")
+    tops = load_tops(tmp_path / "run" / "init" / "top.safetensors", start.sha256)
+    for name, module in base.named_modules():
+        if name in tops:
+            U, S, _ = torch.linalg.svd(module.weight.double(), full_matrices=False)
+            mine = tops[name].U.double()
+            torch.testing.assert_close(mine @ mine.T, U[:, :5] @ U[:, :5].T, atol=1e-5, rtol=0)
+            assert tops[name].energy == pytest.approx(
+                float((S[:5].square().sum() / S.square().sum()).detach()), rel=1e-6
+            )
+
+
+def test_without_it_the_top_is_touched(tiny: Tiny, tmp_path: Path) -> None:
+    record = run(settings(tiny("llama"), tmp_path))
+    assert record["interference"]["max"] > 1e-3
+    assert {layer["k"] for layer in record["interference"]["layers"].values()} == {16}
+
+
+def test_resumed_as_unbroken(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import milora.train
+
+    files = {}
+    for name in ("whole", "broken"):
+        (tmp_path / name).mkdir()
+        arguments = settings(tiny("llama"), tmp_path / name, **HELD)
+        if name == "broken":
+            with monkeypatch.context() as context:
+                context.setattr(milora.train, "save_state", stop)
+                with pytest.raises(KeyboardInterrupt):
+                    run(arguments)
+            state = tmp_path / "broken" / "run" / "checkpoints"
+            for path in (state / "checkpoint-6").iterdir():  # killed before the last checkpoint
+                path.unlink()
+            forbidden = lambda *args, **kwargs: pytest.fail("decomposed again")  # noqa: E731
+            monkeypatch.setattr(milora.train, "top_vectors", forbidden)
+        run(arguments, resume=name == "broken")
+        adapter = tmp_path / name / "run" / "adapter" / "adapter_model.safetensors"
+        lines = (tmp_path / name / "run" / "metrics.jsonl").read_text().splitlines()
+        figures = [line for line in lines if '"interference":' in line]
+        files[name] = adapter.read_bytes(), figures
+    assert files["whole"] == files["broken"]
+
+
+def stop(*args: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_limit_warns_and_stops(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    watch = {"interference": {"every": 1, "top": 2, "limit": 1e-9}}
+    (tmp_path / "warned").mkdir()
+    record = run(settings(tiny("llama"), tmp_path / "warned", milora=watch))
+    assert record["state"] == "done"
+    assert "stopped" not in record
+    err = capsys.readouterr().err
+    assert err.count("above milora.interference.limit (1e-09)") == 1
+
+    lines = (tmp_path / "warned" / "run" / "metrics.jsonl").read_text().splitlines()
+    logged = [json.loads(line) for line in lines if "interference_max" in line]
+    largest = {line["step"]: line["interference_max"] for line in logged}
+    limit = (largest[3] + largest[4]) / 2
+    assert max(largest[step] for step in (1, 2, 3)) < limit < largest[4]
+    (tmp_path / "stopped").mkdir()
+    watch["interference"] |= {"limit": limit, "stop": True}
+    record = run(settings(tiny("llama"), tmp_path / "stopped", milora=watch))
+    assert record["stopped"] == {"step": 4, "interference_limit": limit}
+    assert record["interference"]["max"] == pytest.approx(largest[2], rel=1e-3)
+    assert "the result is that of checkpoint-2" in capsys.readouterr().err
+
+    (tmp_path / "early").mkdir()
+    watch["interference"]["limit"] = 1e-9
+    with pytest.raises(UserError, match="before there was a checkpoint to go back to"):
+        run(settings(tiny("llama"), tmp_path / "early", milora=watch))
+
+
+@pytest.mark.parametrize(
+    ("method", "milora", "said"),
+    [
+        ("pissa", {"protect": 4}, "pissa starts from the largest components"),
+        ("full", {"protect": 4}, "full fine-tuning has no factors to hold"),
+        ("milora", {"protect": {"gate": 4}}, "'gate' matches none"),
+    ],
+)
+def test_what_cannot_be_held(
+    method: str, milora: dict[str, Any], said: str, tiny: Tiny, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=said):
+        run(settings(tiny("llama"), tmp_path, method=method, milora=milora))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("block", "said"),
+    [
+        ({"protect": -1}, "milora.protect"),
+        ({"protect": {"energy": 1.5}}, "milora.protect"),
+        ({"protect": {"q_proj": {"energie": 0.5}}}, "milora.protect"),
+        ({"protec": 4}, "did you mean protect"),
+        ({"interference": {"stop": True}}, "stop needs milora.interference.limit"),
+        ({"interference": {"top": 0, "limit": 0.1}}, "needs top above 0"),
+        ({"interference": {"limit": math.nan}}, "milora.interference.limit"),
+    ],
+)
+def test_the_configuration(block: dict[str, Any], said: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    values = {"model": "m", "output_dir": "o", "data": {"train": "t"}, "milora": block}
+    path.write_text(json.dumps(values).replace("NaN", ".nan"))
+    with pytest.raises(UserError, match=said):
+        load_config(path)
