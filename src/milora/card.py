@@ -107,6 +107,12 @@ def model_card(
     ]
     if evaluation:
         lines += ["## Learned and kept", "", *scores_table(evaluation), ""]
+    if record.get("gates"):
+        lines += ["## Gates", ""]
+        for gate in record["gates"]:
+            held = "holds" if gate["holds"] else "FAILS"
+            lines.append(f"- {held}: {harmless(gate['gate'])} ({gate['said']})")
+        lines.append("")
     return "\n".join(lines)
 
 

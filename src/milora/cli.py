@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from milora.errors import UserError
+from milora.errors import GateError, UserError
 from milora.files import NO_ROOM
 
 app = typer.Typer(
@@ -54,6 +54,7 @@ def train(
         raise UserError("give a configuration: milora train run.yaml (or --print-default)")
     settings = load_config(config, overrides or [])
     _quiet()
+    from milora.gates import Verdict
     from milora.progress import Progress
     from milora.train import train as run_training
 
@@ -68,6 +69,7 @@ def train(
     _print_scores(json.loads((folder / "evaluation.json").read_text(encoding="utf-8")))
     result = folder / ("adapter" if (folder / "adapter").exists() else "model")
     typer.echo(f"\nThe result: {result}")
+    _tell_gates([Verdict(**one) for one in record["gates"]])
 
 
 @app.command(epilog="Example: milora init run.yaml lora.r=64   (then any run of rank up to 64)")
@@ -228,6 +230,39 @@ def verify(
         raise UserError(f"{adapter} is not what it was when it was made: do not use it")
 
 
+@app.command(
+    epilog="Example: milora gate runs/first   (or --gate 'knowledge.kl <= 0.05' in their place)"
+)
+def gate(
+    run: Annotated[Path, typer.Argument(help="The run folder.")],
+    gates: Annotated[
+        list[str] | None, typer.Option("--gate", help="In place of the run's own; may be repeated.")
+    ] = None,
+) -> None:
+    """Do the measured numbers meet the conditions? Exit 0 if all do, 3 if one does not."""
+    from milora.files import read_json
+    from milora.gates import judge, parse_gate
+
+    for name in ("run.json", "evaluation.json"):
+        if not (run / name).exists():
+            raise UserError(f"{run} holds no {name}: it is not the folder of a finished run")
+    record, evaluation = read_json(run / "run.json"), read_json(run / "evaluation.json")
+    asked = gates or [one["gate"] for one in record.get("gates", [])]
+    if not asked:
+        raise UserError(f"{run} has no gates: add --gate, or gates: to its configuration")
+    _tell_gates(judge([parse_gate(text) for text in asked], evaluation, record))
+
+
+def _tell_gates(verdicts: list[Any]) -> None:
+    from milora.gates import sentence
+
+    for verdict in verdicts:
+        typer.echo(sentence(verdict))
+    failed = [f"{verdict.gate} ({verdict.said})" for verdict in verdicts if not verdict.holds]
+    if failed:
+        raise GateError(f"{len(failed)} of {len(verdicts)} gates failed: {'; '.join(failed)}")
+
+
 @app.command(epilog="Example: milora chat runs/first")
 def chat(
     run: Annotated[Path, typer.Argument(help="A run folder or an adapter folder.")],
@@ -314,11 +349,14 @@ def _quiet() -> None:
 
 
 def main() -> None:
-    """Entry point: exit code 0 done, 2 the user must change something, 1 a bug."""
+    """Entry point: exit code 0 done, 2 the user must change something, 3 a gate failed, 1 a bug."""
     try:
         app()
     except UserError as error:
         sys.exit(_fail(str(error)))
+    except GateError as error:
+        _fail(str(error))
+        sys.exit(3)
     except KeyboardInterrupt:
         init = sys.argv[1:2] in (["init"], ["compare"])
         again = "the same command" if init else "`milora train ... --resume`"

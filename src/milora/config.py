@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from milora.errors import UserError
+from milora.gates import parse_gate
 from milora.grade import Match
 
 DEFAULT = """\
@@ -52,6 +53,8 @@ evaluate:
   knowledge: default           # text file(s), .txt or .jsonl; default: Python's help topics
   chunks: 16                   # pieces of 512 tokens of it
   batch_size: 16
+gates: []                      # conditions on what was measured, checked at the end, exit code 3;
+                               # for example [mail.accuracy >= base + 0.05, knowledge.kl <= 0.05]
 """
 
 
@@ -130,6 +133,7 @@ class Config(Strict):
     milora: Milora = Milora()
     training: dict[str, Any] = {}
     evaluate: Evaluate = Evaluate()
+    gates: list[str] = []
 
 
 class _Loader(yaml.SafeLoader):
@@ -196,6 +200,11 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     for place, task in enumerate(config.evaluate.tasks):
         if isinstance(task, TaskFile) and (task.file is None) == (task.harness is None):
             raise UserError(f"{path}: evaluate.tasks.{place} needs either file or harness")
+    for gate in config.gates:
+        try:
+            parse_gate(gate)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
     watch = config.milora.interference
     if watch.stop and watch.limit is None:
         raise UserError(f"{path}: milora.interference.stop needs milora.interference.limit")

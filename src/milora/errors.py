@@ -7,3 +7,7 @@ class UserError(ValueError):
 
 class DivergedError(UserError):
     """Training ended in NaN or infinity: a lower learning rate is needed."""
+
+
+class GateError(Exception):
+    """A gate does not hold: names each with its figure and bound. Exit code 3."""

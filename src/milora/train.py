@@ -15,7 +15,7 @@ import dataclasses
 import difflib
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,6 +51,7 @@ from milora.evaluate import (
     save_evaluation,
 )
 from milora.files import new_folder, read_json, sha256, write_json, write_text
+from milora.gates import check_subjects, judge, parse_gate
 from milora.loop import (
     STATE,
     Hold,
@@ -131,6 +132,7 @@ def train(
     milora: Mapping[str, Any],
     training: Mapping[str, Any],
     evaluate: Mapping[str, Any],
+    gates: Sequence[str] = (),
     resume: bool = False,
     dry_run: bool = False,
     progress: Progress,
@@ -144,7 +146,7 @@ def train(
         "model": model, "method": method, "output_dir": output_dir, "seed": seed, "dtype": dtype,
         "trust_remote_code": trust_remote_code, "early_stopping_patience": early_stopping_patience,
         "data": dict(data), "lora": dict(lora), "milora": dict(milora), "training": dict(training),
-        "evaluate": dict(evaluate),
+        "evaluate": dict(evaluate), "gates": list(gates),
     }  # fmt: skip
     run = Path(output_dir)
     resumed = _check_folder(run, asked, resume)
@@ -157,6 +159,8 @@ def train(
         dtype = "float32"  # most steps of a small rate round to nothing in 16 bit
     set_seed(seed)
     material = _read(model, dtype, trust_remote_code, data, evaluate, seed, progress)
+    parsed = [parse_gate(gate) for gate in gates]
+    check_subjects(parsed, [task.name for task in material.tasks])
     base = material.base
     base_sha = adapter.base_sha256(base.model)
     parameters = sum(p.numel() for p in base.model.parameters())
@@ -293,8 +297,10 @@ def train(
         )  # fmt: skip
         save_evaluation(run / "evaluation.json", run / "samples.jsonl", result, samples)
         record["seconds"]["evaluation"] = time.monotonic() - began
+    evaluation = read_json(run / "evaluation.json")
+    record["gates"] = [verdict._asdict() for verdict in judge(parsed, evaluation, record)]
     if (run / "adapter").exists():
-        card = model_card(record, asked, read_json(run / "evaluation.json"))
+        card = model_card(record, asked, evaluation)
         write_text(run / "adapter" / "README.md", card)
     record["state"] = "done"
     write_json(run / "run.json", record)

@@ -1,0 +1,149 @@
+"""Gates: conditions on the measured numbers that a release must meet, read by a small grammar.
+
+    gate     =  measure  (">=" | "<=" | ">" | "<")  bound
+    bound    =  number  |  "base"  |  "base" ("+" | "-" | "*") number
+    measure  =  TASK "." KEY            of evaluation.json, for example mail.accuracy
+             |  "knowledge." KEY        of every general text, or of one: "knowledge." TEXT "." KEY
+             |  "interference." KEY     max, mean or size, of run.json
+
+`base` is the same measure of the base. A measure that is missing, or no number, fails the gate.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from milora.card import short
+from milora.errors import UserError
+
+COMPARE: dict[str, Callable[[float, float], bool]] = {
+    ">=": lambda a, b: a >= b, "<=": lambda a, b: a <= b,
+    ">": lambda a, b: a > b, "<": lambda a, b: a < b,
+}  # fmt: skip
+COMBINE: dict[str, Callable[[float, float], float]] = {
+    "": lambda a, b: a, "+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b,
+}  # fmt: skip
+_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+_GATE = re.compile(
+    rf"\s*(?P<measure>\S+)\.(?P<key>[\w,]+)\s*(?P<relation>>=|<=|>|<)\s*"
+    rf"(?:(?P<number>{_NUMBER})|base(?:\s*(?P<sign>[-+*])\s*(?P<by>{_NUMBER}))?)\s*"
+)
+
+
+class Gate(NamedTuple):
+    text: str
+    subject: str  # a task, "knowledge", "knowledge.TEXT" or "interference"
+    key: str
+    relation: str
+    number: float | None  # None: relative to the base
+    sign: str
+    by: float
+
+
+class Verdict(NamedTuple):
+    gate: str
+    holds: bool
+    value: float | None
+    bound: float | None
+    said: str  # figure and bound, or what is missing
+
+
+def parse_gate(text: str) -> Gate:
+    """Raises UserError for what is not in the grammar above."""
+    found = _GATE.fullmatch(text)
+    if not found:
+        raise UserError(
+            f"gates: {text!r} is no gate: write MEASURE >= BOUND, for example "
+            "'mail.accuracy >= base + 0.05', 'knowledge.kl <= 0.05' or 'interference.max <= 0.01'"
+        )
+    number = float(found["number"]) if found["number"] else None
+    by = float(found["by"]) if found["by"] else 0.0
+    if not math.isfinite(number or 0.0) or not math.isfinite(by):
+        raise UserError(f"gates: {text!r}: the bound is not finite")
+    subject = found["measure"]
+    if subject == "interference" and number is None:
+        raise UserError(f"gates: {text!r}: the base has no interference: give a number")
+    return Gate(text.strip(), subject, found["key"], found["relation"], number,
+                found["sign"] or "", by)  # fmt: skip
+
+
+def check_subjects(gates: Sequence[Gate], tasks: Sequence[str]) -> None:
+    """Raise UserError for a gate on a task that the run does not have."""
+    for gate in gates:
+        if gate.subject.partition(".")[0] not in ("knowledge", "interference", *tasks) and (
+            gate.subject not in tasks
+        ):
+            near = difflib.get_close_matches(gate.subject, [*tasks, "knowledge", "interference"], 1)
+            hint = f": did you mean {near[0]}?" if near else ""
+            raise UserError(
+                f"gates: {gate.text!r} is on {gate.subject}, which is no task of this run{hint} "
+                f"(its tasks: {', '.join(tasks) or 'none'})"
+            )
+
+
+def judge(
+    gates: Sequence[Gate], evaluation: Mapping[str, Any], record: Mapping[str, Any]
+) -> list[Verdict]:
+    """Whether each gate holds, by the content of evaluation.json and run.json.
+
+    A gate on every general text holds when it holds on each; the figure is that of the worst.
+    """
+    verdicts = []
+    for gate in gates:
+        each = [_judge(gate, pair) for pair in _measured(gate, evaluation, record)]
+        if not each:
+            each = [Verdict(gate.text, False, None, None, "it was not measured")]
+        verdicts.append(min(each, key=lambda verdict: _margin(gate, verdict)))
+    return verdicts
+
+
+def _margin(gate: Gate, verdict: Verdict) -> float:
+    if verdict.value is None or verdict.bound is None:
+        return -math.inf
+    sign = 1 if gate.relation.startswith(">") else -1
+    return sign * (verdict.value - verdict.bound)
+
+
+def _judge(gate: Gate, pair: tuple[Any, Any]) -> Verdict:
+    value, base = pair
+    if not isinstance(value, int | float):
+        return Verdict(gate.text, False, None, None, "it is not finite")
+    bound = gate.number
+    if bound is None:
+        if not isinstance(base, int | float):
+            return Verdict(gate.text, False, value, None, f"it is {value:.6g}, the base has none")
+        bound = COMBINE[gate.sign](base, gate.by)
+    holds = COMPARE[gate.relation](value, bound)
+    said = f"it is {value:.6g}, the bound is {bound:.6g}"
+    return Verdict(gate.text, holds, value, bound, said)
+
+
+def _measured(
+    gate: Gate, evaluation: Mapping[str, Any], record: Mapping[str, Any]
+) -> list[tuple[Any, Any]]:
+    """(tuned, base) for each thing that the gate is on; empty where there is none."""
+    if gate.subject == "interference":
+        found = record.get("interference", {})
+        return [(found[gate.key], None)] if gate.key in found else []
+    first, _, text = gate.subject.partition(".")
+    if first == "knowledge":
+        kept = [one for one in evaluation["knowledge"] if not text or short(one["text"]) == text]
+        if gate.key == "perplexity":
+            return [(one["tuned_perplexity"], one["base_perplexity"]) for one in kept]
+        untouched = {"kl": 0.0, "kl_p99": 0.0, "top_token_agreement": 1.0}.get(gate.key)
+        return [(one[gate.key], untouched) for one in kept if gate.key in one]
+    task = evaluation["tasks"].get(gate.subject)
+    if task is None:
+        return []
+    states = []
+    for state in ("tuned", "base"):
+        metrics = {key.partition(",")[0]: v for key, v in task[state].get("metrics", {}).items()}
+        states.append({**metrics, **task[state].get("metrics", {}), **task[state]})
+    tuned, base = states
+    return [(tuned[gate.key], base.get(gate.key))] if gate.key in tuned else []
+
+
+def sentence(verdict: Verdict) -> str:
+    return f"{'ok  ' if verdict.holds else 'FAIL'}  {verdict.gate}: {verdict.said}"

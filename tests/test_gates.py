@@ -1,0 +1,136 @@
+"""Gates: the grammar, what they are judged by, and the command's exit code."""
+
+import json
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_run import settings
+
+from milora.cli import main
+from milora.errors import UserError
+from milora.gates import check_subjects, judge, parse_gate
+
+Tiny = Callable[[str], Path]
+
+EVALUATION: dict[str, Any] = {
+    "tasks": {
+        "mail": {"base": {"accuracy": 0.5, "loss": None}, "tuned": {"accuracy": 0.6, "loss": None}},
+        "arc.easy": {"base": {"metrics": {"acc,none": 0.25}},
+                     "tuned": {"metrics": {"acc,none": 0.5}}},
+    },
+    "knowledge": [
+        {"text": "build/w.txt", "kl": 0.01, "base_perplexity": 20.0, "tuned_perplexity": 21.0},
+        {"text": "c4.jsonl", "kl": 0.03, "base_perplexity": 30.0, "tuned_perplexity": 30.5},
+    ],
+}  # fmt: skip
+RECORD = {"interference": {"max": 0.02, "mean": 0.01}}
+
+
+@pytest.mark.parametrize(
+    ("gate", "holds", "said"),
+    [
+        ("mail.accuracy >= 0.6", True, "it is 0.6, the bound is 0.6"),
+        ("mail.accuracy > 0.6", False, "it is 0.6, the bound is 0.6"),
+        ("mail.accuracy >= base", True, "the bound is 0.5"),
+        ("mail.accuracy>=base+0.05", True, "the bound is 0.55"),
+        ("mail.accuracy >= base * 1.5", False, "the bound is 0.75"),
+        ("mail.accuracy >= base - 1e-1", True, "the bound is 0.4"),
+        ("arc.easy.acc >= base + .25", True, "it is 0.5, the bound is 0.5"),
+        ("knowledge.kl <= 0.02", False, "it is 0.03, the bound is 0.02"),
+        ("knowledge.w.kl <= 0.02", True, "it is 0.01"),
+        ("knowledge.kl <= base + 0.05", True, "it is 0.03, the bound is 0.05"),
+        ("knowledge.perplexity <= base * 1.02", False, "it is 21, the bound is 20.4"),
+        ("knowledge.perplexity > 20.5", True, "it is 21"),
+        ("interference.max <= 0.01", False, "it is 0.02"),
+        ("interference.size <= 1", False, "it was not measured"),
+        ("mail.exactness >= 0", False, "it was not measured"),
+        ("post.accuracy >= 0", False, "it was not measured"),
+        ("knowledge.x.kl <= 1", False, "it was not measured"),
+        ("mail.loss <= 1", False, "it is not finite"),
+    ],
+)
+def test_judged(gate: str, holds: bool, said: str) -> None:
+    (verdict,) = judge([parse_gate(gate)], EVALUATION, RECORD)
+    assert verdict.holds == holds
+    assert said in verdict.said
+
+
+@pytest.mark.parametrize(
+    "gate",
+    [
+        "", "mail.accuracy", "mail >= 1", "mail.accuracy => 1", "mail.accuracy >= much",
+        "mail.accuracy >= base + base", "mail.accuracy >= base / 2", "mail.accuracy >= 1 + 1",
+        "__import__('os').system('true') >= 1; x.y >= 1", "mail.accuracy >= 1e999",
+        "mail.accuracy >= nan", "interference.max <= base", "a.b >= 1 and c.d >= 1",
+    ],
+)  # fmt: skip
+def test_what_is_no_gate(gate: str) -> None:
+    with pytest.raises(UserError, match="gates: "):
+        parse_gate(gate)
+
+
+@given(st.text(max_size=40))
+def test_any_text_is_a_gate_or_one_sentence(text: str) -> None:
+    with suppress(UserError):
+        parse_gate(text)
+
+
+def test_a_task_that_the_run_does_not_have() -> None:
+    names = ["mail", "arc.easy"]
+    check_subjects([parse_gate("arc.easy.accuracy > 0"), parse_gate("knowledge.w.kl < 1")], names)
+    with pytest.raises(UserError, match=r"no task of this run: did you mean mail\?"):
+        check_subjects([parse_gate("mial.accuracy > 0")], names)
+
+
+class Run:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+        self.monkeypatch, self.capsys = monkeypatch, capsys
+
+    def __call__(self, *words: str) -> tuple[int, str, str]:
+        self.monkeypatch.setattr(sys, "argv", ["milora", *words])
+        with pytest.raises(SystemExit) as end:
+            main()
+        out, err = self.capsys.readouterr()
+        return int(end.value.code or 0), out, err
+
+
+def test_the_command(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = Run(monkeypatch, capsys)
+    values = settings(tiny("llama"), tmp_path, training={"max_steps": 2, "eval_strategy": "no"})
+    values["gates"] = ["rows.accuracy >= base - 1", "knowledge.kl <= 1e-12"]
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(values))
+    code, out, err = command("train", str(config), "gates=[rows.accuracy >> 1]")
+    assert (code, "is no gate: write MEASURE >= BOUND" in err) == (2, True)
+    code, out, err = command("train", str(config), "gates=[row.accuracy >= 1]")
+    assert (code, "did you mean rows?" in err) == (2, True)
+    run = tmp_path / "run"
+    assert not run.exists()
+
+    code, out, err = command("train", str(config))
+    assert code == 3
+    assert "ok    rows.accuracy >= base - 1: it is" in out
+    assert "FAIL  knowledge.kl <= 1e-12: it is" in out
+    assert "milora: 1 of 2 gates failed: knowledge.kl <= 1e-12 (it is" in err
+    assert (run / "adapter").exists()  # made, and said not to be fit
+    assert "FAILS: knowledge.kl" in (run / "adapter" / "README.md").read_text()
+    held = [one["holds"] for one in json.loads((run / "run.json").read_text())["gates"]]
+    assert held == [True, False]
+
+    assert command("gate", str(run))[0] == 3  # the run's own
+    assert command("gate", str(run), "--gate", "rows.accuracy >= base - 1")[0] == 0
+    code, out, err = command("gate", str(run), "--gate", "other.accuracy >= 0.1")
+    assert (code, "it was not measured" in err) == (3, True)
+    code, out, err = command("gate", str(run), "--gate", "rows.accuracy")
+    assert (code, "is no gate" in err) == (2, True)
+    code, out, err = command("gate", str(tmp_path))
+    assert (code, "is not the folder of a finished run" in err) == (2, True)
