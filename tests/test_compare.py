@@ -17,6 +17,7 @@ from milora.cli import main
 from milora.compare import Arm, bootstrap, chosen_rate, compare, grid, parse_arm, summary
 from milora.compare_page import page, plot, tables
 from milora.errors import UserError
+from milora.pages import inline, standalone
 from milora.progress import Progress
 
 Tiny = Callable[[str], Path]
@@ -69,8 +70,10 @@ def test_a_grid(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert "| lora:training.weight_decay=0.5 | " in text
     assert "too few to tell methods apart" in text
     drawing = (tmp_path / "grid" / "compare.svg").read_text()
-    assert drawing == plot(result)  # the same figures, the same bytes
-    assert drawing[drawing.find("<svg") :] in (tmp_path / "grid" / "compare.html").read_text()
+    assert drawing == standalone(plot(result))  # the same figures, the same bytes
+    page = (tmp_path / "grid" / "compare.html").read_text()
+    assert inline(plot(result)) in page
+    assert page.count("<svg") == 1
 
     def no_training(**kwargs: Any) -> None:
         raise AssertionError("a run that is done was done again")

@@ -15,12 +15,12 @@ SOURCE = ROOT / "src" / "milora"
 
 # Each module may import those of earlier lines only.
 LAYERS = (
-    {"errors", "files", "svd", "spectra", "progress"},
+    {"errors", "files", "svd", "spectra", "progress", "pages"},
     {"grade", "adapter", "data", "pretrained", "config", "card", "gates"},
     {"choices", "harness", "answers", "protect"},
     {"export", "evaluate", "loop", "verify", "preview", "chat", "checkpoint"},
     {"store"},
-    {"artefacts", "train"},
+    {"artefacts", "train", "inspection"},
     {"compare_page"},
     {"compare"},
     {"cli"},

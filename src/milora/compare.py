@@ -27,6 +27,7 @@ from milora.compare_page import page, plot, tables
 from milora.config import Config, load_config
 from milora.errors import DivergedError, UserError
 from milora.files import read_json, write_json, write_text
+from milora.pages import standalone
 from milora.progress import Progress
 from milora.train import train
 
@@ -405,7 +406,7 @@ def write(result: Mapping[str, Any], home: Path, progress: Progress) -> None:
     drawing = ""
     try:
         drawing = plot(result)
-        write_text(home / "compare.svg", drawing)
+        write_text(home / "compare.svg", standalone(drawing))
     except ImportError:
         progress.say("no plot without matplotlib: pip install 'milora[plot]', and call it again")
     write_text(home / "compare.html", page(result, drawing))

@@ -1,12 +1,10 @@
 """What a comparison found (compare.json), for people: Markdown tables, a plot, an HTML page."""
 
-import io
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-import jinja2
-
 from milora.card import figure, harmless, short
+from milora.pages import inked, inline, render, svg
 
 # Figures of `knowledge`, the base's own of each, heading, digits.
 MEASURES = (
@@ -118,16 +116,12 @@ def markdown(table: Table) -> list[str]:
 
 def page(result: Mapping[str, Any], drawing: str) -> str:
     """One self-contained HTML page; `drawing` is SVG of `plot`, or empty."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("milora", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-    )
     scored, told = explanation(result)
-    return environment.get_template("compare.html").render(
+    return render(
+        "compare.html",
         arms=list(result["arms"]), scores=scores(result), rates=rates(result),
         differences=differences(result), notes=result["notes"], scored=scored, told=told,
-        drawing=drawing[drawing.find("<svg") :] if drawing else "",
+        drawing=inline(drawing),
     )  # fmt: skip
 
 
@@ -137,7 +131,11 @@ def plot(result: Mapping[str, Any]) -> str:
     A mark an arm at its own rate, with bars of one standard deviation over the seeds; the thin
     line joins all rates that were tried with the first seed. Raises ImportError without matplotlib.
     """
-    import matplotlib
+    with inked():
+        return _plot(result)
+
+
+def _plot(result: Mapping[str, Any]) -> str:
     from matplotlib.figure import Figure
 
     names = list(next(iter(result["arms"].values()))["tasks"])
@@ -165,14 +163,9 @@ def plot(result: Mapping[str, Any]) -> str:
         panel.set_title(f"{name} (dotted: base)", fontsize=11, loc="left")
         panel.set_xlabel(f"{kept[3]}, {short(result['base']['knowledge'][0]['text'])}: forgotten")
         panel.set_ylabel("accuracy: learned")
-        panel.spines[["top", "right"]].set_visible(False)
     handles, labels = panels[0].get_legend_handles_labels()
     sheet.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-    drawn = io.StringIO()
-    # Text stays text, and the same figures give the same file.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "milora"}):
-        sheet.savefig(drawn, format="svg", metadata={"Date": None})
-    return drawn.getvalue()
+    return svg(sheet)
 
 
 def plus_minus(found: Mapping[str, Any], digits: int) -> str:

@@ -53,3 +53,62 @@ def directions(factors_A: Tensor, factors_B: Tensor) -> tuple[Tensor, Tensor]:
     tiny = torch.finfo(torch.float64).tiny
     U, Vh = factors_B.double(), factors_A.double()
     return U / U.norm(dim=0).clamp_min(tiny), Vh / Vh.norm(dim=1, keepdim=True).clamp_min(tiny)
+
+
+class Spectrum(NamedTuple):
+    """What the singular values of a weight say of it, at rank r."""
+
+    norm: float  # Frobenius
+    largest: float
+    smallest: float
+    effective_rank: float  # exp of the entropy of S / sum S (Roy and Vetterli, 2007)
+    stable_rank: float  # ||W||² / s_1²
+    minor_norm: float  # norm of the r smallest components / ||W||
+    gap: float  # s_(n-r) / s_(n-r+1): how sharply the r smallest are set off; 1 is not at all
+    edge: str  # "hard": the minor part is next to nothing; "soft": a real part of the weight
+    rounding: float  # what storing W in bf16 changes / the norm of the r smallest components
+
+
+HARD = 0.01  # of ||W||, below which the minor part counts as next to nothing
+
+
+def spectrum(weight: Tensor, S: Tensor, rank: int) -> Spectrum:
+    """Measures of `weight` (m, n) from its singular values S, descending, at `rank`."""
+    S = S.double()
+    energy = S.square()
+    norm, minor = float(energy.sum().sqrt()), float(energy[-rank:].sum().sqrt())
+    p = S / S.sum() if norm else S
+    entropy = -float(torch.special.xlogy(p, p).sum())
+    share = minor / norm if norm else 0.0
+    above = float(S[-rank - 1]) if rank < len(S) else float(S[-rank])
+    return Spectrum(
+        norm=norm,
+        largest=float(S[0]),
+        smallest=float(S[-1]),
+        effective_rank=torch.tensor(entropy).exp().item() if norm else 0.0,
+        stable_rank=float(energy.sum() / energy[0]) if norm else 0.0,
+        minor_norm=share,
+        gap=above / float(S[-rank]) if S[-rank] > 0 else float("inf"),
+        edge="hard" if share < HARD else "soft",
+        rounding=_rounding(weight) / minor if minor else float("inf"),
+    )
+
+
+def _rounding(weight: Tensor) -> float:
+    """Norm of the error when values of these sizes are rounded to bf16 (uniform within a step)."""
+    _, exponent = torch.frexp(weight.float().abs())
+    step = torch.ldexp(torch.ones_like(weight, dtype=torch.float32), exponent - 8)
+    step = torch.where(weight == 0, 0.0, step).double()
+    return float(step.norm()) / 12**0.5
+
+
+def rank_within(S: Tensor, share: float) -> int:
+    """The largest r whose r smallest components hold at most `share` of ||W||²; S descending."""
+    energy = S.double().square().flip(0).cumsum(0)
+    return int((energy <= share * energy[-1]).sum())
+
+
+def top_holding(S: Tensor, share: float) -> int:
+    """The least k whose k largest components hold at least `share` of ||W||²; S descending."""
+    energy = S.double().square().cumsum(0)
+    return int((energy < share * energy[-1]).sum()) + 1

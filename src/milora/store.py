@@ -94,6 +94,34 @@ class Store:
         self.residual = max(self.residual, result.residual)
         return result
 
+    def spectrum(self, weight: Tensor) -> Tensor:
+        """All singular values of `weight`, descending, fp64: kept like components.
+
+        Computed in fp64 up to 1024 columns or rows, in fp32 above, where those below 1e-7 of the
+        largest are rounding.
+        """
+        whole = weight.float() if weight.element_size() < 4 else weight
+        path = self.folder / f"{tensor_sha256(whole)}-spectrum.safetensors"
+        try:
+            with safe_open(path, framework="pt") as handle:
+                about = json.loads((handle.metadata() or {})["milora"])
+                S: Tensor = handle.get_tensor("S")
+            if about != {"format": FORMAT, "of": path.stem, "digest": tensor_sha256(S)}:
+                raise ValueError("its content is not what was written")
+            self.found += 1
+            return S
+        except FileNotFoundError:
+            pass
+        except Exception as error:  # of many kinds: whatever the damage, it is computed anew
+            self.say(f"{path} cannot be used ({error}): it is computed again")
+        exact = torch.float64 if min(weight.shape) <= 1024 else torch.float32
+        S = torch.linalg.svdvals(weight.to(exact)).double().cpu()
+        about = {"format": FORMAT, "of": path.stem, "digest": tensor_sha256(S)}
+        with self._writing(path):
+            write_bytes(path, save({"S": S}, {"milora": json.dumps(about)}))
+        self.made += 1
+        return S
+
     def _read(
         self, path: Path, weight: Tensor, wanted: Tensor, component: Component, seed: int
     ) -> Components | None:
