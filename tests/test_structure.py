@@ -17,11 +17,12 @@ SOURCE = ROOT / "src" / "milora"
 LAYERS = (
     {"errors", "files", "svd", "spectra", "progress", "pages"},
     {"grade", "adapter", "data", "pretrained", "config", "card", "gates"},
-    {"choices", "harness", "answers", "protect"},
+    {"choices", "harness", "answers", "protect", "ranks"},
     {"export", "evaluate", "loop", "verify", "preview", "chat", "checkpoint"},
     {"store"},
     {"artefacts", "train", "inspection"},
     {"compare_page"},
+    {"inspect_page"},
     {"compare"},
     {"cli"},
     {"__main__", "__init__"},

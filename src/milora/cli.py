@@ -91,12 +91,85 @@ def init(
         asked = settings.model_dump(
             include={"model", "method", "lora", "seed", "dtype", "trust_remote_code"}
         )
-        done = decompose_checkpoint(**asked, store=Store(say=progress.say), progress=progress)
+        ranked = settings.milora.rank.model_dump() if settings.milora.rank else None
+        store = Store(say=progress.say)
+        done = decompose_checkpoint(**asked, ranked=ranked, store=store, progress=progress)
     typer.echo(
         f"{done['weights']} weights: {done['made']} decomposed, {done['found']} were in the store; "
         f"worst residual {done['residual']:.1e}; {duration(done['seconds'])}\n"
         f"{done['folder']}: {done['bytes'] / 1e6:.0f} MB"
     )
+
+
+@app.command("inspect", epilog="Example: milora inspect smollm2-135m --rank 32 --html spectra.html")
+def look(
+    model: Annotated[str, typer.Argument(help="A model as in `model:`, or a run folder.")],
+    rank: Annotated[int, typer.Option(min=1, help="What a minor part is measured at.")] = 32,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Spectra of a model and where to begin; of a run, its interference by layer."""
+    if (Path(model) / "run.json").exists():
+        _print_interference(Path(model))
+        return
+    _quiet()
+    from rich.console import Console
+
+    from milora.files import write_json, write_text
+    from milora.inspect_page import EXPLAINED, advice_lines, kinds_table, page
+    from milora.inspection import inspect_model
+    from milora.progress import Progress
+    from milora.store import Store
+
+    with Progress() as progress:
+        store = Store(say=progress.say, optional=True)
+        found = inspect_model(model, rank, store, progress, trust_remote_code)
+    console = Console(highlight=False)
+    _print_table(kinds_table(found, narrow=console.width < 130))
+    console.print(EXPLAINED[0], style="dim")
+    console.print("\nWhere to begin:")
+    for line in advice_lines(found):
+        console.print(f"  {line}", markup=False)
+    for reason in found["advice"]["because"]:
+        console.print(f"- {reason}", markup=False)
+    if json_file:
+        write_json(json_file, found)
+    if html:
+        write_text(html, page(found))
+
+
+def _print_interference(run: Path) -> None:
+    from milora.compare_page import Table
+    from milora.files import read_json
+
+    found = read_json(run / "run.json").get("interference")
+    if not found:
+        raise UserError(
+            f"{run} has no interference: the run is not finished, has no adapter, or has "
+            "milora.interference.top 0"
+        )
+    rows = [
+        [name, str(one["k"]), "yes" if one["protected"] else "", f"{one['left']:.2e}",
+         f"{one['right']:.2e}", f"{one['size']:.4f}",
+         "" if one["minor"] is None else f"{one['minor']:.3f}"]
+        for name, one in found["layers"].items()
+    ]  # fmt: skip
+    head = ["weight", "k", "protected", "left", "right", "‖ΔW‖/‖W‖", "share in the minor subspace"]
+    _print_table(Table(head, rows))
+    typer.echo(f"largest {found['max']:.2e} ({found['module']}), mean {found['mean']:.2e}")
+
+
+def _print_table(table: Any) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    drawn = Table(*table.head, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for row in table.rows:
+        drawn.add_row(*map(Text, row))
+    Console(highlight=False).print(drawn)
 
 
 @app.command("eval", epilog="Example: milora eval runs/first --tasks data/test.jsonl --limit 100")

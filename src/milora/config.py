@@ -35,6 +35,7 @@ lora:                          # handed to peft.LoraConfig as it stands
   lora_alpha: 32
   target_modules: [q_proj, k_proj, v_proj, up_proj, down_proj]
 milora:
+  rank: null                   # by layer: {energy: 0.001}, {parameters: 2000000}; else lora.r
   protect: 0                   # top-k singular directions held fixed; {energy: 0.5}; or by pattern
   interference:                # how much of the update acts in the top directions, as it trains
     top: 16                    # k where nothing is protected; 0 measures nothing
@@ -95,7 +96,12 @@ class Interference(Strict):
     stop: bool = False
 
 
+class Parameters(Strict):
+    parameters: int = Field(ge=1)
+
+
 class Milora(Strict):
+    rank: Energy | Parameters | None = None
     protect: Number | Energy | dict[str, Number | Energy] = 0
     interference: Interference = Interference()
 

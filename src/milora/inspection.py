@@ -181,36 +181,3 @@ def advice(
 def _two(value: float) -> int:
     """The power of two nearest below."""
     return 1 << (max(1, int(value)).bit_length() - 1)
-
-
-def ranks(
-    spectra: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]], wanted: Mapping[str, float]
-) -> dict[str, int]:
-    """The rank of every weight from `wanted`: {"energy": share} or {"parameters": budget}.
-
-    With an energy, the largest rank whose minor components hold at most that share of ||W||², at
-    least 1 and at most half of the weight's. With a budget, the ranks of the one energy under
-    which the adapter has at most so many parameters. Raises UserError where not even rank 1 fits.
-    """
-
-    def at(share: float) -> dict[str, int]:
-        return {
-            name: max(1, min(rank_within(S, share), len(S) // 2)) for name, S in spectra.items()
-        }
-
-    def size(found: Mapping[str, int]) -> int:
-        return sum(rank * sum(shapes[name]) for name, rank in found.items())
-
-    if "energy" in wanted:
-        return at(wanted["energy"])
-    budget = wanted["parameters"]
-    if size(at(0.0)) > budget:
-        raise UserError(
-            f"milora.rank: {budget:,.0f} parameters are fewer than rank 1 takes everywhere "
-            f"({size(at(0.0)):,})"
-        )
-    low, high = 0.0, 1.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (middle, high) if size(at(middle)) <= budget else (low, middle)
-    return at(low)

@@ -43,7 +43,8 @@ def inked() -> Iterator[None]:
 def svg(figure: Any) -> str:
     """A matplotlib figure, drawn within `inked`, as SVG; equal figures give equal bytes."""
     drawn = io.StringIO()
-    figure.savefig(drawn, format="svg", metadata={"Date": None})
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    figure.savefig(drawn, format="svg", metadata=nothing)
     return drawn.getvalue()
 
 

@@ -28,6 +28,7 @@ from milora.errors import UserError
 from milora.files import NO_ROOM, cache_folder, folder_of, write_bytes
 from milora.pretrained import dtype_of
 from milora.progress import Progress
+from milora.ranks import ranks
 from milora.svd import SOLVER, Component, Components, components, positions
 
 FORMAT = "milora decomposition 1"
@@ -212,6 +213,7 @@ def decompose_checkpoint(
     model: str,
     method: str,
     lora: Mapping[str, Any],
+    ranked: Mapping[str, float] | None = None,
     seed: int = 0,
     dtype: str = "auto",
     trust_remote_code: bool = False,
@@ -220,9 +222,10 @@ def decompose_checkpoint(
 ) -> dict[str, Any]:
     """Put the components that a run would start from into `store`, one weight at a time.
 
-    The arguments are those of `train`. The model is never held: the peak is some times its
-    largest weight. What the store has is not computed again, so that a killed call goes on where
-    it was. Weights that another process is at are left to it and looked for at the end.
+    The arguments are those of `train`, `ranked` being milora.rank. The model is never held: the
+    peak is some times its largest weight. What the store has is not computed again, so that a
+    killed call goes on where it was. Weights that another process is at are left to it and looked
+    for at the end.
 
     Returns counts, seconds and the worst residual. Raises UserError for whatever the user must
     change, before the first decomposition where it can be known.
@@ -241,14 +244,9 @@ def decompose_checkpoint(
             "leave it to `milora train`, which decomposes the loaded weights"
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    queue, busy = list(wanted), set[str]()
-    while queue:
-        name = queue.pop(0)
-        target, done = wanted[name], store.made + store.found
-        if name in busy:
-            store.say(f"waiting for another process, which is at {name}")
-        progress("decomposing", done, len(wanted), name, free=store.found)
-        weight = checkpoint.read(name).to(dtype_of(dtype))
+
+    def weight_of(name: str) -> Tensor:
+        target, weight = wanted[name], checkpoint.read(name).to(dtype_of(dtype))
         if target.transposed and not checkpoint.gguf:
             weight = weight.T
         if tuple(weight.shape) != target.shape:
@@ -258,11 +256,27 @@ def decompose_checkpoint(
             )
         if not torch.isfinite(weight).all():
             raise UserError(f"{name}.weight holds NaN or infinite values: the base is damaged")
-        drawn = module_seed(seed, name)
+        return weight.to(device)
+
+    if ranked:
+        spectra = {}
+        for done, name in enumerate(wanted):
+            progress("spectra", done, len(wanted), name)
+            spectra[name] = store.spectrum(weight_of(name))
+        store.made = store.found = 0  # from here on, of decompositions
+        shapes = {name: target.shape for name, target in wanted.items()}
+        for name, rank in ranks(spectra, shapes, ranked).items():
+            wanted[name] = wanted[name]._replace(rank=rank)
+    queue, busy = list(wanted), set[str]()
+    while queue:
+        name = queue.pop(0)
+        target, done = wanted[name], store.made + store.found
+        if name in busy:
+            store.say(f"waiting for another process, which is at {name}")
+        progress("decomposing", done, len(wanted), name, free=store.found)
+        weight, drawn = weight_of(name), module_seed(seed, name)
         try:
-            store.components(
-                weight.to(device), target.rank, COMPONENT[method], drawn, wait=name in busy
-            )
+            store.components(weight, target.rank, COMPONENT[method], drawn, wait=name in busy)
         except BusyError:  # left to that process, and looked for at the end
             busy.add(name)
             queue.append(name)

@@ -77,6 +77,7 @@ from milora.protect import (
     top_vectors,
     worst,
 )
+from milora.ranks import ranks, with_ranks
 from milora.store import Store
 from milora.svd import components
 from milora.verify import make_probes
@@ -154,6 +155,8 @@ def train(
     lora_config: LoraConfig | None = None
     if method != "full":
         lora_config = adapter.lora_config(lora)
+    elif milora["rank"]:
+        raise UserError("milora.rank: full fine-tuning has no rank: use an adapter")
     check_protect(milora["protect"], method)
     if method == "full" and dtype == "auto":
         dtype = "float32"  # most steps of a small rate round to nothing in 16 bit
@@ -164,12 +167,15 @@ def train(
     base = material.base
     base_sha = adapter.base_sha256(base.model)
     parameters = sum(p.numel() for p in base.model.parameters())
+    init = run / "init" / "factors.safetensors"
+    start = adapter.load_start(init) if method != "full" and init.exists() else None
+    if milora["rank"]:
+        found = _ranks(base, lora, milora["rank"], start, progress)
+        lora_config = adapter.lora_config(with_ranks(lora, found))
     if dry_run:
         return plan(base, material.train, lora_config, method, arguments)
 
     # --- initial factors, the anchor, and the check that step 0 is the base
-    init = run / "init" / "factors.safetensors"
-    start = adapter.load_start(init) if method != "full" and init.exists() else None
     stored_base = resumed.get("base", {}).get("sha256", base_sha)
     if stored_base != base_sha:
         raise UserError(
@@ -498,6 +504,31 @@ def _fit(
             )
         progress.say(f"stopped at step {watch.passed}; the result is that of {good.name}")
         load_state(good / STATE, live)
+
+
+def _ranks(
+    base: Pretrained, lora: Mapping[str, Any], wanted: Mapping[str, float],
+    start: adapter.Start | None, progress: Progress,
+) -> dict[str, int]:  # fmt: skip
+    """The rank of every weight: of the stored factors, else from the spectra."""
+    if start is not None:
+        return {name: len(factors.A) for name, factors in start.factors.items()}
+    with torch.device("meta"):
+        skeleton = type(base.model)(base.model.config)
+    names = adapter.targets(skeleton, adapter.lora_config({**lora, "r": 1}))
+    modules, store = dict(base.model.named_modules()), Store(say=progress.say, optional=True)
+    spectra = {}
+    for done, (name, target) in enumerate(names.items()):
+        progress("spectra", done, len(names), name)
+        weight: Any = modules[name].weight
+        spectra[name] = store.spectrum(weight.detach().T if target.transposed else weight.detach())
+    found = ranks(spectra, {name: target.shape for name, target in names.items()}, wanted)
+    sizes = sorted(found.values())
+    progress.say(
+        f"ranks by layer: {sizes[0]} to {sizes[-1]}, median {sizes[len(sizes) // 2]}, "
+        f"{sum(r * sum(names[name].shape) for name, r in found.items()):,} parameters"
+    )
+    return found
 
 
 def _tops(
