@@ -155,7 +155,7 @@ def _print_interference(run: Path) -> None:
          "" if one["minor"] is None else f"{one['minor']:.3f}"]
         for name, one in found["layers"].items()
     ]  # fmt: skip
-    head = ["weight", "k", "protected", "left", "right", "‖ΔW‖/‖W‖", "share in the minor subspace"]
+    head = ["weight", "k", "held", "left", "right", "‖ΔW‖/‖W‖", "minor"]
     _print_table(Table(head, rows))
     typer.echo(f"largest {found['max']:.2e} ({found['module']}), mean {found['mean']:.2e}")
 
@@ -167,6 +167,7 @@ def _print_table(table: Any) -> None:
     from rich.text import Text
 
     drawn = Table(*table.head, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    drawn.columns[0].no_wrap = True
     for row in table.rows:
         drawn.add_row(*map(Text, row))
     Console(highlight=False).print(drawn)
