@@ -72,7 +72,7 @@ def test_a_grid(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     drawing = (tmp_path / "grid" / "compare.svg").read_text()
     assert drawing == standalone(plot(result))  # the same figures, the same bytes
     page = (tmp_path / "grid" / "compare.html").read_text()
-    assert inline(plot(result)) in page
+    assert inline(plot(result), "accuracy against how far the model moved, by arm") in page
     assert page.count("<svg") == 1
 
     def no_training(**kwargs: Any) -> None:

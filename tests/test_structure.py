@@ -23,6 +23,7 @@ LAYERS = (
     {"artefacts", "train", "inspection"},
     {"compare_page"},
     {"inspect_page"},
+    {"report"},
     {"compare"},
     {"cli"},
     {"__main__", "__init__"},

@@ -1,6 +1,6 @@
 """The model card that lies beside the adapter: base, data, recipe, scores, rank, licence."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,58 +116,73 @@ def model_card(
     return "\n".join(lines)
 
 
-SCORES = (
-    ("format_failures", "format failures"),
-    ("loss", "loss per answer token"),
-    ("accuracy_normalised", "accuracy, per byte of the option"),
-)
-# Said only where there are any.
-FAULTS = (("unended", "answers that did not end"), ("not_finite", "with logits not finite"))
+# What is shown of a task beside its accuracy; the last two only where there are any.
+SCORES = ("format_failures", "loss", "accuracy_normalised", "unended", "not_finite")
+FAULTS = ("unended", "not_finite")
+WORDS = {
+    "accuracy": "{name}: accuracy of {about}",
+    "metric": "{name}: {key}",
+    "format_failures": "{name}: format failures",
+    "loss": "{name}: loss per answer token",
+    "accuracy_normalised": "{name}: accuracy, per byte of the option",
+    "unended": "{name}: answers that did not end",
+    "not_finite": "{name}: with logits not finite",
+    "perplexity": "perplexity of {name} ({tokens} tokens{missing})",
+    "missing": ", {count} left out",
+    "kl": "KL(base‖tuned) per token there, mean and 99th percentile",
+    "agreement": "same likeliest token as the base",
+    "rows": "{rows} (95 %)",
+    "twice": "; {count} rows stand twice",
+    "commonest": "; always the commonest answer: {share}",
+}
+Scores = Iterator[tuple[str, str, str]]  # label, base, tuned
 
 
-def all_scores(evaluation: Mapping[str, Any], interval: str) -> Iterator[tuple[str, str, str]]:
-    """(label, base, tuned) for all that is shown of an evaluation.
+def all_scores(evaluation: Mapping[str, Any], interval: str) -> Scores:
+    """All that is shown of an evaluation. `interval` formats an accuracy and its two ends."""
+    yield from task_scores(evaluation["tasks"], interval)
+    yield from kept_scores(evaluation["knowledge"])
 
-    `interval` is the format of an accuracy and the two ends of its interval.
-    """
-    for name, task in evaluation["tasks"].items():
+
+def task_scores(
+    tasks: Mapping[str, Any], interval: str, words: Mapping[str, str] = WORDS
+) -> Scores:
+    for name, task in tasks.items():
         base, tuned = task["base"], task["tuned"]
         for metric in base.get("metrics", {}):
             if "stderr" not in metric:
                 before, after = (figure(one["metrics"][metric], 4) for one in (base, tuned))
-                yield f"{name}: {metric}", before, after
+                yield words["metric"].format(name=name, key=metric), before, after
         if "accuracy" in base:
             before, after = (
                 interval.format(one["accuracy"], *one["interval"]) for one in (base, tuned)
             )
-            yield f"{name}: accuracy of {about(task)}", before, after
-        for key, label in SCORES:
-            if key in base:
-                yield f"{name}: {label}", figure(base[key], 3), figure(tuned[key], 3)
-        for key, label in FAULTS:
-            if base.get(key) or tuned.get(key):
-                yield f"{name}: {label}", figure(base[key], 3), figure(tuned[key], 3)
-    for kept in evaluation["knowledge"]:
-        missing = f", {kept['not_finite']} left out" if kept.get("not_finite") else ""
-        yield (
-            f"perplexity of {short(kept['text'])} ({kept['tokens']} tokens{missing})",
-            figure(kept["base_perplexity"], 2),
-            figure(kept["tuned_perplexity"], 2),
-        )
-        tail = f"{figure(kept['kl'], 4)}, {figure(kept['kl_p99'], 4)}"
-        yield "KL(base‖tuned) per token there, mean and 99th percentile", "0", tail
-        agreement = figure(kept["top_token_agreement"], 3)
-        yield "same likeliest token as the base", "1", agreement
+            label = words["accuracy"].format(name=name, about=about(task, words))
+            yield label, before, after
+        for key in SCORES:
+            if key in base and (key not in FAULTS or base[key] or tuned[key]):
+                yield words[key].format(name=name), figure(base[key], 3), figure(tuned[key], 3)
 
 
-def about(task: Mapping[str, Any]) -> str:
+def kept_scores(knowledge: Sequence[Mapping[str, Any]], words: Mapping[str, str] = WORDS) -> Scores:
+    for kept in knowledge:
+        left_out = kept.get("not_finite")
+        missing = words["missing"].format(count=left_out) if left_out else ""
+        name = short(kept["text"])
+        label = words["perplexity"].format(name=name, tokens=kept["tokens"], missing=missing)
+        yield label, figure(kept["base_perplexity"], 2), figure(kept["tuned_perplexity"], 2)
+        yield words["kl"], "0", f"{figure(kept['kl'], 4)}, {figure(kept['kl_p99'], 4)}"
+        yield words["agreement"], "1", figure(kept["top_token_agreement"], 3)
+
+
+def about(task: Mapping[str, Any], words: Mapping[str, str] = WORDS) -> str:
     """How many rows a task has, how many stand twice, what the commonest answer alone scores."""
-    parts = [f"{task['rows']} (95 %)"]
+    said = words["rows"].format(rows=task["rows"])
     if task.get("duplicates"):
-        parts.append(f"{task['duplicates']} rows stand twice")
+        said += words["twice"].format(count=task["duplicates"])
     if task.get("majority", 0) >= 0.05:
-        parts.append(f"always the commonest answer: {task['majority']:.3f}")
-    return "; ".join(parts)
+        said += words["commonest"].format(share=f"{task['majority']:.3f}")
+    return said
 
 
 def short(text: str) -> str:

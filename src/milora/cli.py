@@ -54,8 +54,10 @@ def train(
         raise UserError("give a configuration: milora train run.yaml (or --print-default)")
     settings = load_config(config, overrides or [])
     _quiet()
+    from milora.files import write_text
     from milora.gates import Verdict
     from milora.progress import Progress
+    from milora.report import report
     from milora.train import train as run_training
 
     with Progress() as progress:
@@ -68,7 +70,8 @@ def train(
     folder = Path(settings.output_dir)
     _print_scores(json.loads((folder / "evaluation.json").read_text(encoding="utf-8")))
     result = folder / ("adapter" if (folder / "adapter").exists() else "model")
-    typer.echo(f"\nThe result: {result}")
+    write_text(folder / "report.html", report(folder))
+    typer.echo(f"\nThe result: {result}, and {folder / 'report.html'}")
     _tell_gates([Verdict(**one) for one in record["gates"]])
 
 
@@ -302,6 +305,21 @@ def verify(
         typer.echo(f"{'ok  ' if check.holds else 'FAIL'}  {check.name}: {check.detail}")
     if not all(check.holds for check in checks):
         raise UserError(f"{adapter} is not what it was when it was made: do not use it")
+
+
+@app.command("report", epilog="Example: milora report runs/first --lang ja --out report-ja.html")
+def make_report(
+    run: Annotated[Path, typer.Argument(help="The run folder.")],
+    lang: Annotated[str, typer.Option(help="en or ja.")] = "en",
+    out: Annotated[Path | None, typer.Option(help="Default: report.html in the run.")] = None,
+) -> None:
+    """One self-contained page about a run, for someone who did not train it."""
+    from milora.files import write_text
+    from milora.report import report
+
+    page, file = report(run, lang), out or run / "report.html"
+    write_text(file, page)
+    typer.echo(f"{file}: {len(page) / 1000:.0f} kB")
 
 
 @app.command(

@@ -121,7 +121,7 @@ def page(result: Mapping[str, Any], drawing: str) -> str:
         "compare.html",
         arms=list(result["arms"]), scores=scores(result), rates=rates(result),
         differences=differences(result), notes=result["notes"], scored=scored, told=told,
-        drawing=inline(drawing),
+        drawing=inline(drawing, "accuracy against how far the model moved, by arm"),
     )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """What inspection found, for people: tables for the terminal, a plot, an HTML page."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from milora.compare_page import COLOURS, Table
@@ -75,17 +75,21 @@ def page(found: Mapping[str, Any]) -> str:
         drawing = ""
     return render(
         "inspect.html", model=found["model"], kinds=kinds_table(found), explained=EXPLAINED,
-        advice=advice_lines(found), because=found["advice"]["because"], drawing=inline(drawing),
+        advice=advice_lines(found), because=found["advice"]["because"],
+        drawing=inline(drawing, "singular values by kind of weight"),
         heat=heat(found["weights"], "minor_norm"), rank=found["rank"],
     )  # fmt: skip
 
 
-def heat(rows: list[Mapping[str, Any]], key: str) -> dict[str, Any]:
-    """Layers by kinds, each cell its value and its share of the largest, for a table of colours."""
+def heat(rows: Sequence[Mapping[str, Any]], key: str, least: float = 0.0) -> dict[str, Any]:
+    """Layers by kinds, each cell its value in per cent and its share of the largest, for colours.
+
+    The largest counts as `least` at the least.
+    """
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
     layers = sorted({row["layer"] for row in rows if row["layer"] is not None})
     by_place = {(row["layer"], row["kind"]): row[key] for row in rows}
-    largest = max(by_place.values()) or 1.0
+    largest = max(least, *by_place.values()) or 1.0
     return {
         "kinds": kinds,
         "rows": [
@@ -124,6 +128,7 @@ def plot(found: Mapping[str, Any]) -> str:
             panel.set_yscale("log")
             panel.set_title(kind, fontsize=10, loc="left")
             panel.tick_params(labelsize=8)
+            panel.minorticks_off()
         for panel in list(panels):
             panel.set_axis_off()
         return svg(sheet)

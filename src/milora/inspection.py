@@ -18,7 +18,7 @@ from milora.adapter import lora_config, targets
 from milora.checkpoint import Checkpoint, open_checkpoint
 from milora.errors import UserError
 from milora.progress import Progress
-from milora.spectra import HARD, rank_within, spectrum, top_holding
+from milora.spectra import HARD, rank_within, spectrum, thinned, top_holding
 from milora.store import Store
 from milora.svd import components
 
@@ -58,7 +58,7 @@ def inspect_model(
                 "shape": list(target.shape), "rank": at, **found._asdict(),
                 **{f"rank_{share:g}": rank_within(S, share) for share in MINOR_ENERGY},
                 f"top_{TOP_ENERGY:g}": top_holding(S, TOP_ENERGY),
-                "singular_values": _thinned(S),
+                "singular_values": thinned(S),
             }
         )  # fmt: skip
     progress("inspecting", len(wanted), len(wanted))
@@ -88,14 +88,6 @@ def _weight(checkpoint: Checkpoint, name: str, transposed: bool) -> Tensor:
 def _layer(name: str) -> int | None:
     found = re.search(r"\.(\d+)\.", name)
     return int(found[1]) if found else None
-
-
-def _thinned(S: Tensor, points: int = 48) -> list[list[float]]:
-    """[place, value] of at most `points` singular values, the ends close together."""
-    last = len(S) - 1
-    half = torch.logspace(0, torch.tensor(max(last, 2) / 2).log10().item(), points // 2)
-    places = sorted({0, last, *(int(x) - 1 for x in half), *(last - int(x) + 1 for x in half)})
-    return [[place, float(f"{float(S[place]):.4g}")] for place in places if 0 <= place <= last]
 
 
 def _by_kind(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 INK = "#010203"  # stands for the colour of the text, which the page decides
 
@@ -53,7 +53,8 @@ def standalone(drawing: str) -> str:
     return drawing.replace("<svg ", '<svg style="background: #fff" ', 1)
 
 
-def inline(drawing: str) -> Markup:
-    """SVG of `svg` for within a page: it takes the colour of the text around it."""
+def inline(drawing: str, label: str) -> Markup:
+    """SVG of `svg` for within a page, in the colour of the text around it, with a spoken label."""
     body = drawing[drawing.find("<svg") :] if drawing else ""
-    return Markup(body.replace(INK, "currentColor"))
+    named = f'<svg role="img" aria-label="{escape(label)}" '
+    return Markup(body.replace(INK, "currentColor").replace("<svg ", named, 1))

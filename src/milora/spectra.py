@@ -112,3 +112,11 @@ def top_holding(S: Tensor, share: float) -> int:
     """The least k whose k largest components hold at least `share` of ||W||²; S descending."""
     energy = S.double().square().cumsum(0)
     return int((energy < share * energy[-1]).sum()) + 1
+
+
+def thinned(S: Tensor, points: int = 48) -> list[list[float]]:
+    """[place, value] of at most `points` singular values, the ends close together."""
+    last = len(S) - 1
+    half = torch.logspace(0, torch.tensor(max(last, 2) / 2).log10().item(), points // 2)
+    places = sorted({0, last, *(int(x) - 1 for x in half), *(last - int(x) + 1 for x in half)})
+    return [[place, float(f"{float(S[place]):.4g}")] for place in places if 0 <= place <= last]

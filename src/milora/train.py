@@ -78,6 +78,7 @@ from milora.protect import (
     worst,
 )
 from milora.ranks import ranks, with_ranks
+from milora.spectra import thinned
 from milora.store import Store
 from milora.svd import components
 from milora.verify import make_probes
@@ -279,6 +280,8 @@ def train(
     began = time.monotonic()
     if tops and isinstance(live, PeftModel) and start is not None:
         record["interference"] = _interference(live, start, tops)
+    if isinstance(live, PeftModel) and start is not None and "spectra" not in record:
+        record["spectra"] = _spectra(live, start)
     if isinstance(live, PeftModel) and start is not None:
         live = _export(live, start, record, material, run, probe, asked, progress)
         unchanged = adapter.base_sha256(live) == base_sha
@@ -575,6 +578,29 @@ def _interference(live: PeftModel, start: adapter.Start, tops: Mapping[str, Top]
         for name, one in found.items()
     }
     return {**worst(found), "layers": layers}
+
+
+def _spectra(live: PeftModel, start: adapter.Start) -> dict[str, Any]:
+    """Singular values before and after, of the first, middle and last weight of every kind.
+
+    Weights with more than 2048 rows and columns are left out, since theirs would take minutes.
+    """
+    plain = export.plain_lora(start, adapter.trained_factors(live))
+    layers, kinds = adapter.adapted_layers(live), dict[str, list[str]]()
+    for name in layers:
+        kinds.setdefault(name.rpartition(".")[2], []).append(name)
+    found = {}
+    for names in kinds.values():
+        for name in dict.fromkeys((names[0], names[len(names) // 2], names[-1])):
+            weight = adapter.weight_of(layers[name]).double()
+            if min(weight.shape) > 2048:
+                continue
+            A, B = (x.double().to(weight.device) for x in plain.factors[name])
+            found[name] = {
+                "before": thinned(torch.linalg.svdvals(weight)),
+                "after": thinned(torch.linalg.svdvals(weight + B @ A)),
+            }
+    return found
 
 
 def _export(

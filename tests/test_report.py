@@ -1,0 +1,193 @@
+"""The report: all of it there, text stays text, and it stands up in a browser."""
+
+import json
+import os
+import re
+import shutil
+import string
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tiny_run import run, settings
+
+import milora
+from milora.cli import main
+from milora.errors import UserError
+from milora.report import report
+
+Tiny = Callable[[str], Path]
+HOSTILE = "<script>document.title='taken'</script><img src=x onerror=alert(1)>"
+SECTIONS = (
+    "summary", "gates", "scores", "kept", "interference", "spectra", "loss", "answers", "data",
+    "asked", "cost", "load", "reproduce",
+)  # fmt: skip
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from conftest import make_model, make_tokenizer
+
+    home = tmp_path_factory.mktemp("report")
+    base = home / "model"
+    make_model("llama").save_pretrained(base)
+    make_tokenizer().save_pretrained(base)
+    rows = [{"prompt": f"{HOSTILE} {i}", "completion": f"{HOSTILE} {i}"} for i in range(24)]
+    (home / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    choices = [{"question": HOSTILE, "choices": [HOSTILE, "b"], "answer": 0} for _ in range(4)]
+    (home / "choices.jsonl").write_text("".join(json.dumps(row) + "\n" for row in choices))
+    tasks = [
+        {"file": str(home / "rows.jsonl"), "name": HOSTILE, "max_new_tokens": 3, "limit": 8},
+        {"file": str(home / "choices.jsonl"), "protocol": "likelihood"},
+    ]
+    values = settings(
+        base, home, data={"max_length": 128}, milora={"protect": {"q_proj": 4}},
+        training={"run_name": HOSTILE}, evaluate={"tasks": tasks},
+        gates=["choices.accuracy >= base - 1", "knowledge.kl <= 1e-12"],
+    )  # fmt: skip
+    run(values)
+    return home / "run"
+
+
+def test_everything_is_on_it(finished: Path) -> None:
+    page = report(finished)
+    assert re.findall(r'<h2 id="(\w+)"', page) == list(SECTIONS)
+    assert page.count("<svg") == 2
+    assert page.count('role="img"') == 2
+    assert ">fails<" in page
+    assert ">holds<" in page
+    assert "14 weights were protected" in page
+    record = json.loads((finished / "run.json").read_text())
+    assert record["base"]["sha256"] in page
+    assert f"Made by milora {milora.__version__}" in page
+    for digest in record["data"]["sha256"].values():
+        assert digest[:16] in page
+
+
+def test_text_stays_text(finished: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    samples = [json.loads(line) for line in (copy / "samples.jsonl").read_text().splitlines()]
+    for sample in samples:
+        if "verdict" in sample["tuned"]:
+            sample["tuned"]["answer"] = HOSTILE
+    (copy / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples))
+    for lang in ("en", "ja"):
+        page = report(copy, lang)
+        assert "document.title" in page
+        assert "<script" not in page
+        assert "<img" not in page
+        assert not re.search(r'(?:src|href)="(?!#)', page)
+        assert "://" not in page.replace("http://www.w3.org/", "")
+
+
+def test_in_japanese(finished: Path) -> None:
+    page = report(finished, "ja")
+    assert '<html lang="ja">' in page
+    assert "学習レポート" in page
+    assert re.findall(r'<h2 id="(\w+)"', page) == list(SECTIONS)
+    heads = re.findall(r"<h2[^>]*>([^<]+)</h2>", page)
+    assert all(re.search(r"[ぁ-んァ-ン一-龥]", head) for head in heads), heads
+    with pytest.raises(UserError, match="--lang de: use one of en, ja"):
+        report(finished, "de")
+
+
+def test_both_languages_say_the_same() -> None:
+    file = Path(milora.__file__).parent / "templates" / "report.yaml"
+    template = (file.parent / "report.html").read_text(encoding="utf-8")
+    source = template + (file.parents[1] / "report.py").read_text(encoding="utf-8")
+    source += (file.parents[1] / "card.py").read_text(encoding="utf-8")
+    for key, by_language in yaml.safe_load(file.read_text(encoding="utf-8")).items():
+        fields = [
+            sorted(field for _, field, _, _ in string.Formatter().parse(text) if field)
+            for text in by_language.values()
+        ]
+        assert set(by_language) == {"en", "ja"}, key
+        assert fields[0] == fields[1], key
+        used = re.search(rf't\.{key}\b|\["{key}"\]|"{key}"', source)
+        assert used or key in ("training", "export", "evaluation", "right", "wrong"), key
+
+
+def test_the_command_and_every_run(
+    finished: Path, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def command(*words: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["milora", *words])
+        with pytest.raises(SystemExit) as end:
+            main()
+        return int(end.value.code or 0)
+
+    out = tmp_path / "ja.html"
+    assert command("report", str(finished), "--lang", "ja", "--out", str(out)) == 0
+    assert out.read_text(encoding="utf-8") == report(finished, "ja")
+    assert command("report", str(tmp_path)) == 2
+    assert "is not the folder of a finished run" in capsys.readouterr().err
+    values = settings(tiny("tied"), tmp_path, method="full", evaluate={"tasks": []})
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    assert command("train", str(tmp_path / "run.yaml")) == 0
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "Full fine-tuning of" in page
+    assert 'id="load"' not in page
+    assert 'id="interference"' not in page
+
+
+def test_without_matplotlib(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    page = report(finished)
+    assert "<svg" not in page
+    assert page.count("pip install &#39;milora[plot]&#39;") == 2
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if not CHROMIUM:
+        pytest.skip("no Chromium here: install it, or set CHROMIUM to its path")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as started:
+        opened = started.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"]
+        )
+        yield opened
+        opened.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lang", ["en", "ja"])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1200, 390])
+def test_in_a_browser(
+    width: int, scheme: Any, lang: str, browser: Any, finished: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "report.html"
+    file.write_text(report(finished, lang), encoding="utf-8")
+    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    errors: list[str] = []
+    requests: list[str] = []
+    page.on("console", lambda message: errors.append(message.text))
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("request", lambda request: requests.append(request.url))
+    page.goto(file.as_uri())
+    assert errors == []
+    assert requests == [file.as_uri()]
+    assert page.title() != "taken"
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.evaluate("document.scripts.length") == 0
+    for drawing in page.query_selector_all("svg"):
+        box = drawing.bounding_box()
+        assert box
+        assert box["width"] > 200
+        assert box["height"] > 50
+        assert drawing.get_attribute("aria-label")
+    style = "getComputedStyle(document.body)"
+    ink, paper = (
+        sum(map(int, re.findall(r"\d+", page.evaluate(f"{style}.{key}"))))
+        for key in ("color", "backgroundColor")
+    )
+    assert (ink < paper) == (scheme == "light")
+    page.close()
