@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from milora.card import figure, harmless, short
-from milora.pages import inked, inline, render, svg
+from milora.pages import INK, inked, inline, render, svg
 
 # Figures of `knowledge`, the base's own of each, heading, digits.
 MEASURES = (
@@ -14,7 +14,7 @@ MEASURES = (
     ("similarities", None, "correlation of similarities", 3),
 )
 # Okabe and Ito's colours, which most colour-blind readers can tell apart, and a mark for each.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", INK)
 MARKS = "os^Dv*P"
 
 
@@ -140,10 +140,12 @@ def _plot(result: Mapping[str, Any]) -> str:
 
     names = list(next(iter(result["arms"].values()))["tasks"])
     kept = next(_measures(result))
-    sheet = Figure(figsize=(1 + 4.6 * max(len(names), 1), 4.4), layout="constrained")
+    sheet = Figure(figsize=(3.4 + 4.2 * max(len(names), 1), 4.2), layout="constrained")
     panels = sheet.subplots(1, max(len(names), 1), squeeze=False)[0]
     for panel, name in zip(panels, names, strict=False):
-        panel.axhline(result["base"]["tasks"][name]["accuracy"], color="#6B6B6B", lw=1, ls=":")
+        base = result["base"]["tasks"][name]["accuracy"]
+        panel.axhline(base, color="#808080", lw=1, ls=":")
+        own = []  # the marks; the frame is theirs, and lines to poorer rates may leave it
         for place, (arm, found) in enumerate(result["arms"].items()):
             colour, mark = COLOURS[place % len(COLOURS)], MARKS[place % len(MARKS)]
             tried = [one for one in found["tried"].values() if one["held_out_loss"] is not None]
@@ -155,16 +157,23 @@ def _plot(result: Mapping[str, Any]) -> str:
             score, far = found["tasks"][name]["accuracy"], found["knowledge"][kept[0]][kept[1]]
             if far["mean"] is None:
                 continue
+            own.append((far["mean"], score["mean"]))
             panel.errorbar(
                 far["mean"], score["mean"], xerr=far["deviation"], yerr=score["deviation"],
                 fmt=mark, color=colour, capsize=3, label=f"{arm} at {found['learning_rate']:g}",
             )  # fmt: skip
         panel.set_xscale("log")
-        panel.set_title(f"{name} (dotted: base)", fontsize=11, loc="left")
+        heights = [score for _, score in own]
+        room = max(0.02, max(heights) - min(heights))
+        low, high = min(heights) - room, max(heights) + room
+        panel.set_ylim(low, high)
+        panel.set_xlim(min(far for far, _ in own) / 3, max(far for far, _ in own) * 3)
+        shown = "dotted: base" if low <= base <= high else f"base: {base:.3f}"
+        panel.set_title(f"{name} ({shown})", fontsize=11, loc="left")
         panel.set_xlabel(f"{kept[3]}, {short(result['base']['knowledge'][0]['text'])}: forgotten")
         panel.set_ylabel("accuracy: learned")
     handles, labels = panels[0].get_legend_handles_labels()
-    sheet.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    sheet.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=9)
     return svg(sheet)
 
 
@@ -172,4 +181,4 @@ def plus_minus(found: Mapping[str, Any], digits: int) -> str:
     mean = figure(found["mean"], digits)
     if found["deviation"] is None:
         return mean
-    return f"{mean} ± {found['deviation']:.{digits}f}"
+    return f"{mean}\u00a0±\u00a0{found['deviation']:.{digits}f}"
