@@ -3,6 +3,7 @@
     python benchmarks/comparison.py smollm2-trec     one comparison; goes on where it stopped
     python benchmarks/comparison.py llama-trec       on the model of small_llama.py
     python benchmarks/comparison.py minilm-trec      the same grid over sentence_classifier.py
+    python benchmarks/comparison.py docs             the tables of docs/results.md
 
 What each run came to lies in benchmarks/results/comparison/NAME and is committed, so that a grid
 goes on from there on any machine; run folders lie beside it and are not.
@@ -21,7 +22,7 @@ from small_llama import HELD_OUT, MODEL
 from tasks import ROOT, graded, kept_tasks, require_data, task_files, text_file
 
 from milora.compare import Arm, compare, grid, parse_arm, run_name, summary, write
-from milora.compare_page import tables
+from milora.compare_page import Table, markdown, plus_minus, scores, tables
 from milora.files import read_json, write_json
 from milora.progress import Progress
 
@@ -52,14 +53,14 @@ def smollm2(task: str) -> dict[str, Any]:
     }
 
 
-def llama(task: str) -> dict[str, Any]:
+def llama(task: str, name: str = "llama") -> dict[str, Any]:
     """1,500 rows three times, 282 steps of 16, fp32; kept is the loss of pretraining."""
     if not (MODEL / "model.safetensors").exists():
         sys.exit(f"{MODEL} is not there: python benchmarks/small_llama.py")
     files = task_files(task, 1500, 300, 500)
     return {
         "model": str(MODEL),
-        "output_dir": str(RESULTS / f"llama-{task}"),
+        "output_dir": str(RESULTS / f"{name}-{task}"),
         "data": {"train": files["train"], "eval": files["held_out"], "max_length": 256},
         "lora": {"r": 16, "lora_alpha": 16},
         "training": {
@@ -80,10 +81,22 @@ def llama(task: str) -> dict[str, Any]:
 SMOLLM2 = ("lora", "milora", "pissa", "random", "middle", "lora:training.weight_decay=3")
 SMALL = ("lora", "milora", "pissa", "random", "middle", "lora:training.weight_decay=1", "full")
 
+# Protection: k of the 256 directions of the small Llama, of which r = 16 are the adapter's.
+HELD = tuple(
+    f"{method}:milora.protect={k}" for method in ("milora", "lora") for k in (0, 16, 64, 240)
+)
+
+
+def held(task: str) -> dict[str, Any]:
+    """As llama, with the interference measured in 64 directions, or in all that are protected."""
+    return llama(task, "held") | {"milora": {"interference": {"top": 64}}}
+
+
 # By the first part of the name: arms, rates, tasks. The rates are widened where they must be.
 COMPARISONS = {
     "smollm2": (SMOLLM2, (1e-4, 3e-4, 1e-3), ("trec", "mawps", "polarity")),
     "llama": (SMALL, (3e-4, 1e-3, 3e-3), ("trec", "subjectivity")),
+    "held": (HELD, (3e-4, 1e-3, 3e-3), ("trec", "polarity")),
     "minilm": (SMALL, (3e-4, 1e-3, 3e-3), ("trec", "subjectivity", "polarity")),
 }
 NAMES = [f"{model}-{task}" for model, (_, _, tasks) in COMPARISONS.items() for task in tasks]
@@ -134,18 +147,74 @@ def minilm(task: str, arms: Sequence[str], rates: Sequence[float]) -> dict[str, 
     return result
 
 
+def docs() -> None:
+    """Write what there is between the markers of docs/results.md and the README."""
+    found = {
+        name: read_json(RESULTS / name / "compare.json")
+        for name in NAMES
+        if (RESULTS / name / "compare.json").exists()
+    }
+    parts = {
+        name: [*markdown(scores(result)), "", _notes(result)] for name, result in found.items()
+    }
+    parts["comparison"] = markdown(against_lora(found))
+    for page in (Path("docs/results.md"), Path("README.md")):
+        text = page.read_text(encoding="utf-8")
+        for name, lines in parts.items():
+            before, marker, rest = text.partition(f"<!-- table: {name} -->")
+            if marker:
+                _, end, after = rest.partition("<!-- end -->")
+                text = "\n".join([before + marker, *lines, end + after])
+        page.write_text(text, encoding="utf-8")
+
+
+def _notes(result: dict[str, Any]) -> str:
+    edges = [arm for arm, one in result["arms"].items() if one["at_the_edge"]]
+    return f"At the edge of the rates tried: {', '.join(edges)}." if edges else ""
+
+
+def against_lora(found: dict[str, dict[str, Any]]) -> Table:
+    """For every comparison and method: accuracy less LoRA's, and how far it moved beside LoRA."""
+    head = ["comparison", "method", "accuracy", "less LoRA's (95 %)", "forgotten", "of LoRA's"]
+    rows = []
+    for name, result in found.items():
+        task = name.split("-")[1]
+        own = {arm: one["knowledge"][0] for arm, one in result["arms"].items()}
+        key = "kl" if "kl" in own["lora"] else "moved"
+        for arm, one in result["arms"].items():
+            row = [name, arm.partition(":")[0] + (" + decay" if ":" in arm else "")]
+            row.append(plus_minus(one["tasks"][task]["accuracy"], 3))
+            pair = [p for p in result["pairs"] if p["task"] == task]
+            pair = [p for p in pair if (p["first"], p["second"]) == ("lora", arm)]
+            row.append(
+                f"{-pair[0]['difference']:+.3f} ({-pair[0]['interval'][1]:+.3f} to "
+                f"{-pair[0]['interval'][0]:+.3f})" if pair else ""
+            )  # fmt: skip
+            row.append(plus_minus(own[arm][key], 3))
+            row.append(
+                "" if arm == "lora" else f"{own[arm][key]['mean'] / own['lora'][key]['mean']:.2f}"
+            )
+            rows.append(row)
+    return Table(head, rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("name", choices=NAMES)
+    parser.add_argument("name", choices=[*NAMES, "docs"])
     name = parser.parse_args().name
-    require_data()
     os.chdir(ROOT)
+    if name == "docs":
+        docs()
+        return
+    require_data()
     model, task = name.split("-")
     arms, rates, _ = COMPARISONS[model]
     if model == "minilm":
         result = minilm(task, arms, rates)
     else:
-        result = causal({"smollm2": smollm2, "llama": llama}[model](task), arms, rates)
+        result = causal(
+            {"smollm2": smollm2, "llama": llama, "held": held}[model](task), arms, rates
+        )
     print(tables(result))
 
 

@@ -128,6 +128,22 @@ def test_the_update_is_kept_out(method: str, load: Load) -> None:
         assert float(after.S[0]) >= float(before[0]) * (1 - 1e-5)
 
 
+def test_fewer_are_held_than_watched(load: Load) -> None:
+    _, start, layers = adapted(load, "milora")
+    tops = tops_of(layers, start, 2, watched=4)
+    generator = torch.Generator().manual_seed(0)
+    for layer in layers.values():
+        for part in (layer.lora_A, layer.lora_B):
+            weight = part["milora"].weight.data
+            weight.add_(torch.randn(weight.shape, generator=generator))
+    project(layers, tops)
+    assert worst(measure(layers, start, tops))["max"] > 1e-3
+    for name, top in tops.items():
+        B = layers[name].lora_B["milora"].weight
+        assert float((top.U[:, :2].T @ B).detach().abs().max()) < 1e-5
+        assert float((top.U[:, 2:].T @ B).detach().abs().max()) > 1e-2
+
+
 def test_how_many(load: Load) -> None:
     _, start, layers = adapted(load, "milora")
     shapes = {name: min(weight_of(layer).shape) for name, layer in layers.items()}
@@ -142,14 +158,14 @@ def test_how_many(load: Load) -> None:
             assert top.protected == 1 or float(part[top.protected - 2]) < share
             assert top.energy == pytest.approx(float(part[top.protected - 1]), rel=1e-9)
     patterns = {"q_proj": 4, r".*\.1\.mlp\.down_proj": {"energy": 0.3}}
-    tops = tops_of(layers, start, patterns, watched=2)
+    tops = tops_of(layers, start, patterns, watched=6)
     for name, top in tops.items():
         if name.endswith("q_proj"):
-            assert top.protected == 4
+            assert (top.protected, top.U.shape[1]) == (4, 6)
         elif name.endswith("1.mlp.down_proj"):
             assert top.protected > 0
         else:
-            assert (top.protected, top.U.shape[1]) == (0, 2)
+            assert (top.protected, top.U.shape[1]) == (0, 6)
     assert set(tops_of(layers, start, patterns)) < set(layers)  # nothing to watch: left out
     with pytest.raises(UserError, match="'k_proj' matches none of the 6 adapted weights"):
         tops_of(layers, start, {"k_proj": 3})
@@ -182,7 +198,7 @@ def test_they_are_stored_with_their_base(load: Load, tmp_path: Path) -> None:
         load_tops(path, start.sha256)
 
 
-HELD: dict[str, Any] = {"milora": {"protect": 5, "interference": {"every": 2}}}
+HELD: dict[str, Any] = {"milora": {"protect": 5, "interference": {"every": 2, "top": 0}}}
 
 
 @pytest.mark.parametrize(

@@ -320,6 +320,7 @@ def _over_seeds(outcomes: Sequence[Outcome]) -> dict[str, Any]:
         )
     return {
         "trained_parameters": outcomes[0]["trained_parameters"],
+        "interference": spread([(one.get("interference") or {}).get("max") for one in outcomes]),
         "training_seconds": spread([one["seconds"].get("training", 0.0) for one in outcomes]),
         "tasks": tasks,
         "knowledge": knowledge,

@@ -33,13 +33,17 @@ def scores(result: Mapping[str, Any]) -> Table:
     for place, _, own, label, digits in columns:
         head.append(f"{label}, {short(base['knowledge'][place]['text'])}")
         first.append(figure(base["knowledge"][place][own], digits) if own else "")
+    rho = any(found["interference"]["mean"] is not None for found in result["arms"].values())
+    if rho:
+        head.append("interference, largest")
+        first.append("")
     rows = [first]
     if any("majority" in task for task in base["tasks"].values()):
         always = [
             f"{task['majority']:.3f}" if "majority" in task else ""
             for task in base["tasks"].values()
         ]
-        rows.append(["the commonest answer", "", *always, *[""] * len(columns)])
+        rows.append(["the commonest answer", "", *always, *[""] * (len(columns) + rho)])
     for arm, found in result["arms"].items():
         cells = [arm, f"{found['learning_rate']:g}"]
         cells += [plus_minus(found["tasks"][name]["accuracy"], 3) for name in names]
@@ -47,6 +51,9 @@ def scores(result: Mapping[str, Any]) -> Table:
             plus_minus(found["knowledge"][place][key], digits)
             for place, key, _, _, digits in columns
         ]
+        if rho:
+            largest = found["interference"]["mean"]
+            cells.append("" if largest is None else f"{largest:.2g}")
         rows.append(cells)
     return Table(head, rows)
 

@@ -38,7 +38,7 @@ milora:
   rank: null                   # by layer: {energy: 0.001}, {parameters: 2000000}; else lora.r
   protect: 0                   # top-k singular directions held fixed; {energy: 0.5}; or by pattern
   interference:                # how much of the update acts in the top directions, as it trains
-    top: 16                    # k where nothing is protected; 0 measures nothing
+    top: 16                    # k, or protect where that is more; 0 measures what is protected
     every: 50                  # steps
     limit: null                # a share in (0, 1) above which a warning is given
     stop: false                # true: and the run ends with its last checkpoint below the limit

@@ -38,9 +38,9 @@ class Top(NamedTuple):
 
     U: Tensor  # (m, k) fp32, orthonormal columns
     Vh: Tensor  # (k, n) fp32, orthonormal rows
-    energy: float  # their share of ||W||², Frobenius
+    energy: float  # share of ||W||² (Frobenius) of those protected, of all k where none is
     norm: float  # ||W||
-    protected: int  # how many of the first are held; k or 0
+    protected: int  # how many of the first are held, 0 to k
     limited: bool  # fewer than were asked for, since the initial factors lie there
 
 
@@ -98,8 +98,8 @@ def top_vectors(
 ) -> dict[str, Top]:
     """The top singular vectors of every adapted weight, to protect and to watch.
 
-    `layers` as adapter.adapted_layers gives them. Where nothing is protected, `watched` vectors
-    are taken, at most what the weight has. Raises UserError for a pattern that matches no module.
+    `layers` as adapter.adapted_layers gives them. At least `watched` vectors are taken, or all
+    that the weight has. Raises UserError for a pattern that matches no module.
     """
     _check_patterns(protect, list(layers))
     found = {}
@@ -114,11 +114,11 @@ def top_vectors(
             held, limited = min(asked, room), asked > room
         else:
             held, limited = _for_energy(weight, asked["energy"], norm, room, drawn, decompose)
-        count = held or min(watched, min(weight.shape))
+        count = max(held, min(watched, min(weight.shape)))
         if count == 0:
             continue
         top = decompose(weight, count, "principal", drawn)
-        energy = float(top.S.square().sum()) / norm**2 if norm else 0.0
+        energy = float(top.S[: held or count].square().sum()) / norm**2 if norm else 0.0
         U, Vh = top.U.float().contiguous(), top.Vh.float().contiguous()
         found[name] = Top(U, Vh, energy, norm, held, limited)
     return found
@@ -153,7 +153,7 @@ def project(layers: Mapping[str, Any], tops: Mapping[str, Top]) -> None:
     for name, top in tops.items():
         if top.protected:
             A, B = (part[TRAINED].weight for part in (layers[name].lora_A, layers[name].lora_B))
-            U, Vh = top.U.to(B), top.Vh.to(A)
+            U, Vh = top.U[:, : top.protected].to(B), top.Vh[: top.protected].to(A)
             B.sub_(U @ (U.T @ B))
             A.sub_((A @ Vh.T) @ Vh)
 
