@@ -34,6 +34,15 @@ class MiloraTrainer(Trainer):
     on resume it restores only the first active adapter and unfreezes the anchor.
     """
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.also: dict[str, float] = {}  # figures that go out with the next line of the log
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        logs |= self.also
+        self.also = {}
+        super().log(logs, start_time)
+
     def _live(self) -> nn.Module:
         assert isinstance(self.model, nn.Module)
         return self.model
@@ -78,7 +87,7 @@ class Watch(TrainerCallback):
         self.layers, self.start, self.tops = layers, start, tops
         self.every, self.limit, self.stop = every, limit, stop
         self.path, self.progress = path, progress
-        self.trainer: Trainer | None = None  # whose trackers get the figures
+        self.trainer: MiloraTrainer | None = None  # whose trackers get the figures
         self.passed = 0  # the step at which the run was stopped
         self.warned = False
 
@@ -101,8 +110,8 @@ class Watch(TrainerCallback):
         with self.path.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(line) + "\n")
         total = worst(found)
-        if self.trainer is not None:
-            self.trainer.log({f"interference_{key}": total[key] for key in ("max", "mean", "size")})
+        if self.trainer is not None:  # a log of its own would take the place of the loss
+            self.trainer.also = {f"interference_{k}": total[k] for k in ("max", "mean", "size")}
         if self.limit is None or total["max"] <= self.limit:
             return
         if not self.warned:
