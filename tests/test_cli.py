@@ -100,6 +100,21 @@ def test_a_whole_run_and_what_follows(command: Command) -> None:
     assert code == 0
     assert "rows: accuracy of 3" in out
     assert json.loads(Path("again.json").read_text())["tasks"]["rows"]["rows"] == 3
+    before = json.loads(Path("run/evaluation.json").read_text())
+    Path("other.jsonl").write_text('{"prompt": "9 =", "completion": "9"}\n')
+    code, out, _ = command("eval", "run", "--tasks", "other.jsonl")
+    assert code == 0
+    assert "written: run/evaluation.json" in out
+    after = json.loads(Path("run/evaluation.json").read_text())
+    assert after["tasks"]["rows"] == before["tasks"]["rows"]
+    assert after["tasks"]["other"]["match"] == "exact"
+    assert after["knowledge"] == before["knowledge"]
+    assert after["settings"]["dtype"] == "float32"
+    samples = [json.loads(x)["task"] for x in Path("run/samples.jsonl").read_text().splitlines()]
+    assert set(samples) == {"rows", "other"}
+    assert command("eval", "run", "--tasks", "other.jsonl")[0] == 0  # in place of itself
+    assert len(Path("run/samples.jsonl").read_text().splitlines()) == len(samples)
+    assert command("gate", "run", "--gate", "other.accuracy >= base - 1")[0] == 0
     code, out, _ = command("export", "run", "--to", "lora", "--rank", "3", "--out", "small")
     assert code == 0
     assert "plain LoRA of rank 3; relative error" in out

@@ -189,13 +189,25 @@ def evaluate(
     ] = "",
     limit: Annotated[int | None, typer.Option(min=1, help="Rows per task.")] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Also write the result to this JSON file.")
+        Path | None,
+        typer.Option(help="The JSON file to write; default: evaluation.json of the run."),
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Base against tuned: accuracy, format failures, loss, and knowledge kept."""
+    """Base against tuned: accuracy, format failures, loss, and knowledge kept.
+
+    What a run has been asked before is not asked again. New tasks are added to the run's
+    evaluation.json, where its report and gates find them, unless --limit makes them a trial.
+    """
     _quiet()
-    from milora.evaluate import Pair, evaluate_all, general_texts, load_task, save_evaluation
+    from milora.evaluate import (
+        Pair,
+        evaluate_all,
+        general_texts,
+        load_task,
+        merge_evaluations,
+        save_evaluation,
+    )
     from milora.pretrained import load_pretrained
     from milora.progress import Progress
     from milora.verify import open_adapter
@@ -235,8 +247,14 @@ def evaluate(
             progress,
         )
     _print_scores(result)
+    own = source / "evaluation.json"
     if out:
         save_evaluation(out, out.with_suffix(".samples.jsonl"), result, samples)
+        typer.echo(f"written: {out}")
+    elif own.exists() and limit is None:
+        files = own, source / "samples.jsonl"
+        save_evaluation(*files, *merge_evaluations(*files, result, samples))
+        typer.echo(f"written: {own}")
 
 
 @app.command(

@@ -45,7 +45,7 @@ from milora.choices import (
 )
 from milora.data import IGNORED, Collator, Row, encode, pad, prompt_ids, read_rows
 from milora.errors import UserError
-from milora.files import write_json, write_text
+from milora.files import read_json, write_json, write_text
 from milora.grade import Grader, Verdict, check_reference, grader
 from milora.harness import HarnessScores, HarnessTask, harness_task, run_harness
 
@@ -63,6 +63,8 @@ class Task(NamedTuple):
     grade: Grader | None  # None: the answers are only written down, for a judge
     max_new_tokens: int
     duplicates: int = 0
+    match: str = ""  # what `grade` is, for the record
+    pattern: str | None = None
 
 
 class ChoiceTask(NamedTuple):
@@ -121,7 +123,9 @@ def load_task(task: str | Mapping[str, Any], limit: int | None = None) -> AnyTas
         if reason:
             raise UserError(f"{row.place}: the reference answer {reason}")
     again = _again([repr(row.messages[:-1]) for row in rows])
-    return Task(name, rows, grade, options.get("max_new_tokens") or 64, again)
+    return Task(
+        name, rows, grade, options.get("max_new_tokens") or 64, again, match, options.get("pattern")
+    )
 
 
 def _again(asked: Sequence[Any]) -> int:
@@ -159,6 +163,8 @@ def evaluate_task(
         "rows": len(task.rows),
         "duplicates": task.duplicates,
         "max_new_tokens": task.max_new_tokens,
+        "match": task.match,
+        "pattern": task.pattern,
         "majority": max(references.count(one) for one in set(references)) / len(references),
     }
     for state, entered in (("base", pair.base), ("tuned", pair.tuned)):
@@ -198,6 +204,7 @@ def evaluate_choices(
         "rows": count,
         "duplicates": task.duplicates,
         "protocol": "likelihood",
+        "prompt": task.prompt,
         "chance": sum(1 / len(q.options) for q in task.questions) / count,
         "majority": max(right.count(place) for place in set(right)) / count,
     }
@@ -371,7 +378,27 @@ def evaluate_all(
             partial(knowledge_kept, pair, tokenizer, text, chunks, progress=progress),
         )
         knowledge.append({"text": name, **kept})
-    return {"tasks": scores, "knowledge": knowledge}, samples
+    settings = {
+        "batch_size": batch_size,
+        "chunks": chunks,
+        "dtype": str(next(pair.model.parameters()).dtype).removeprefix("torch."),
+        "device": next(pair.model.parameters()).device.type,
+        "versions": {name: version(name) for name in ("milora", "torch", "transformers")},
+    }
+    return {"tasks": scores, "knowledge": knowledge, "settings": settings}, samples
+
+
+def merge_evaluations(
+    file: Path, samples_file: Path, result: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]
+) -> tuple[dict[str, Any], list[Mapping[str, Any]]]:
+    """What the two files hold, with the tasks and texts of `result` added or put in their place."""
+    stored = read_json(file)
+    tasks = stored["tasks"] | result["tasks"]
+    texts = {one["text"]: one for one in [*stored["knowledge"], *result["knowledge"]]}
+    lines = samples_file.read_text(encoding="utf-8").splitlines()
+    kept = [sample for sample in map(json.loads, lines) if sample["task"] not in result["tasks"]]
+    whole = {**stored, **result, "tasks": tasks, "knowledge": list(texts.values())}
+    return whole, [*kept, *samples]
 
 
 def save_evaluation(
