@@ -87,6 +87,9 @@ HELD = tuple(
 )
 
 
+HELD_MINILM = tuple(arm.replace("240", "256") for arm in HELD)
+
+
 def held(task: str) -> dict[str, Any]:
     """As llama, with the interference measured in 64 directions, or in all that are protected."""
     return llama(task, "held") | {"milora": {"interference": {"top": 64}}}
@@ -98,6 +101,7 @@ COMPARISONS = {
     "llama": (SMALL, (3e-4, 1e-3, 3e-3), ("trec", "subjectivity")),
     "held": (HELD, (3e-4, 1e-3, 3e-3), ("trec", "polarity")),
     "minilm": (SMALL, (3e-4, 1e-3, 3e-3), ("trec", "subjectivity", "polarity")),
+    "minilmheld": (HELD_MINILM, (3e-4, 1e-3, 3e-3), ("trec", "polarity")),
 }
 NAMES = [f"{model}-{task}" for model, (_, _, tasks) in COMPARISONS.items() for task in tasks]
 
@@ -116,14 +120,14 @@ def causal(values: dict[str, Any], arms: Sequence[str], rates: Sequence[float]) 
         )
 
 
-def minilm(task: str, arms: Sequence[str], rates: Sequence[float]) -> dict[str, Any]:
+def minilm(name: str, arms: Sequence[str], rates: Sequence[float]) -> dict[str, Any]:
     """The same grid, summary and page, over runs of sentence_classifier.py.
 
     What stands for the base is a head trained on the untouched encoder.
     """
     from sentence_classifier import run
 
-    home = RESULTS / f"minilm-{task}"
+    home, task = RESULTS / name, name.split("-")[1]
     home.mkdir(parents=True, exist_ok=True)
 
     def one(arm: Arm, rate: float, seed: int) -> dict[str, Any]:
@@ -131,12 +135,13 @@ def minilm(task: str, arms: Sequence[str], rates: Sequence[float]) -> dict[str, 
         if not file.exists():
             asked = dict(override.split("=") for override in arm.overrides)
             decay = float(asked.get("training.weight_decay", 0))
-            write_json(file, run(task, asked["method"], rate, seed, decay))
+            protect = int(asked.get("milora.protect", 0))
+            write_json(file, run(task, asked["method"], rate, seed, decay, protect))
         return read_json(file)
 
     untouched = home / "head.json"
     if not untouched.exists():
-        write_json(untouched, run(task, "head", 0.0, SEEDS[0], 0.0))
+        write_json(untouched, run(task, "head", 0.0, SEEDS[0]))
     with Progress() as progress:
         outcomes = grid([parse_arm(arm) for arm in arms], SEEDS, rates, one, progress, widen=True)
         head = read_json(untouched)["evaluation"]["tasks"][task]["tuned"]
@@ -209,8 +214,8 @@ def main() -> None:
     require_data()
     model, task = name.split("-")
     arms, rates, _ = COMPARISONS[model]
-    if model == "minilm":
-        result = minilm(task, arms, rates)
+    if model.startswith("minilm"):
+        result = minilm(name, arms, rates)
     else:
         result = causal(
             {"smollm2": smollm2, "llama": llama, "held": held}[model](task), arms, rates

@@ -8,7 +8,7 @@ of other text: how far their embeddings moved, and how far the order of their si
 import copy
 import functools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,11 +18,14 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, get_scheduler
 from weights import minilm
 
-from milora.adapter import add_adapter
+from milora.adapter import adapted_layers, add_adapter
 from milora.evaluate import wilson
+from milora.protect import measure, project, top_vectors, worst
+from milora.svd import components
 
 TRAIN, HELD_OUT, TEST = 1000, 500, 500
 BATCH, EPOCHS, HEAD_RATE = 16, 2, 3e-3
+WATCHED = 64  # directions that the interference is measured in
 TARGETS = ["query", "key", "value", "intermediate.dense", "output.dense"]
 Pieces = list[list[int]]  # token ids of each sentence
 
@@ -120,17 +123,25 @@ def start() -> Start:
     return Start(tokenizer, encoder, other, before)
 
 
-def run(task: str, method: str, rate: float, seed: int, weight_decay: float) -> dict[str, Any]:
+def run(
+    task: str, method: str, rate: float, seed: int, weight_decay: float = 0.0, protect: int = 0
+) -> dict[str, Any]:
     """One run's outcome, as milora.compare keeps it. `method` "head" trains no adapter."""
     tokenizer, base, other, before = start()
     torch.manual_seed(seed)
     encoder = copy.deepcopy(base)
     encoder.requires_grad_(method == "full")
+    hold, rho = (lambda: None), None
     if method not in ("full", "head"):
         config = LoraConfig(
             r=16, lora_alpha=16, target_modules=TARGETS, task_type="FEATURE_EXTRACTION"
         )
-        encoder, _ = add_adapter(encoder, config, method, seed=seed)
+        encoder, begun = add_adapter(encoder, config, method, seed=seed)
+        layers = adapted_layers(encoder)
+        tops = top_vectors(layers, begun, protect, WATCHED, seed, components)
+        hold = functools.partial(project, layers, tops)
+        if method == "lora":
+            hold()
     labels = LABELS[task]
     parts = split(task, TRAIN, HELD_OUT, TEST)
 
@@ -144,7 +155,10 @@ def run(task: str, method: str, rate: float, seed: int, weight_decay: float) -> 
         assert step0 < 1e-6, f"step 0 is not the base: {step0}"
     began = time.monotonic()
     trained = [p for p in encoder.parameters() if p.requires_grad]
-    fit(model, *encoded(parts.train), trained, rate, seed, weight_decay)
+    fit(model, *encoded(parts.train), trained, rate, seed, weight_decay, hold)
+    if method not in ("full", "head"):
+        found = worst(measure(layers, begun, tops))
+        rho = {key: found[key] for key in ("max", "mean", "size")}
     seconds = time.monotonic() - began
     pieces, wanted = encoded(parts.held_out)
     loss = float(nn.functional.cross_entropy(over(model, pieces, "logits"), wanted))
@@ -160,13 +174,14 @@ def run(task: str, method: str, rate: float, seed: int, weight_decay: float) -> 
     return {
         "settings": {
             "task": task, "method": method, "learning_rate": rate, "seed": seed,
-            "weight_decay": weight_decay, "rows": TRAIN, "batch": BATCH, "epochs": EPOCHS,
-            "head_rate": HEAD_RATE,
+            "weight_decay": weight_decay, "protect": protect, "rows": TRAIN, "batch": BATCH,
+            "epochs": EPOCHS, "head_rate": HEAD_RATE,
         },
         "held_out_loss": loss,
         "trained_parameters": sum(p.numel() for p in trained),
         "seconds": {"training": seconds},
         "versions": {"torch": torch.__version__},
+        "interference": rho,
         "evaluation": {
             "tasks": {task: {"rows": len(right), "tuned": score}}, "knowledge": knowledge,
         },
@@ -176,7 +191,7 @@ def run(task: str, method: str, rate: float, seed: int, weight_decay: float) -> 
 
 def fit(
     model: Classifier, pieces: Pieces, wanted: Tensor, trained: Sequence[nn.Parameter],
-    rate: float, seed: int, weight_decay: float,
+    rate: float, seed: int, weight_decay: float, hold: Callable[[], None],
 ) -> None:  # fmt: skip
     groups: list[Mapping[str, Any]] = [
         {"params": model.head.parameters(), "lr": HEAD_RATE, "weight_decay": 0.0}
@@ -197,5 +212,6 @@ def fit(
             loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_([*trained, *model.head.parameters()], 1.0)
             optimizer.step()
+            hold()
             schedule.step()
             optimizer.zero_grad()
