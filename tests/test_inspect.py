@@ -17,6 +17,7 @@ from tiny_run import run, settings
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+import milora.store
 from milora.adapter import load_start
 from milora.cli import main
 from milora.errors import UserError
@@ -140,6 +141,24 @@ def test_init_decomposes_what_train_then_finds(
     record = run(values)
     assert record["parameters"]["trainable"] <= 9000
     assert "14 of 14 weights were in the store" in capsys.readouterr().err
+
+
+def test_init_leaves_no_largest_components_to_train(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MILORA_STORE", str(tmp_path / "store"))
+    protect = {"q_proj": 4, "down_proj": {"energy": 0.3}}
+    values = settings(tiny("llama"), tmp_path, milora={"protect": protect})
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(values))
+    command(monkeypatch, "init", str(config))
+    files = sorted((tmp_path / "store").glob("*/*"))
+    forbidden = lambda *args, **kwargs: pytest.fail("decomposed again")  # noqa: E731
+    monkeypatch.setattr(milora.store, "components", forbidden)
+    record = run(values)
+    assert sorted((tmp_path / "store").glob("*/*")) == files
+    held = {layer["protected"] for layer in record["interference"]["layers"].values()}
+    assert {0, 4} < held
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:

@@ -94,9 +94,15 @@ def init(
         asked = settings.model_dump(
             include={"model", "method", "lora", "seed", "dtype", "trust_remote_code"}
         )
-        ranked = settings.milora.rank.model_dump() if settings.milora.rank else None
-        store = Store(say=progress.say)
-        done = decompose_checkpoint(**asked, ranked=ranked, store=store, progress=progress)
+        milora = settings.model_dump()["milora"]
+        done = decompose_checkpoint(
+            **asked,
+            ranked=milora["rank"],
+            protect=milora["protect"],
+            watched=milora["interference"]["top"],
+            store=Store(say=progress.say),
+            progress=progress,
+        )
     typer.echo(
         f"{done['weights']} weights: {done['made']} decomposed, {done['found']} were in the store; "
         f"worst residual {done['residual']:.1e}; {duration(done['seconds'])}\n"

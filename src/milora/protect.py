@@ -105,23 +105,41 @@ def top_vectors(
     found = {}
     for done, (name, layer) in enumerate(layers.items()):
         progress(name, done, len(layers))
-        weight = weight_of(layer)
-        drawn = module_seed(seed, name)
-        room = _room(start.method, min(weight.shape), layer.r[TRAINED], drawn)
-        asked = _asked(protect, name)
-        norm = float(torch.linalg.norm(weight.double()))
-        if isinstance(asked, int):
-            held, limited = min(asked, room), asked > room
-        else:
-            held, limited = _for_energy(weight, asked["energy"], norm, room, drawn, decompose)
-        count = max(held, min(watched, min(weight.shape)))
-        if count == 0:
-            continue
-        top = decompose(weight, count, "principal", drawn)
-        energy = float(top.S[: held or count].square().sum()) / norm**2 if norm else 0.0
-        U, Vh = top.U.float().contiguous(), top.Vh.float().contiguous()
-        found[name] = Top(U, Vh, energy, norm, held, limited)
+        rank = layer.r[TRAINED]
+        top = top_of(
+            name, weight_of(layer), rank, start.method, protect, watched, seed, decompose
+        )  # fmt: skip
+        if top is not None:
+            found[name] = top
     return found
+
+
+def top_of(
+    name: str,
+    weight: Tensor,
+    rank: int,
+    method: str,
+    protect: Protect,
+    watched: int,
+    seed: int,
+    decompose: Decompose,
+) -> Top | None:
+    """Of one weight; None where there is nothing to protect or to watch."""
+    drawn = module_seed(seed, name)
+    room = _room(method, min(weight.shape), rank, drawn)
+    asked = _asked(protect, name)
+    norm = float(torch.linalg.norm(weight.double()))
+    if isinstance(asked, int):
+        held, limited = min(asked, room), asked > room
+    else:
+        held, limited = _for_energy(weight, asked["energy"], norm, room, drawn, decompose)
+    count = max(held, min(watched, min(weight.shape)))
+    if count == 0:
+        return None
+    top = decompose(weight, count, "principal", drawn)
+    energy = float(top.S[: held or count].square().sum()) / norm**2 if norm else 0.0
+    U, Vh = top.U.float().contiguous(), top.Vh.float().contiguous()
+    return Top(U, Vh, energy, norm, held, limited)
 
 
 def _room(method: str, count: int, rank: int, seed: int) -> int:

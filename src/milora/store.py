@@ -28,6 +28,7 @@ from milora.errors import UserError
 from milora.files import NO_ROOM, cache_folder, folder_of, write_bytes
 from milora.pretrained import dtype_of
 from milora.progress import Progress
+from milora.protect import Protect, check_protect, top_of
 from milora.ranks import ranks
 from milora.svd import SOLVER, Component, Components, components, positions
 
@@ -214,6 +215,8 @@ def decompose_checkpoint(
     method: str,
     lora: Mapping[str, Any],
     ranked: Mapping[str, float] | None = None,
+    protect: Protect = 0,
+    watched: int = 0,
     seed: int = 0,
     dtype: str = "auto",
     trust_remote_code: bool = False,
@@ -222,10 +225,10 @@ def decompose_checkpoint(
 ) -> dict[str, Any]:
     """Put the components that a run would start from into `store`, one weight at a time.
 
-    The arguments are those of `train`, `ranked` being milora.rank. The model is never held: the
-    peak is some times its largest weight. What the store has is not computed again, so that a
-    killed call goes on where it was. Weights that another process is at are left to it and looked
-    for at the end.
+    The arguments are those of `train`: `ranked` is milora.rank, `protect` and `watched` are
+    milora.protect and milora.interference.top. The model is never held: the peak is some times its
+    largest weight. What the store has is not computed again, so that a killed call goes on where
+    it was. Weights that another process is at are left to it and looked for at the end.
 
     Returns counts, seconds and the worst residual. Raises UserError for whatever the user must
     change, before the first decomposition where it can be known.
@@ -267,6 +270,8 @@ def decompose_checkpoint(
         shapes = {name: target.shape for name, target in wanted.items()}
         for name, rank in ranks(spectra, shapes, ranked).items():
             wanted[name] = wanted[name]._replace(rank=rank)
+    check_protect(protect, method)
+    beside = Store(store.root, store.say, store.optional)  # of the largest components
     queue, busy = list(wanted), set[str]()
     while queue:
         name = queue.pop(0)
@@ -277,6 +282,9 @@ def decompose_checkpoint(
         weight, drawn = weight_of(name), module_seed(seed, name)
         try:
             store.components(weight, target.rank, COMPONENT[method], drawn, wait=name in busy)
+            top_of(
+                name, weight, target.rank, method, protect, watched, seed, beside.components
+            )  # fmt: skip
         except BusyError:  # left to that process, and looked for at the end
             busy.add(name)
             queue.append(name)
