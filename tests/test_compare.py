@@ -139,7 +139,9 @@ def test_a_run_of_other_settings_is_not_taken(config: Path) -> None:
         run(config, ["lora"], [0], [1e-3])
 
 
-def outcome(loss: float | None, right: str = "01", kl: float = 0.1, **more: Any) -> dict[str, Any]:
+def outcome(
+    loss: float | None, right: str = "01", kl: float = 0.1, name: str = "t", **more: Any
+) -> dict[str, Any]:
     """As a run leaves it, of one task, with the figures that the summary reads."""
     accuracy = right.count("1") / len(right)
     if loss is None:
@@ -152,9 +154,9 @@ def outcome(loss: float | None, right: str = "01", kl: float = 0.1, **more: Any)
     }
     return {
         "held_out_loss": loss, "trained_parameters": 10, "seconds": {"training": 1.0},
-        "right": {"t": right},
+        "right": {name: right},
         "evaluation": {
-            "tasks": {"t": task},
+            "tasks": {name: task},
             "knowledge": [{"text": "w.txt", "kl": kl, "base_perplexity": 9.0,
                            "tuned_perplexity": 9.5}],
         },
@@ -203,10 +205,8 @@ HOSTILE = "<script>alert(1)</script>|"
 
 
 def test_what_stands_in_the_data_is_harmless_on_the_page() -> None:
-    found = outcome(1.0)
-    found["evaluation"]["tasks"] = {HOSTILE: found["evaluation"]["tasks"]["t"]}
+    found = outcome(1.0, name=HOSTILE)
     found["evaluation"]["knowledge"][0]["text"] = HOSTILE
-    found["right"] = {HOSTILE: "01"}
     outcomes = {(arm, 1e-3, seed): found for arm in ("lora", "a" + HOSTILE) for seed in (0, 1)}
     result = summary(outcomes, [0, 1])
     drawn = plot(result)

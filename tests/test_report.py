@@ -12,12 +12,18 @@ from typing import Any
 
 import pytest
 import yaml
+from test_compare import outcome
 from tiny_run import run, settings
 
 import milora
+from milora import compare_page, inspect_page
 from milora.cli import main
+from milora.compare import summary
 from milora.errors import UserError
+from milora.inspection import inspect_model
+from milora.progress import Progress
 from milora.report import report
+from milora.store import Store
 
 Tiny = Callable[[str], Path]
 HOSTILE = "<script>document.title='taken'</script><img src=x onerror=alert(1)>"
@@ -157,15 +163,37 @@ def browser() -> Iterator[Any]:
         opened.close()
 
 
+def comparison() -> str:
+    arms = ("lora", "milora", "lora:training.weight_decay=3")
+    outcomes = {
+        (arm, rate, seed): outcome(rate, right="0110", kl=100 * rate, name=HOSTILE)
+        for arm in arms for rate in (1e-3, 3e-3) for seed in (0, 1)
+    }  # fmt: skip
+    result = summary(outcomes, [0, 1])
+    return compare_page.page(result, compare_page.plot(result))
+
+
+@pytest.fixture(scope="module")
+def pages(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    store = Store(tmp_path_factory.mktemp("store"))
+    inspected = inspect_model(str(finished.parent / "model"), 4, store, Progress())
+    return {
+        "report": report(finished),
+        "report in Japanese": report(finished, "ja"),
+        "comparison": comparison(),
+        "inspection": inspect_page.page(inspected | {"model": HOSTILE}),
+    }
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("lang", ["en", "ja"])
+@pytest.mark.parametrize("name", ["report", "report in Japanese", "comparison", "inspection"])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1200, 390])
 def test_in_a_browser(
-    width: int, scheme: Any, lang: str, browser: Any, finished: Path, tmp_path: Path
+    width: int, scheme: Any, name: str, browser: Any, pages: dict[str, str], tmp_path: Path
 ) -> None:
-    file = tmp_path / "report.html"
-    file.write_text(report(finished, lang), encoding="utf-8")
+    file = tmp_path / "page.html"
+    file.write_text(pages[name], encoding="utf-8")
     page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
     errors: list[str] = []
     requests: list[str] = []
@@ -178,6 +206,7 @@ def test_in_a_browser(
     assert page.title() != "taken"
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert page.evaluate("document.scripts.length") == 0
+    assert page.query_selector_all("svg")
     for drawing in page.query_selector_all("svg"):
         box = drawing.bounding_box()
         assert box

@@ -172,7 +172,7 @@ def _plot(result: Mapping[str, Any]) -> str:
         panel.set_xscale("log")
         heights = [score for _, score in own]
         room = max(0.02, max(heights) - min(heights))
-        low, high = min(heights) - room, max(heights) + room
+        low, high = max(-0.02, min(heights) - room), min(1.02, max(heights) + room)
         panel.set_ylim(low, high)
         panel.set_xlim(min(far for far, _ in own) / 3, max(far for far, _ in own) * 3)
         shown = "dotted: base" if low <= base <= high else f"base: {base:.3f}"
