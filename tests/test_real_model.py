@@ -21,9 +21,11 @@ from milora.checkpoint import open_checkpoint
 from milora.data import IGNORED, Encoded, Row, encode, prompt_ids
 from milora.errors import UserError
 from milora.evaluate import Pair, knowledge_kept
+from milora.export import plain_lora
 from milora.files import cache_folder
 from milora.pretrained import BUNDLED, fetch_bundled, load_pretrained
-from milora.svd import minor_components
+from milora.protect import measure, project, top_vectors, worst
+from milora.svd import components, minor_components
 from milora.verify import open_adapter, verify
 
 pytestmark = pytest.mark.slow
@@ -214,3 +216,30 @@ def test_killed_and_resumed(finished: Path, tmp_path: Path) -> None:
     child.join()
     assert child.exitcode == 0
     assert result_hashes(tmp_path / "run") == wanted
+
+
+def test_what_is_protected_stays(base_folder: Path) -> None:
+    """Two hundred steps at a high rate: the top 64 directions, and their singular values, stay."""
+    base: Any = load_pretrained(BUNDLED, "float32").model
+    options = LORA | {"lora_dropout": 0.0, "r": 16, "lora_alpha": 16}
+    model, start = adapter.add_adapter(base, adapter.lora_config(options), "milora")
+    layers = adapter.adapted_layers(model)
+    tops = top_vectors(layers, start, 64, 0, 0, components)
+    before = {
+        name: torch.linalg.svdvals(adapter.weight_of(x).double()) for name, x in layers.items()
+    }
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-3)
+    ids = some_text()["input_ids"]
+    for _ in range(200):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        project(layers, tops)
+    found = measure(layers, start, tops)
+    assert worst(found)["max"] <= 1e-6
+    assert worst(found)["size"] > 1e-3
+    plain = plain_lora(start, adapter.trained_factors(model))
+    for name, layer in layers.items():
+        A, B = plain.factors[name]
+        after = torch.linalg.svdvals(adapter.weight_of(layer).double() + B.double() @ A.double())
+        torch.testing.assert_close(after[:64], before[name][:64], rtol=1e-5, atol=0)
