@@ -201,6 +201,14 @@ def test_a_seed_that_diverges_is_said() -> None:
         summary(outcomes, [0, 1])
 
 
+@pytest.mark.parametrize("what", ["base", "data"])
+def test_runs_of_different_material_are_not_compared(what: str) -> None:
+    key = f"{what}_sha256"
+    outcomes = {("lora", 1e-3, seed): outcome(1.0) | {key: {"f": seed}} for seed in (0, 1)}
+    with pytest.raises(UserError, match=f"lora-0.001-1.json are of different {what}"):
+        summary(outcomes, [0, 1])
+
+
 HOSTILE = "<script>alert(1)</script>|"
 
 

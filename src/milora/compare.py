@@ -246,7 +246,11 @@ def rows_right(samples: Path) -> dict[str, str]:
 
 
 def summary(outcomes: Outcomes, seeds: Sequence[int]) -> dict[str, Any]:
-    """The content of compare.json, from the outcomes that `grid` returns for these seeds."""
+    """The content of compare.json, from the outcomes that `grid` returns for these seeds.
+
+    Raises UserError for an arm without a rate that works, and for runs of several bases or data.
+    """
+    _check_alike(outcomes)
     arms = list(dict.fromkeys(arm for arm, _, _ in outcomes))
     chosen = {arm: chosen_rate(outcomes, arm, seeds[0]) for arm in arms}
     of_chosen = {arm: [outcomes[arm, rate, seed] for seed in seeds] for arm, rate in chosen.items()}
@@ -275,6 +279,20 @@ def summary(outcomes: Outcomes, seeds: Sequence[int]) -> dict[str, Any]:
         }  # fmt: skip
     result["notes"] = _notes(result)
     return result
+
+
+def _check_alike(outcomes: Outcomes) -> None:
+    for what in ("base_sha256", "data_sha256"):
+        seen: dict[str, str] = {}
+        for (arm, rate, seed), outcome in outcomes.items():
+            if what in outcome:
+                seen.setdefault(json.dumps(outcome[what]), run_name(arm, rate, seed))
+        if len(seen) > 1:
+            first, second, *_ = seen.values()
+            raise UserError(
+                f"{first}.json and {second}.json are of different {what.partition('_')[0]}: the "
+                "model or a file has changed since the comparison began; choose another output_dir"
+            )
 
 
 def _tried(outcome: Outcome) -> dict[str, Any]:
