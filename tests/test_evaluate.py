@@ -387,3 +387,21 @@ def test_answers_for_a_judge(tmp_path: Path, load: Load) -> None:
         assert [one["output"] for one in written] == [s[state]["answer"] for s in samples]
         assert {one["generator"] for one in written} == {state}
     assert [line for line in scores_table(result) if "loss" in line]
+
+
+def test_a_task_from_the_hub_is_its_test_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    rows = {
+        "train": [{"prompt": "1", "completion": "1", "question": "q", "choices": ["a", "b"]}],
+        "test": [{"prompt": "2", "completion": "2", "question": "t", "choices": ["a", "b"]}],
+    }
+    for part in rows.values():
+        part[0]["answer"] = 0  # type: ignore[assignment]
+    monkeypatch.setattr(datasets, "load_dataset", lambda source, split: rows[split])
+    task = load_task("some/set")
+    assert isinstance(task, Task)
+    assert task.rows[0].messages[0]["content"] == "2"
+    asked = load_task({"file": "some/set", "protocol": "likelihood"})
+    assert isinstance(asked, ChoiceTask)
+    assert asked.questions[0].question == "t"

@@ -43,7 +43,7 @@ def read_questions(file: str) -> list[Question]:
 
     Raises UserError with file, row and what is wrong.
     """
-    records, _ = read_records(file)
+    records, _ = read_records(file, split="test")
     if not records:
         raise UserError(f"{file} holds no rows")
     return [_question(record, place) for record, place in records]

@@ -112,7 +112,7 @@ def load_task(task: str | Mapping[str, Any], limit: int | None = None) -> AnyTas
         questions = read_questions(file)[:limit]
         asked = [(q.question, *q.options) for q in questions]
         return ChoiceTask(name, questions, options.get("prompt") or PROMPT, _again(asked))
-    rows = read_rows(file).rows[:limit]
+    rows = read_rows(file, split="test").rows[:limit]
     for row in rows:
         if row.messages[-1]["role"] != "assistant" or len(row.messages) < 2:
             raise UserError(f"{row.place}: a task needs a question and the answer as last message")
