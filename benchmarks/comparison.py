@@ -183,6 +183,8 @@ def against_lora(found: dict[str, dict[str, Any]]) -> Table:
     head = ["comparison", "method", "accuracy", "less LoRA's (95 %)", "forgotten", "of LoRA's"]
     rows = []
     for name, result in found.items():
+        if "lora" not in result["arms"]:
+            continue  # of protection alone, which has a section of its own
         task = name.split("-")[1]
         own = {arm: one["knowledge"][0] for arm, one in result["arms"].items()}
         key = "kl" if "kl" in own["lora"] else "moved"
