@@ -221,13 +221,11 @@ def test_killed_and_resumed(finished: Path, tmp_path: Path) -> None:
 def test_what_is_protected_stays(base_folder: Path) -> None:
     """Two hundred steps at a high rate: the top 64 directions, and their singular values, stay."""
     base: Any = load_pretrained(BUNDLED, "float32").model
-    options = LORA | {"lora_dropout": 0.0, "r": 16, "lora_alpha": 16}
+    base.model.layers = base.model.layers[:4]  # what the others add to the loss takes its time
+    options = LORA | {"lora_dropout": 0.0, "r": 16, "lora_alpha": 16, "layers_to_transform": [0, 3]}
     model, start = adapter.add_adapter(base, adapter.lora_config(options), "milora")
     layers = adapter.adapted_layers(model)
     tops = top_vectors(layers, start, 64, 0, 0, components)
-    before = {
-        name: torch.linalg.svdvals(adapter.weight_of(x).double()) for name, x in layers.items()
-    }
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-3)
     ids = some_text()["input_ids"]
     for _ in range(200):
@@ -241,5 +239,13 @@ def test_what_is_protected_stays(base_folder: Path) -> None:
     plain = plain_lora(start, adapter.trained_factors(model))
     for name, layer in layers.items():
         A, B = plain.factors[name]
-        after = torch.linalg.svdvals(adapter.weight_of(layer).double() + B.double() @ A.double())
-        torch.testing.assert_close(after[:64], before[name][:64], rtol=1e-5, atol=0)
+        W = adapter.weight_of(layer).double()
+        merged, S = W + B.double() @ A.double(), torch.linalg.svdvals(W)
+        U, Vh = tops[name].U.double(), tops[name].Vh.double()
+        size = float(S[0])
+        # Its 64 largest triplets are triplets still, though the update may have grown larger ones.
+        assert float((merged @ Vh.T - U * S[:64]).abs().max()) <= 1e-5 * size
+        assert float((merged.T @ U - Vh.T * S[:64]).abs().max()) <= 1e-5 * size
+        after = torch.linalg.svdvals(merged)
+        nearest = (after[None] - S[:64, None]).abs().min(1).values
+        assert float((nearest / S[:64]).max()) <= 1e-5
