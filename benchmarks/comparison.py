@@ -21,7 +21,7 @@ import yaml
 from small_llama import HELD_OUT, MODEL
 from tasks import ROOT, graded, kept_tasks, require_data, task_files, text_file
 
-from milora.compare import Arm, compare, grid, parse_arm, run_name, summary, write
+from milora.compare import Arm, compare, grid, measure_of, parse_arm, run_name, summary, write
 from milora.compare_page import Table, markdown, plus_minus, scores, tables
 from milora.files import read_json, write_json
 from milora.progress import Progress
@@ -30,27 +30,32 @@ RESULTS = Path("benchmarks/results/comparison")
 SEEDS = (0, 1, 2)
 
 
-def smollm2(task: str) -> dict[str, Any]:
-    """640 rows, 40 steps of 16. 16-bit weights, which the anchor leaves exact."""
-    files = task_files(task, 640, 160, 200)
+def settings(model: str, output: str, files: dict[str, str], epochs: int) -> dict[str, Any]:
+    """What the comparisons of causal models share."""
     return {
-        "model": "smollm2-135m",
-        "dtype": "bfloat16",
-        "output_dir": str(RESULTS / f"smollm2-{task}"),
+        "model": model,
+        "output_dir": str(RESULTS / output),
         "data": {"train": files["train"], "eval": files["held_out"], "max_length": 256},
         "lora": {"r": 16, "lora_alpha": 16},
         "training": {
-            "num_train_epochs": 1,
+            "num_train_epochs": epochs,
             "per_device_train_batch_size": 16,
             "save_strategy": "no",
             "train_sampling_strategy": "group_by_length",
         },
-        "evaluate": {
-            "tasks": [graded(task, files["test"]), *kept_tasks(200)],
-            "knowledge": [text_file("wikitext2_test.txt"), text_file("c4_demo.jsonl")],
-            "chunks": 8,
-        },
     }
+
+
+def smollm2(task: str) -> dict[str, Any]:
+    """640 rows, 40 steps of 16. 16-bit weights, which the anchor leaves exact."""
+    files = task_files(task, 640, 160, 200)
+    evaluate = {
+        "tasks": [graded(task, files["test"]), *kept_tasks(200)],
+        "knowledge": [text_file("wikitext2_test.txt"), text_file("c4_demo.jsonl")],
+        "chunks": 8,
+    }
+    shared = settings("smollm2-135m", f"smollm2-{task}", files, epochs=1)
+    return shared | {"dtype": "bfloat16", "evaluate": evaluate}
 
 
 def llama(task: str, name: str = "llama") -> dict[str, Any]:
@@ -58,23 +63,12 @@ def llama(task: str, name: str = "llama") -> dict[str, Any]:
     if not (MODEL / "model.safetensors").exists():
         sys.exit(f"{MODEL} is not there: python benchmarks/small_llama.py")
     files = task_files(task, 1500, 300, 500)
-    return {
-        "model": str(MODEL),
-        "output_dir": str(RESULTS / f"{name}-{task}"),
-        "data": {"train": files["train"], "eval": files["held_out"], "max_length": 256},
-        "lora": {"r": 16, "lora_alpha": 16},
-        "training": {
-            "num_train_epochs": 3,
-            "per_device_train_batch_size": 16,
-            "save_strategy": "no",
-            "train_sampling_strategy": "group_by_length",
-        },
-        "evaluate": {
-            "tasks": [graded(task, files["test"])],
-            "knowledge": [str(HELD_OUT), text_file("wikitext2_test.txt")],
-            "chunks": 16,
-        },
+    evaluate = {
+        "tasks": [graded(task, files["test"])],
+        "knowledge": [str(HELD_OUT), text_file("wikitext2_test.txt")],
+        "chunks": 16,
     }
+    return settings(str(MODEL), f"{name}-{task}", files, epochs=3) | {"evaluate": evaluate}
 
 
 # A decay that shrinks A and B by a tenth to a third over the run, at the rates that LoRA wants.
@@ -85,8 +79,6 @@ SMALL = ("lora", "milora", "pissa", "random", "middle", "lora:training.weight_de
 HELD = tuple(
     f"{method}:milora.protect={k}" for method in ("milora", "lora") for k in (0, 16, 64, 240)
 )
-
-
 HELD_MINILM = tuple(arm.replace("240", "256") for arm in HELD)
 
 
@@ -187,7 +179,7 @@ def against_lora(found: dict[str, dict[str, Any]]) -> Table:
             continue  # of protection alone, which has a section of its own
         task = name.split("-")[1]
         own = {arm: one["knowledge"][0] for arm, one in result["arms"].items()}
-        key = "kl" if "kl" in own["lora"] else "moved"
+        key = measure_of(own["lora"])
         for arm, one in result["arms"].items():
             row = [name, arm.partition(":")[0] + (" + decay" if ":" in arm else "")]
             row.append(plus_minus(one["tasks"][task]["accuracy"], 3))

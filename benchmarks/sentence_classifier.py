@@ -19,6 +19,7 @@ from transformers import AutoModel, AutoTokenizer, get_scheduler
 from weights import minilm
 
 from milora.adapter import adapted_layers, add_adapter
+from milora.data import pad
 from milora.evaluate import wilson
 from milora.protect import measure, project, top_vectors, worst
 from milora.svd import components
@@ -50,10 +51,7 @@ class Classifier(nn.Module):
 
 
 def padded(pieces: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
-    longest = max(map(len, pieces))
-    ids = torch.tensor([piece + [0] * (longest - len(piece)) for piece in pieces])
-    mask = torch.tensor([[1] * len(piece) + [0] * (longest - len(piece)) for piece in pieces])
-    return ids, mask
+    return pad(pieces, 0), pad([[1] * len(piece) for piece in pieces], 0)
 
 
 def batches(pieces: Pieces, size: int = 64) -> Iterator[tuple[list[int], Tensor, Tensor]]:

@@ -307,12 +307,17 @@ def _check_targets(model: PreTrainedModel, config: LoraConfig) -> None:
             )
 
 
+def selects(pattern: str, name: str) -> bool:
+    """PEFT's rule for a key of rank_pattern: does it mean the module `name`?"""
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
 def _check_patterns(config: LoraConfig, names: Sequence[str]) -> None:
     # PEFT passes over a key or a layer that selects nothing.
     patterns = {"rank_pattern": config.rank_pattern, "alpha_pattern": config.alpha_pattern}
     for option, pattern in patterns.items():
         for key in pattern or {}:
-            if not any(re.match(rf"(.*\.)?({key})$", name) for name in names):
+            if not any(selects(key, name) for name in names):
                 raise UserError(
                     f"lora.{option}: {key!r} matches none of the {len(names)} adapted weights, "
                     f"of which one is {names[0]}"

@@ -53,17 +53,25 @@ def recall_of(who: str, folder: Path | None = None) -> Recall:
 
 
 def in_pieces(
-    recall: Recall, asked: Any, items: Sequence[Item], compute: Callable[[Sequence[Item], int], Any]
+    recall: Recall,
+    asked: Any,
+    items: Sequence[Item],
+    length: Callable[[Item], int],
+    compute: Callable[[Sequence[Item], int], Any],
 ) -> list[Any]:
     """`compute(items, how many came before)` for PIECE of them at a time, each kept at once.
 
-    So an evaluation that was stopped within a task goes on near where it was.
+    The longest go first; the answers are in the order of `items`. So an evaluation that was
+    stopped within a task goes on near where it was.
     """
-    found = []
-    for first in range(0, len(items), PIECE):
-        piece = items[first : first + PIECE]
-        found += recall([asked, piece], partial(compute, piece, first))
-    return found
+    order = sorted(range(len(items)), key=lambda i: -length(items[i]))
+    found: dict[int, Any] = {}
+    for first in range(0, len(order), PIECE):
+        places = order[first : first + PIECE]
+        piece = [items[i] for i in places]
+        answers = recall([asked, piece], partial(compute, piece, first))
+        found |= dict(zip(places, answers, strict=True))
+    return [found[i] for i in range(len(items))]
 
 
 def who_answers(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> str:

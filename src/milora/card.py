@@ -27,7 +27,6 @@ def model_card(
     license_named = harmless(base["license"])
     if base["license"] == "unknown":
         license_named = "see the card of the base"
-    allowed = next((r for r in SERVER_RANKS if r >= rank), rank)
     head: dict[str, Any] = {
         "base_model": base["name"],
         "library_name": "peft",
@@ -66,8 +65,8 @@ def model_card(
         "```",
         "",
         *BASE_NOTE.get(base["name"], ()),
-        f"vLLM: `--enable-lora --max-lora-rank {allowed}`. Use the chat template that lies beside "
-        "the weights, if there is one: the model was trained with it.",
+        f"vLLM: `--enable-lora --max-lora-rank {server_rank(rank)}`. Use the chat template that "
+        "lies beside the weights, if there is one: the model was trained with it.",
         "",
     ]
     if record["method"] != "lora":
@@ -200,6 +199,11 @@ def scores_table(evaluation: Mapping[str, Any]) -> list[str]:
     for label, base, tuned in all_scores(evaluation, "{:.3f} ({:.3f} to {:.3f})"):
         lines.append(f"| {harmless(label)} | {base} | {tuned} |")
     return lines
+
+
+def server_rank(rank: int) -> int:
+    """The least --max-lora-rank of a server that takes an adapter of `rank`."""
+    return next((r for r in SERVER_RANKS if r >= rank), rank)
 
 
 def harmless(text: Any) -> str:

@@ -356,13 +356,9 @@ def gate(
     ] = None,
 ) -> None:
     """Do the measured numbers meet the conditions? Exit 0 if all do, 3 if one does not."""
-    from milora.files import read_json
-    from milora.gates import judge, parse_gate
+    from milora.gates import judge, parse_gate, read_finished
 
-    for name in ("run.json", "evaluation.json"):
-        if not (run / name).exists():
-            raise UserError(f"{run} holds no {name}: it is not the folder of a finished run")
-    record, evaluation = read_json(run / "run.json"), read_json(run / "evaluation.json")
+    record, evaluation = read_finished(run)
     asked = gates or [one["gate"] for one in record.get("gates", [])]
     if not asked:
         raise UserError(f"{run} has no gates: add --gate, or gates: to its configuration")

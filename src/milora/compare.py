@@ -26,7 +26,7 @@ from torch import Tensor
 from milora.compare_page import page, plot, tables
 from milora.config import Config, load_config
 from milora.errors import DivergedError, UserError
-from milora.files import read_json, write_json, write_text
+from milora.files import read_json, read_lines, write_json, write_text
 from milora.pages import standalone
 from milora.progress import Progress
 from milora.train import train
@@ -210,8 +210,8 @@ def _run(settings: Config, progress: Progress) -> Outcome:
 
 
 def _outcome(folder: Path, record: Mapping[str, Any]) -> Outcome:
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    held = [json.loads(line)["eval_loss"] for line in lines if '"eval_loss"' in line]
+    lines = read_lines(folder / "metrics.jsonl")
+    held = [line["eval_loss"] for line in lines if "eval_loss" in line]
     if not held:
         raise UserError(f"{folder} has no held-out loss: its training.eval_strategy never came up")
     return {
@@ -232,8 +232,7 @@ def _outcome(folder: Path, record: Mapping[str, Any]) -> Outcome:
 def rows_right(samples: Path) -> dict[str, str]:
     """By task, a 1 for every row that the tuned model had right and a 0 for every other."""
     found: dict[str, list[str]] = {}
-    for line in samples.read_text(encoding="utf-8").splitlines():
-        sample = json.loads(line)
+    for sample in read_lines(samples):
         tuned = sample["tuned"]
         if "verdict" in tuned:
             right = tuned["verdict"] == "right"

@@ -45,7 +45,7 @@ from milora.choices import (
 )
 from milora.data import IGNORED, Collator, Row, encode, pad, prompt_ids, read_rows
 from milora.errors import UserError
-from milora.files import read_json, write_json, write_text
+from milora.files import read_json, read_lines, write_json, write_text
 from milora.grade import Grader, Verdict, check_reference, grader
 from milora.harness import HarnessScores, HarnessTask, harness_task, run_harness
 
@@ -192,7 +192,6 @@ def evaluate_choices(
     an option whose log-probability is not finite is wrong, and counted in `not_finite`.
     """
     encoded = [encode_question(tokenizer, question, task.prompt) for question in task.questions]
-    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i].prompt))
     right = [question.right for question in task.questions]
     samples: list[dict[str, Any]] = [
         {"task": task.name, "row": q.place, "prompt": task.prompt.replace("{question}", q.question),
@@ -219,9 +218,9 @@ def evaluate_choices(
                     model, piece, batch_size, what, _further(progress, before, count)
                 )
 
-            found = in_pieces(recall[state], "likelihood", [encoded[i] for i in order], compute)
-        by_place = dict(zip(order, found, strict=True))
-        log_p = [by_place[i] for i in range(count)]
+            log_p = in_pieces(
+                recall[state], "likelihood", encoded, lambda one: len(one.prompt), compute
+            )
         per_byte = [
             [
                 None if value is None else value / len(option.encode())
@@ -312,7 +311,6 @@ def score(
     An answer during which a logit was not finite is a format failure, whatever it says.
     """
     prompts = [_prompt(tokenizer, row) for row in task.rows]
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     count, what = len(prompts), f"{task.name}, {state}"
 
     def compute(piece: Sequence[list[int]], before: int) -> Any:
@@ -320,9 +318,7 @@ def score(
         return generate(model, tokenizer, piece, task.max_new_tokens, batch_size, what, further)
 
     asked = ["generate", task.max_new_tokens]
-    found = in_pieces(recall, asked, [prompts[i] for i in order], compute)
-    by_place = dict(zip(order, found, strict=True))
-    answers = [Answer(*by_place[i]) for i in range(count)]
+    answers = [Answer(*one) for one in in_pieces(recall, asked, prompts, len, compute)]
     loss, loss_rows = recall(
         ["loss", [row.messages for row in task.rows]],
         lambda: answer_loss(model, tokenizer, task.rows, batch_size),
@@ -395,8 +391,7 @@ def merge_evaluations(
     stored = read_json(file)
     tasks = stored["tasks"] | result["tasks"]
     texts = {one["text"]: one for one in [*stored["knowledge"], *result["knowledge"]]}
-    lines = samples_file.read_text(encoding="utf-8").splitlines()
-    kept = [sample for sample in map(json.loads, lines) if sample["task"] not in result["tasks"]]
+    kept = [one for one in read_lines(samples_file) if one["task"] not in result["tasks"]]
     whole = {**stored, **result, "tasks": tasks, "knowledge": list(texts.values())}
     return whole, [*kept, *samples]
 

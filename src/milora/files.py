@@ -51,6 +51,11 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def read_lines(path: Path) -> list[Any]:
+    """The values of a file that we wrote with one JSON a line."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Fill a hidden folder beside `path`; it takes the name `path` when the block ends well.

@@ -13,10 +13,12 @@ import difflib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from milora.card import short
 from milora.errors import UserError
+from milora.files import read_json
 
 COMPARE: dict[str, Callable[[float, float], bool]] = {
     ">=": lambda a, b: a >= b, "<=": lambda a, b: a <= b,
@@ -143,6 +145,14 @@ def _measured(
         states.append({**metrics, **task[state].get("metrics", {}), **task[state]})
     tuned, base = states
     return [(tuned[gate.key], base.get(gate.key))] if gate.key in tuned else []
+
+
+def read_finished(run: Path, *also: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """run.json and evaluation.json. Raises UserError where they or one of `also` are not there."""
+    for name in ("run.json", "evaluation.json", *also):
+        if not (run / name).exists():
+            raise UserError(f"{run} holds no {name}: it is not the folder of a finished run")
+    return read_json(run / "run.json"), read_json(run / "evaluation.json")
 
 
 def sentence(verdict: Verdict) -> str:

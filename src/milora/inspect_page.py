@@ -111,24 +111,30 @@ def _cell(value: float | None, largest: float) -> dict[str, Any]:
 def plot(found: Mapping[str, Any]) -> str:
     """SVG: the spectra of every kind, a line a layer. Raises ImportError without matplotlib."""
     with inked():
-        from matplotlib.figure import Figure
-
-        kinds = list(found["kinds"])
-        across = min(4, len(kinds))
-        down = -(-len(kinds) // across)
-        sheet = Figure(figsize=(3.1 * across, 2.5 * down), layout="constrained")
-        panels = sheet.subplots(down, across, squeeze=False).flat
-        for kind, panel in zip(kinds, panels, strict=False):
+        sheet, panels = spectra_panels(list(found["kinds"]))
+        for kind, panel in panels.items():
             rows = [row for row in found["weights"] if row["kind"] == kind]
             for row in rows:
                 places, values = zip(*row["singular_values"], strict=True)
                 panel.plot(places, values, lw=0.7, alpha=0.5, color=COLOURS[0])
             cut = min(rows[0]["shape"]) - rows[0]["rank"]
             panel.axvline(cut, lw=0.8, ls=":", color=COLOURS[1])
-            panel.set_yscale("log")
-            panel.set_title(kind, fontsize=10, loc="left")
-            panel.tick_params(labelsize=8)
-            panel.minorticks_off()
-        for panel in list(panels):
-            panel.set_axis_off()
         return svg(sheet)
+
+
+def spectra_panels(kinds: Sequence[str]) -> tuple[Any, dict[str, Any]]:
+    """A figure for singular values, logarithmic, and its panel for every kind of weight."""
+    from matplotlib.figure import Figure
+
+    across = min(4, len(kinds))
+    down = -(-len(kinds) // across)
+    sheet = Figure(figsize=(3.1 * across, 2.5 * down), layout="constrained")
+    panels = list(sheet.subplots(down, across, squeeze=False).flat)
+    for kind, panel in zip(kinds, panels, strict=False):
+        panel.set_yscale("log")
+        panel.set_title(kind, fontsize=10, loc="left")
+        panel.tick_params(labelsize=8)
+        panel.minorticks_off()
+    for panel in panels[len(kinds) :]:
+        panel.set_axis_off()
+    return sheet, dict(zip(kinds, panels, strict=False))

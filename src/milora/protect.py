@@ -20,7 +20,16 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from milora.adapter import COMPONENT, TRAINED, Decompose, Start, check_base, module_seed, weight_of
+from milora.adapter import (
+    COMPONENT,
+    TRAINED,
+    Decompose,
+    Start,
+    check_base,
+    module_seed,
+    selects,
+    weight_of,
+)
 from milora.errors import UserError
 from milora.files import write_bytes
 from milora.spectra import Interference, directions, interference
@@ -60,7 +69,7 @@ def check_protect(protect: Protect, method: str) -> None:
 def _check_patterns(protect: Protect, names: list[str]) -> None:
     for pattern in _patterns(protect):
         try:
-            matched = any(re.match(rf"(.*\.)?({pattern})$", name) for name in names)
+            matched = any(selects(pattern, name) for name in names)
         except re.error as error:
             raise UserError(f"milora.protect: {pattern!r} is no pattern: {error}") from error
         if not matched:
@@ -82,7 +91,7 @@ def _patterns(protect: Protect) -> list[str]:
 
 def _asked(protect: Protect, name: str) -> int | Energy:
     for pattern in _patterns(protect):
-        if re.match(rf"(.*\.)?({pattern})$", name):
+        if selects(pattern, name):
             return protect[pattern]  # type: ignore[index, return-value]
     return 0 if _patterns(protect) else protect  # type: ignore[return-value]
 

@@ -12,11 +12,12 @@ from typing import Any
 
 import yaml
 
-from milora.card import SERVER_RANKS, kept_scores, short, task_scores
+from milora.card import kept_scores, server_rank, short, task_scores
 from milora.compare_page import COLOURS, Table
 from milora.errors import UserError
-from milora.files import read_json
-from milora.inspect_page import heat
+from milora.files import read_lines
+from milora.gates import read_finished
+from milora.inspect_page import heat, spectra_panels
 from milora.pages import inked, inline, render, svg
 from milora.progress import duration
 
@@ -28,15 +29,14 @@ def report(run: Path, lang: str = "en") -> str:
     """The page of a finished run, in one of LANGUAGES. Raises UserError where there is no run."""
     if lang not in LANGUAGES:
         raise UserError(f"--lang {lang}: use one of {', '.join(LANGUAGES)}")
-    for name in ("run.json", "evaluation.json", "config.yaml"):
-        if not (run / name).exists():
-            raise UserError(f"{run} holds no {name}: it is not the folder of a finished run")
-    record, evaluation = read_json(run / "run.json"), read_json(run / "evaluation.json")
+    record, evaluation = read_finished(run, "config.yaml")
     config = (run / "config.yaml").read_text(encoding="utf-8")
     asked = yaml.safe_load(config)
     words = _words(lang)
-    samples = _lines(run / "samples.jsonl")
-    metrics = _lines(run / "metrics.jsonl")
+    samples, metrics = (
+        read_lines(run / name) if (run / name).exists() else []
+        for name in ("samples.jsonl", "metrics.jsonl")
+    )
     learned = task_scores(evaluation["tasks"], "{:.3f} ({:.3f}–{:.3f})", words)
     head = [words["measure"], words["base"], words["tuned"]]
     rank = record.get("adapter", {}).get("rank")
@@ -54,19 +54,13 @@ def report(run: Path, lang: str = "en") -> str:
         interference=_interference(record.get("interference"), words),
         answers=_answers(samples, words),
         cost=_cost(record, words),
-        allowed=next((r for r in SERVER_RANKS if rank and r >= rank), rank),
+        allowed=server_rank(rank) if rank else None,
     )  # fmt: skip
 
 
 def _words(lang: str) -> dict[str, str]:
     text = files("milora").joinpath("templates/report.yaml").read_text(encoding="utf-8")
     return {key: by_language[lang] for key, by_language in yaml.safe_load(text).items()}
-
-
-def _lines(file: Path) -> list[dict[str, Any]]:
-    if not file.exists():
-        return []
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def _lead(record: Mapping[str, Any], rank: int | None, words: Mapping[str, str]) -> list[str]:
@@ -267,24 +261,15 @@ def _loss_plot(metrics: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _spectra_plot(spectra: Mapping[str, Any]) -> str:
-    from matplotlib.figure import Figure
-
     kinds: dict[str, list[Mapping[str, Any]]] = {}
     for name, one in spectra.items():
         kinds.setdefault(name.rpartition(".")[2], []).append(one)
-    across = min(4, len(kinds))
-    down = -(-len(kinds) // across)
-    sheet = Figure(figsize=(3.1 * across, 2.5 * down), layout="constrained")
-    panels = list(sheet.subplots(down, across, squeeze=False).flat)
-    for panel, (kind, weights) in zip(panels, kinds.items(), strict=False):
+    sheet, panels = spectra_panels(list(kinds))
+    for kind, weights in kinds.items():
         for place, one in enumerate(weights):
             for key, style in (("before", ":"), ("after", "-")):
                 places, values = zip(*one[key], strict=True)
-                panel.plot(places, values, style, lw=1.1, color=COLOURS[place % len(COLOURS)])
-        panel.set_yscale("log")
-        panel.set_title(kind, fontsize=10, loc="left")
-        panel.tick_params(labelsize=8)
-        panel.minorticks_off()
-    for panel in panels[len(kinds) :]:
-        panel.set_axis_off()
+                panels[kind].plot(
+                    places, values, style, lw=1.1, color=COLOURS[place % len(COLOURS)]
+                )
     return svg(sheet)

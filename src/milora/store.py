@@ -261,17 +261,16 @@ def decompose_checkpoint(
             raise UserError(f"{name}.weight holds NaN or infinite values: the base is damaged")
         return weight.to(device)
 
+    check_protect(protect, method)
+    beside = Store(store.root, store.say, store.optional)  # of what is not counted
     if ranked:
         spectra = {}
         for done, name in enumerate(wanted):
             progress("spectra", done, len(wanted), name)
-            spectra[name] = store.spectrum(weight_of(name))
-        store.made = store.found = 0  # from here on, of decompositions
+            spectra[name] = beside.spectrum(weight_of(name))
         shapes = {name: target.shape for name, target in wanted.items()}
         for name, rank in ranks(spectra, shapes, ranked).items():
             wanted[name] = wanted[name]._replace(rank=rank)
-    check_protect(protect, method)
-    beside = Store(store.root, store.say, store.optional)  # of the largest components
     queue, busy = list(wanted), set[str]()
     while queue:
         name = queue.pop(0)

@@ -262,7 +262,8 @@ def train(
         watch = None
         if tops and isinstance(live, PeftModel) and start is not None:
             watch = Watch(
-                adapter.adapted_layers(live), start, tops, **_watching(milora),
+                adapter.adapted_layers(live), start, tops,
+                **{key: milora["interference"][key] for key in ("every", "limit", "stop")},
                 path=run / "metrics.jsonl", progress=progress,
             )  # fmt: skip
         _fit(live, arguments, material, collate, run, early_stopping_patience, watch, progress)
@@ -280,10 +281,11 @@ def train(
     began = time.monotonic()
     if tops and isinstance(live, PeftModel) and start is not None:
         record["interference"] = _interference(live, start, tops)
-    if isinstance(live, PeftModel) and start is not None and "spectra" not in record:
-        record["spectra"] = _spectra(live, start)
     if isinstance(live, PeftModel) and start is not None:
-        live = _export(live, start, record, material, run, probe, asked, progress)
+        plain = export.plain_lora(start, adapter.trained_factors(live))
+        if "spectra" not in record:
+            record["spectra"] = _spectra(live, plain)
+        live = _export(live, plain, start, record, material, run, probe, asked, progress)
         unchanged = adapter.base_sha256(live) == base_sha
         record["base"]["unchanged"] = unchanged
         if not unchanged:
@@ -566,10 +568,6 @@ def _tops(
     return tops
 
 
-def _watching(milora: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: milora["interference"][key] for key in ("every", "limit", "stop")}
-
-
 def _interference(live: PeftModel, start: adapter.Start, tops: Mapping[str, Top]) -> dict[str, Any]:
     """What run.json keeps: worst and mean, and left, right, minor, size and k of each module."""
     found = measure(adapter.adapted_layers(live), start, tops)
@@ -580,12 +578,11 @@ def _interference(live: PeftModel, start: adapter.Start, tops: Mapping[str, Top]
     return {**worst(found), "layers": layers}
 
 
-def _spectra(live: PeftModel, start: adapter.Start) -> dict[str, Any]:
+def _spectra(live: PeftModel, plain: export.PlainLora) -> dict[str, Any]:
     """Singular values before and after, of the first, middle and last weight of every kind.
 
     Weights with more than 2048 rows and columns are left out, since theirs would take minutes.
     """
-    plain = export.plain_lora(start, adapter.trained_factors(live))
     layers, kinds = adapter.adapted_layers(live), dict[str, list[str]]()
     for name in layers:
         kinds.setdefault(name.rpartition(".")[2], []).append(name)
@@ -605,6 +602,7 @@ def _spectra(live: PeftModel, start: adapter.Start) -> dict[str, Any]:
 
 def _export(
     live: PeftModel,
+    plain: export.PlainLora,
     start: adapter.Start,
     record: dict[str, Any],
     material: Material,
@@ -618,7 +616,6 @@ def _export(
     keep = probe["attention_mask"].bool()
     with torch.no_grad():
         trained_logits = live(**probe).logits[keep].float()
-    plain = export.plain_lora(start, adapter.trained_factors(live))
     base: PreTrainedModel = live.unload()  # type: ignore[operator]
     base.requires_grad_(False)
     if not (run / "adapter").exists():
