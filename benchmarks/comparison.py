@@ -4,6 +4,8 @@
     python benchmarks/comparison.py llama-trec       on the model of small_llama.py
     python benchmarks/comparison.py minilm-trec      the same grid over sentence_classifier.py
     python benchmarks/comparison.py docs             the tables of docs/results.md
+    python benchmarks/comparison.py smollm2-trec --arms milora,lora
+                                                     a part of it, as one of several processes
 
 What each run came to lies in benchmarks/results/comparison/NAME and is committed, so that a grid
 goes on from there on any machine; run folders lie beside it and are not.
@@ -23,11 +25,12 @@ from tasks import ROOT, graded, kept_tasks, require_data, task_files, text_file
 
 from milora.compare import Arm, compare, grid, measure_of, parse_arm, run_name, summary, write
 from milora.compare_page import Table, markdown, plus_minus, scores, tables
-from milora.files import read_json, write_json
+from milora.files import read_json, write_json, write_text
 from milora.progress import Progress
 
 RESULTS = Path("benchmarks/results/comparison")
 SEEDS = (0, 1, 2)
+ONE_SEED = ("smollm2held",)  # a confirmation of what the smaller models show
 
 
 def settings(model: str, output: str, files: dict[str, str], epochs: int) -> dict[str, Any]:
@@ -46,7 +49,7 @@ def settings(model: str, output: str, files: dict[str, str], epochs: int) -> dic
     }
 
 
-def smollm2(task: str) -> dict[str, Any]:
+def smollm2(task: str, name: str = "smollm2") -> dict[str, Any]:
     """640 rows, 40 steps of 16. 16-bit weights, which the anchor leaves exact."""
     files = task_files(task, 640, 160, 200)
     evaluate = {
@@ -54,7 +57,7 @@ def smollm2(task: str) -> dict[str, Any]:
         "knowledge": [text_file("wikitext2_test.txt"), text_file("c4_demo.jsonl")],
         "chunks": 8,
     }
-    shared = settings("smollm2-135m", f"smollm2-{task}", files, epochs=1)
+    shared = settings("smollm2-135m", f"{name}-{task}", files, epochs=1)
     return shared | {"dtype": "bfloat16", "evaluate": evaluate}
 
 
@@ -79,36 +82,43 @@ SMALL = ("lora", "milora", "pissa", "random", "middle", "lora:training.weight_de
 HELD = tuple(
     f"{method}:milora.protect={k}" for method in ("milora", "lora") for k in (0, 16, 64, 240)
 )
-HELD_MINILM = tuple(arm.replace("240", "256") for arm in HELD)
+HELD_256 = tuple(arm.replace("240", "256") for arm in HELD)
+WATCHED = {"milora": {"interference": {"top": 64}}}  # or in all that are protected
 
 
 def held(task: str) -> dict[str, Any]:
-    """As llama, with the interference measured in 64 directions, or in all that are protected."""
-    return llama(task, "held") | {"milora": {"interference": {"top": 64}}}
+    return llama(task, "held") | WATCHED
+
+
+def smollm2held(task: str) -> dict[str, Any]:
+    return smollm2(task, "smollm2held") | WATCHED
 
 
 # By the first part of the name: arms, rates, tasks. The rates are widened where they must be.
 COMPARISONS = {
     "smollm2": (SMOLLM2, (1e-4, 3e-4, 1e-3), ("trec", "mawps", "polarity")),
+    "smollm2held": (HELD_256, (1e-4, 3e-4, 1e-3), ("trec", "polarity")),
     "llama": (SMALL, (3e-4, 1e-3, 3e-3), ("trec", "subjectivity")),
     "held": (HELD, (3e-4, 1e-3, 3e-3), ("trec", "polarity")),
     "minilm": (SMALL, (3e-4, 1e-3, 3e-3), ("trec", "subjectivity", "polarity")),
-    "minilmheld": (HELD_MINILM, (3e-4, 1e-3, 3e-3), ("trec", "polarity")),
+    "minilmheld": (HELD_256, (3e-4, 1e-3, 3e-3), ("trec", "polarity")),
 }
 NAMES = [f"{model}-{task}" for model, (_, _, tasks) in COMPARISONS.items() for task in tasks]
 
 
-def causal(values: dict[str, Any], arms: Sequence[str], rates: Sequence[float]) -> dict[str, Any]:
+def causal(
+    values: dict[str, Any], arms: Sequence[str], rates: Sequence[float], seeds: Sequence[int]
+) -> dict[str, Any]:
     """A comparison by `milora compare` itself."""
     home = Path(values["output_dir"])
     for folder in home.glob("*/"):  # a finished run is all in its file
         if folder.with_name(folder.name + ".json").exists():
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)  # another process may be at it
     config = Path("build") / f"{home.name}.yaml"
-    config.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    write_text(config, yaml.safe_dump(values, sort_keys=False))
     with Progress() as progress:
         return compare(
-            config, [], [parse_arm(arm) for arm in arms], SEEDS, rates, progress, widen=True
+            config, [], [parse_arm(arm) for arm in arms], seeds, rates, progress, widen=True
         )
 
 
@@ -200,7 +210,9 @@ def against_lora(found: dict[str, dict[str, Any]]) -> Table:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", choices=[*NAMES, "docs"])
-    name = parser.parse_args().name
+    parser.add_argument("--arms", help="comma-separated, some of those of the comparison")
+    given = parser.parse_args()
+    name = given.name
     os.chdir(ROOT)
     if name == "docs":
         docs()
@@ -208,12 +220,14 @@ def main() -> None:
     require_data()
     model, task = name.split("-")
     arms, rates, _ = COMPARISONS[model]
+    if given.arms:
+        arms = tuple(arm for arm in arms if arm in given.arms.split(","))
     if model.startswith("minilm"):
         result = minilm(name, arms, rates)
     else:
-        result = causal(
-            {"smollm2": smollm2, "llama": llama, "held": held}[model](task), arms, rates
-        )
+        of = {"smollm2": smollm2, "smollm2held": smollm2held, "llama": llama, "held": held}
+        seeds = SEEDS[:1] if model in ONE_SEED else SEEDS
+        result = causal(of[model](task), arms, rates, seeds)
     print(tables(result))
 
 

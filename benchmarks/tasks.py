@@ -15,12 +15,13 @@ import json
 import operator
 import os
 import random
-import shutil
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from milora.files import write_bytes, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("SHARED_DATA", ROOT.parent / "shared" / "data"))
@@ -176,7 +177,7 @@ def task_files(task: str, train: int, held_out: int, test: int) -> dict[str, str
         lines = [
             json.dumps({"system": SYSTEM[task], "instruction": q, "output": a}) for q, a in rows
         ]
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_text(path, "\n".join(lines) + "\n")
         paths[name] = str(path)
     return paths
 
@@ -192,15 +193,17 @@ def graded(task: str, file: str) -> dict[str, Any]:
 def kept_tasks(limit: int) -> Iterator[dict[str, Any]]:
     """ARC-Easy and PIQA, by likelihood."""
     for name, file in (("arc-easy", "ARC-Easy_test.json"), ("piqa", "piqa_test.json")):
-        path = BUILD / file
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(DATA / "commonsense" / file, path)
-        yield {"file": str(path), "name": name, "protocol": "likelihood", "limit": limit}
+        path = _copied(DATA / "commonsense" / file)
+        yield {"file": path, "name": name, "protocol": "likelihood", "limit": limit}
 
 
 def text_file(name: str) -> str:
     """A file of DATA/general_text, by a path that holds on any machine."""
-    path = BUILD / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(DATA / "general_text" / name, path)
-    return str(path)
+    return _copied(DATA / "general_text" / name)
+
+
+def _copied(path: Path) -> str:
+    """Whole or not at all, since another process may be reading it."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    write_bytes(BUILD / path.name, path.read_bytes())
+    return str(BUILD / path.name)

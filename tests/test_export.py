@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from milora import adapter
 from milora.adapter import Factors, Start
 from milora.errors import UserError
-from milora.export import merge, plain_lora, save_plain_lora, target_names
+from milora.export import check_loaded, merge, plain_lora, save_plain_lora, target_names
 
 Load = Callable[..., PreTrainedModel]
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -85,6 +85,31 @@ def test_bf16_base(kind: str, load: Load, tmp_path: Path, batch: dict[str, torch
     loaded = PeftModel.from_pretrained(load(kind, torch.bfloat16), tmp_path)
     # Both round to bf16 (2^-8) after each layer, from values that differ in fp32 rounding.
     assert relative(logits(loaded, batch), logits(model, batch)) <= 0.03
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_was_loaded_is_compared_with_what_was_trained(
+    dtype: torch.dtype, load: Load, tmp_path: Path
+) -> None:
+    model, start = trained("llama", load, **OPTIONS["patterns"])
+    plain = plain_lora(start, adapter.trained_factors(model))
+    save_plain_lora(tmp_path, plain, load("llama"), "tiny")
+    loaded = PeftModel.from_pretrained(load("llama", dtype), tmp_path)
+    check_loaded(loaded, plain)
+    layers = adapter.adapted_layers(loaded)
+    name = list(layers)[3]
+    for spoil in (
+        lambda layer: layer.lora_B["default"].weight.data[0, 0].add_(1e-6),
+        lambda layer: layer.lora_A["default"].weight.data.mul_(2),
+        lambda layer: layer.scaling.update(default=2.0),
+    ):
+        loaded = PeftModel.from_pretrained(load("llama", dtype), tmp_path)
+        spoil(adapter.adapted_layers(loaded)[name])
+        with pytest.raises(RuntimeError, match=f"in 1 of {len(layers)} weights.*{name}"):
+            check_loaded(loaded, plain)
+    fewer = plain._replace(factors={n: f for n, f in plain.factors.items() if n != name})
+    with pytest.raises(RuntimeError, match=name):
+        check_loaded(PeftModel.from_pretrained(load("llama", dtype), tmp_path), fewer)
 
 
 def test_the_files_are_what_servers_read(load: Load, tmp_path: Path) -> None:

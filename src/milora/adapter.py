@@ -53,8 +53,8 @@ LORA_OPTIONS = {
 
 
 class Factors(NamedTuple):
-    A: Tensor  # (r, n) fp32
-    B: Tensor  # (m, r) fp32
+    A: Tensor  # (r, n) fp32, on the CPU
+    B: Tensor  # (m, r) fp32, on the CPU
 
 
 class Target(NamedTuple):
@@ -247,13 +247,13 @@ def _start(
         scaling[name] = float(layer.scaling[TRAINED])
         if method == "lora":
             A, B = layer.lora_A[TRAINED].weight, layer.lora_B[TRAINED].weight
-            factors[name] = Factors(A.detach().float().clone(), B.detach().float().clone())
+            factors[name] = _kept(A, B)
             continue
         progress(name, done, len(layers))
         weight = weight_of(layer)
         drawn = module_seed(seed, name)
         found = decompose(weight, layer.r[TRAINED], COMPONENT[method], drawn)
-        factors[name] = initial_factors(found, scaling[name])
+        factors[name] = _kept(*initial_factors(found, scaling[name]))
         spectra[name] = {
             "shape": list(weight.shape),
             "spectral_norm_at_least": found.norm,
@@ -380,12 +380,14 @@ def weight_of(layer: Any) -> Tensor:
 def trained_factors(model: PeftModel) -> dict[str, Factors]:
     """The adapter A, B as it is now, on the CPU in fp32."""
     return {
-        name: Factors(
-            layer.lora_A[TRAINED].weight.detach().float().cpu().clone(),
-            layer.lora_B[TRAINED].weight.detach().float().cpu().clone(),
-        )
+        name: _kept(layer.lora_A[TRAINED].weight, layer.lora_B[TRAINED].weight)
         for name, layer in adapted_layers(model).items()
     }
+
+
+def _kept(A: Tensor, B: Tensor) -> Factors:
+    """Copies on the CPU in fp32, wherever the model is."""
+    return Factors(A.detach().float().cpu().clone(), B.detach().float().cpu().clone())
 
 
 def step0_difference(model: PeftModel, batch: Mapping[str, Tensor]) -> float:

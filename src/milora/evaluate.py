@@ -547,15 +547,15 @@ def knowledge_kept(
         for state, entered in (("base", pair.base), ("tuned", pair.tuned)):
             with entered() as model, torch.no_grad():
                 logits = model(input_ids=ids.to(model.device)).logits[0, :-1].float()
-                log_p[state] = logits.log_softmax(-1).cpu()  # (t, vocabulary)
+                log_p[state] = logits.log_softmax(-1)  # (t, vocabulary)
         each = kl(log_p["base"], log_p["tuned"])
         finite = each.isfinite()
         for state in losses:
-            picked = log_p[state].gather(1, following[:, None])[finite]
+            picked = log_p[state].gather(1, following[:, None].to(each.device))[finite]
             losses[state] -= float(picked.double().sum())
         divergence.append(each[finite])
         agree.append((log_p["base"].argmax(-1) == log_p["tuned"].argmax(-1))[finite])
-    each = torch.cat(divergence)
+    each = torch.cat(divergence).cpu()
     count, total = len(each), sum(len(piece) - 1 for piece in pieces)
     found = dict.fromkeys(
         ("kl", "kl_p99", "top_token_agreement", "base_perplexity", "tuned_perplexity")

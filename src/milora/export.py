@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from milora.adapter import Factors, Start
+from milora.adapter import Factors, Start, adapted_layers
 from milora.errors import UserError
 from milora.files import read_json, write_bytes, write_json
 
@@ -78,13 +78,12 @@ def save_plain_lora(
     in B), one rank for all modules (padded with zeros), no patterns, no rsLoRA, explicit targets,
     only lora_A and lora_B tensors in fp32.
     """
-    rank = max(A.shape[0] for A, _ in plain.factors.values())
+    factors = _one_rank(plain)
+    rank = len(next(iter(factors.values())).A)
     tensors = {}
-    for name, (A, B) in sorted(plain.factors.items()):
-        pad = rank - A.shape[0]
-        prefix = f"base_model.model.{name}"
-        tensors[f"{prefix}.lora_A.weight"] = nn.functional.pad(A, (0, 0, 0, pad)).contiguous()
-        tensors[f"{prefix}.lora_B.weight"] = nn.functional.pad(B, (0, pad)).contiguous()
+    for name, (A, B) in factors.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = A
+        tensors[f"base_model.model.{name}.lora_B.weight"] = B
     modules = dict(base.named_modules())
     transposed = {isinstance(modules[name], Conv1D) for name in plain.factors}
     config = LoraConfig(
@@ -103,6 +102,35 @@ def save_plain_lora(
     write_json(folder / "adapter_config.json", written)
     write_bytes(folder / "adapter_model.safetensors", save(tensors, {"format": "pt"}))
     return rank
+
+
+def _one_rank(plain: PlainLora) -> dict[str, Factors]:
+    """By name, the factors of smaller rank filled up with zeros."""
+    rank = max(len(A) for A, _ in plain.factors.values())
+    return {
+        name: Factors(
+            nn.functional.pad(A, (0, 0, 0, rank - len(A))).contiguous(),
+            nn.functional.pad(B, (0, rank - len(A))).contiguous(),
+        )
+        for name, (A, B) in sorted(plain.factors.items())
+    }
+
+
+def check_loaded(loaded: PeftModel, plain: PlainLora) -> None:
+    """Raise RuntimeError unless PEFT has read from the folder just what `save_plain_lora` wrote."""
+    wanted, layers = _one_rank(plain), adapted_layers(loaded)
+    odd = set(wanted) ^ set(layers)
+    for name in set(wanted) & set(layers):
+        ((key, A),), B = layers[name].lora_A.items(), layers[name].lora_B
+        same = torch.equal(A.weight.cpu(), wanted[name].A)
+        same = same and torch.equal(B[key].weight.cpu(), wanted[name].B)
+        if not same or layers[name].scaling[key] != 1.0:
+            odd.add(name)
+    if odd:
+        raise RuntimeError(
+            f"the exported adapter, loaded by PEFT, is not the trained one in {len(odd)} of "
+            f"{len(wanted)} weights, the first is {min(odd)}: please report this"
+        )
 
 
 def target_names(base: nn.Module, adapted: set[str]) -> list[str]:

@@ -49,6 +49,8 @@ def plan(
         batch = {k: v.to(base.model.device) for k, v in collate(chosen).items()}
         began = time.monotonic()
         live(**batch).loss.backward()
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()  # it only queues its work
         seconds = time.monotonic() - began
     trainable = sum(p.numel() for p in live.parameters() if p.requires_grad)
     per_epoch = math.ceil(len(examples) / size)
