@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import KINDS, TARGETS, make_tokenizer
 from safetensors.torch import load_file, save_file
-from tiny_run import kill_at_write
+from tiny_run import kill_at_write, run, settings
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -27,6 +27,7 @@ from transformers import (
 )
 
 import milora.store
+import milora.train
 from milora.adapter import add_adapter, lora_config
 from milora.checkpoint import open_checkpoint
 from milora.errors import UserError
@@ -378,6 +379,21 @@ def test_a_damaged_gguf_file(length: int, tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:length])
     with pytest.raises(UserError, match=r"model\.gguf (cannot be (opened|read)|hold no weight)"):
         decompose(path, tmp_path / "store")
+
+
+@pytest.mark.parametrize("command", ["init", "train"])
+def test_a_pattern_of_no_weight_is_refused_before_anything_is_decomposed(
+    command: str, tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (milora.store, milora.train):
+        monkeypatch.setattr(module, "components", no_computing)
+    protect = {"q_proj": 2, "gate": 4}
+    call: Callable[[], Any] = {
+        "init": lambda: decompose(tiny("llama"), tmp_path / "store", protect=protect),
+        "train": lambda: run(settings(tiny("llama"), tmp_path, milora={"protect": protect})),
+    }[command]
+    with pytest.raises(UserError, match=r"milora\.protect: 'gate' matches none of the \d+ adapted"):
+        call()
 
 
 def test_what_is_no_model(tmp_path: Path) -> None:

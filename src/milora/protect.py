@@ -11,7 +11,7 @@ those of W (the projections are those of OPLoRA, arXiv 2510.13003, on the factor
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,8 +53,9 @@ class Top(NamedTuple):
     limited: bool  # fewer than were asked for, since the initial factors lie there
 
 
-def check_protect(protect: Protect, method: str) -> None:
-    """Raise UserError for a method whose update cannot be held."""
+def check_protect(protect: Protect, method: str, names: Sequence[str]) -> None:
+    """Raise UserError for a method whose update cannot be held, and for a pattern that means none
+    of `names`, the adapted weights."""
     if _nothing(protect):
         return
     if method == "full":
@@ -64,9 +65,6 @@ def check_protect(protect: Protect, method: str) -> None:
             "milora.protect: pissa starts from the largest components, which protection leaves "
             "alone: use method milora or lora"
         )
-
-
-def _check_patterns(protect: Protect, names: list[str]) -> None:
     for pattern in _patterns(protect):
         try:
             matched = any(selects(pattern, name) for name in names)
@@ -108,9 +106,9 @@ def top_vectors(
     """The top singular vectors of every adapted weight, to protect and to watch.
 
     `layers` as adapter.adapted_layers gives them. At least `watched` vectors are taken, or all
-    that the weight has. Raises UserError for a pattern that matches no module.
+    that the weight has. Raises UserError as check_protect does.
     """
-    _check_patterns(protect, list(layers))
+    check_protect(protect, start.method, list(layers))
     found = {}
     for done, (name, layer) in enumerate(layers.items()):
         progress(name, done, len(layers))

@@ -261,7 +261,7 @@ def decompose_checkpoint(
             raise UserError(f"{name}.weight holds NaN or infinite values: the base is damaged")
         return weight.to(device)
 
-    check_protect(protect, method)
+    check_protect(protect, method, list(wanted))
     beside = Store(store.root, store.say, store.optional)  # of what is not counted
     if ranked:
         spectra = {}

@@ -158,7 +158,6 @@ def train(
         lora_config = adapter.lora_config(lora)
     elif milora["rank"]:
         raise UserError("milora.rank: full fine-tuning has no rank: use an adapter")
-    check_protect(milora["protect"], method)
     if method == "full" and dtype == "auto":
         dtype = "float32"  # most steps of a small rate round to nothing in 16 bit
     set_seed(seed)
@@ -170,8 +169,12 @@ def train(
     parameters = sum(p.numel() for p in base.model.parameters())
     init = run / "init" / "factors.safetensors"
     start = adapter.load_start(init) if method != "full" and init.exists() else None
+    names: dict[str, adapter.Target] = {}
+    if method != "full" and (milora["rank"] or isinstance(milora["protect"], dict)):
+        names = _targets(base, lora)
+    check_protect(milora["protect"], method, list(names))
     if milora["rank"]:
-        found = _ranks(base, lora, milora["rank"], start, progress)
+        found = _ranks(base, names, milora["rank"], start, progress)
         lora_config = adapter.lora_config(with_ranks(lora, found))
     if dry_run:
         return plan(base, material.train, lora_config, method, arguments)
@@ -511,16 +514,20 @@ def _fit(
         load_state(good / STATE, live)
 
 
+def _targets(base: Pretrained, lora: Mapping[str, Any]) -> dict[str, adapter.Target]:
+    """What the run adapts, before the model has an adapter."""
+    with torch.device("meta"):
+        skeleton = type(base.model)(base.model.config)
+    return adapter.targets(skeleton, adapter.lora_config({**lora, "r": 1}))
+
+
 def _ranks(
-    base: Pretrained, lora: Mapping[str, Any], wanted: Mapping[str, float],
+    base: Pretrained, names: Mapping[str, adapter.Target], wanted: Mapping[str, float],
     start: adapter.Start | None, progress: Progress,
 ) -> dict[str, int]:  # fmt: skip
     """The rank of every weight: of the stored factors, else from the spectra."""
     if start is not None:
         return {name: len(factors.A) for name, factors in start.factors.items()}
-    with torch.device("meta"):
-        skeleton = type(base.model)(base.model.config)
-    names = adapter.targets(skeleton, adapter.lora_config({**lora, "r": 1}))
     modules, store = dict(base.model.named_modules()), Store(say=progress.say, optional=True)
     spectra = {}
     for done, (name, target) in enumerate(names.items()):
