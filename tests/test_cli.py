@@ -253,6 +253,27 @@ def test_a_folder_that_cannot_be_written(command: Command) -> None:
     assert errno.ENOSPC  # the full disk itself is the test above
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("inspect", "MODEL", "--json"), ("inspect", "MODEL", "--html"), ("eval", "MODEL", "--out"),
+        ("report", "run", "--out"),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_a_file_to_write_is_looked_at_before_the_work(
+    words: tuple[str, ...], command: Command
+) -> None:
+    words = tuple(str(command.model) if word == "MODEL" else word for word in words)
+    (command.folder / "folder").mkdir()
+    assert "folder is a folder: name a file in it" in command.refused(*words, "folder")
+    said = command.refused(*words, "rows.jsonl/page")
+    assert "rows.jsonl/page cannot be written" in said
+    if words[0] == "inspect":
+        assert command(*words, "new/folder/page")[0] == 0
+        assert (command.folder / "new" / "folder" / "page").exists()
+
+
 def test_help_is_quick_and_imports_no_torch() -> None:
     script = (
         "import sys, milora.cli\nsys.argv = ['milora', '--help']\n"

@@ -24,6 +24,18 @@ app = typer.Typer(
     epilog="Start: milora train --print-default > run.yaml; milora train run.yaml --dry-run",
 )
 
+
+def _to_write(path: Path | None) -> Path | None:
+    """Refuse a file that cannot be written before the work for it is done."""
+    if path is not None:
+        there = next(parent for parent in path.absolute().parents if parent.exists())
+        if path.is_dir():
+            raise UserError(f"{path} is a folder: name a file in it")
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            raise UserError(f"{path} cannot be written: {there} is no folder that takes files")
+    return path
+
+
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
 ]
@@ -114,8 +126,10 @@ def init(
 def look(
     model: Annotated[str, typer.Argument(help="A model as in `model:`, or a run folder.")],
     rank: Annotated[int, typer.Option(min=1, help="What a minor part is measured at.")] = 32,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures.")] = None,
-    html: Annotated[Path | None, typer.Option(help="Write a page.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write all figures.", callback=_to_write)
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page.", callback=_to_write)] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Spectra of a model and where to begin; of a run, its interference by layer."""
@@ -196,7 +210,9 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="Rows per task.")] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="The JSON file to write; default: evaluation.json of the run."),
+        typer.Option(
+            help="The JSON file to write; default: evaluation.json of the run.", callback=_to_write
+        ),
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -335,7 +351,9 @@ def verify(
 def make_report(
     run: Annotated[Path, typer.Argument(help="The run folder.")],
     lang: Annotated[str, typer.Option(help="en or ja.")] = "en",
-    out: Annotated[Path | None, typer.Option(help="Default: report.html in the run.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Default: report.html in the run.", callback=_to_write)
+    ] = None,
 ) -> None:
     """One self-contained page about a run, for someone who did not train it."""
     from milora.files import write_text

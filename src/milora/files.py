@@ -27,7 +27,11 @@ def folder_of(variable: str, default: Path) -> Path:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Replace `path` by `data` in one step: after a kill the old content or the new is there."""
+    """Replace `path` by `data` in one step: after a kill the old content or the new is there.
+
+    Folders on the way to it are made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as handle:
