@@ -4,7 +4,7 @@ BIN := .venv/bin
 # A few matrices of a few hundred rows: spinning threads cost more than they give.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: setup demo check test test-fast format bench-results bench-svd bench-checkpoint clean
+.PHONY: setup demo check test test-fast format bench-compare bench-svd bench-checkpoint clean
 
 setup: .venv/ready
 
@@ -35,9 +35,12 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench-results: setup
-	$(BIN)/python benchmarks/learned_and_kept.py run
-	$(BIN)/python benchmarks/learned_and_kept.py table
+
+# One of those that benchmarks/comparison.py lists, or the rest of it; then the tables of the docs.
+NAME ?= minilm-trec
+bench-compare: setup
+	$(BIN)/python benchmarks/comparison.py $(NAME)
+	$(BIN)/python benchmarks/comparison.py docs
 
 # Without PASSIVE waiting, which slows the small matrices of both sides differently.
 bench-svd: setup

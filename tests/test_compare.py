@@ -195,6 +195,18 @@ def test_rates_beyond_those_given() -> None:
         grid(arms("lora"), [0], [1e-3], landscape(best, tried), Progress(), widen=True)
 
 
+def test_runs_of_several_machines_are_said() -> None:
+    here = {"versions": {"torch": "2.13.0+cpu"}}
+    there = outcome(2.0) | {"versions": {"torch": "2.11.0"}}
+    there["evaluation"]["settings"] = {"device": "NVIDIA H200"}
+    result = summary({("lora", 1e-3, 0): outcome(1.0, **here), ("lora", 3e-3, 0): there}, [0])
+    assert result["machines"] == {"cpu, torch 2.13.0": 1, "NVIDIA H200, torch 2.11.0": 1}
+    said = "1 with cpu, torch 2.13.0; 1 with NVIDIA H200, torch 2.11.0"
+    assert said in " ".join(result["notes"])
+    alone = summary({("lora", 1e-3, 0): outcome(1.0, **here)}, [0])
+    assert "machines" not in " ".join(alone["notes"])
+
+
 def test_a_seed_that_diverges_is_said() -> None:
     outcomes = {("lora", 1e-3, 0): outcome(1.0), ("lora", 1e-3, 1): outcome(None)}
     with pytest.raises(UserError, match=r"lora diverged at 0\.001 with seed 1"):

@@ -36,7 +36,7 @@ def test_a_run(method: str, dtype: str, tiny: Tiny, tmp_path: Path) -> None:
     assert record["state"] == "done"
     assert record["peak_memory_bytes"] == torch.cuda.max_memory_allocated() > 0
     evaluation = json.loads((tmp_path / "run" / "evaluation.json").read_text())
-    assert evaluation["settings"]["device"] == "cuda"
+    assert evaluation["settings"]["device"] == torch.cuda.get_device_name()
     if method != "full":
         assert record["step0"]["difference"] <= record["step0"]["bound"]
         assert record["base"]["unchanged"]

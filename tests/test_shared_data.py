@@ -1,7 +1,7 @@
 """Real data sets, in the shapes they are published in. Skipped where the folder is absent."""
 
 import importlib.util
-import json
+import itertools
 from pathlib import Path
 from types import ModuleType
 
@@ -9,6 +9,7 @@ import pytest
 from conftest import SHARED_DATA, make_tokenizer
 
 from milora.data import overlap, prepare, read_rows
+from milora.grade import grader
 
 pytestmark = pytest.mark.skipif(
     not SHARED_DATA.is_dir(), reason=f"the public data sets are not in {SHARED_DATA} (SHARED_DATA)"
@@ -49,39 +50,29 @@ def test_a_leak_is_counted() -> None:
 
 
 @pytest.fixture
-def benchmark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
-    path = ROOT / "benchmarks" / "learned_and_kept.py"
-    spec = importlib.util.spec_from_file_location("learned_and_kept", path)
+def tasks(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """benchmarks/tasks.py, on the data that is here."""
+    spec = importlib.util.spec_from_file_location("tasks", ROOT / "benchmarks" / "tasks.py")
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "DATA", SHARED_DATA)
-    monkeypatch.setattr(module, "WORK", tmp_path)
     return module
 
 
-@pytest.mark.parametrize("task", ["polarity", "trec", "mawps"])
-def test_the_benchmark_trains_on_nothing_it_tests(task: str, benchmark: ModuleType) -> None:
-    train, test, counts = benchmark.files(task)
-    questions = [
-        {benchmark.plain(json.loads(line)["input"]) for line in path.read_text().splitlines()}
-        for path in (train, test)
-    ]
-    assert not questions[0] & questions[1]
-    assert counts["train"] == 640
-    assert counts["test"] == 200
+@pytest.mark.parametrize("task", ["polarity", "subjectivity", "trec", "mawps"])
+def test_the_benchmark_trains_on_nothing_it_tests(task: str, tasks: ModuleType) -> None:
+    parts = tasks.split(task, 640, 160, 200)
+    sizes = [len(rows) for rows in (parts.train, parts.held_out, parts.test)]
+    assert sizes == [640, 160, 200]
+    seen = [{tasks.plain(row.question) for row in rows} for rows in parts[:3]]
+    for first, second in itertools.combinations(seen, 2):
+        assert not first & second
     if task == "mawps":
-        assert counts["leaks_removed"] >= 60  # 28 + 39, less a few without a plain equation
-
-
-def test_the_benchmark_grades(benchmark: ModuleType) -> None:
-    assert benchmark.grade_expression("(3+4)*2", "14.0") == "right"
-    assert benchmark.grade_expression("2*7", "(3+4)*2") == "right"
-    assert benchmark.grade_expression("2*8", "(3+4)*2") == "wrong"
-    for answer in ("", "the answer is 14", "1/0", "__import__('os')", "9**9**9", "(" * 10_000):
-        assert benchmark.grade_expression(answer, "14") == "format"
-    assert benchmark.grade_word("Positive.", "positive") == "right"
-    assert benchmark.grade_word("negative", "positive") == "wrong"
-    assert benchmark.grade_word("The sentence is", "positive") == "format"
-    assert benchmark.grade_word("positive", "human") == "format"
+        assert parts.leaks >= 60  # 28 + 39, less a few without a plain equation
+        grade = grader("math")
+        assert grade
+        assert all(grade(row.answer, row.answer) == "right" for row in parts.test)
+        for text in ("", "the answer is 14", "1/0", "__import__('os')", "9**9**9", "(" * 10_000):
+            assert tasks.calculate(text) is None

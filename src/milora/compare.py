@@ -16,6 +16,7 @@ import json
 import math
 import re
 import statistics
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -264,6 +265,7 @@ def summary(outcomes: Outcomes, seeds: Sequence[int]) -> dict[str, Any]:
         "seeds": list(seeds),
         "base": _base(of_chosen[arms[0]][0]["evaluation"]),
         "arms": {},
+        "machines": _machines(outcomes),
         "pairs": _pairs(of_chosen),
     }
     for arm in arms:
@@ -292,6 +294,16 @@ def _check_alike(outcomes: Outcomes) -> None:
                 f"{first}.json and {second}.json are of different {what.partition('_')[0]}: the "
                 "model or a file has changed since the comparison began; choose another output_dir"
             )
+
+
+def _machines(outcomes: Outcomes) -> dict[str, int]:
+    """How many runs were made with which device and torch."""
+    found: Counter[str] = Counter()
+    for outcome in outcomes.values():
+        if "versions" in outcome:
+            device = outcome["evaluation"].get("settings", {}).get("device", "cpu")
+            found[f"{device}, torch {outcome['versions']['torch'].partition('+')[0]}"] += 1
+    return dict(found)
 
 
 def _tried(outcome: Outcome) -> dict[str, Any]:
@@ -412,6 +424,11 @@ def _notes(result: Mapping[str, Any]) -> list[str]:
                 f"{arm}: the chosen rate {found['learning_rate']:g} is at the edge of those tried, "
                 "so that a better one may lie outside (--widen looks there)"
             )
+    if len(result["machines"]) > 1:
+        listed = "; ".join(
+            f"{count} with {machine}" for machine, count in result["machines"].items()
+        )
+        notes.append(f"the runs were made on different machines, which round differently: {listed}")
     if len(result["seeds"]) < 3:
         notes.append(f"{len(result['seeds'])} seed(s): too few to tell methods apart")
     return notes

@@ -374,11 +374,12 @@ def evaluate_all(
             partial(knowledge_kept, pair, tokenizer, text, chunks, progress=progress),
         )
         knowledge.append({"text": name, **kept})
+    weight = next(pair.model.parameters())
     settings = {
         "batch_size": batch_size,
         "chunks": chunks,
-        "dtype": str(next(pair.model.parameters()).dtype).removeprefix("torch."),
-        "device": next(pair.model.parameters()).device.type,
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(weight.device) if weight.is_cuda else "cpu",
         "versions": {name: version(name) for name in ("milora", "torch", "transformers")},
     }
     return {"tasks": scores, "knowledge": knowledge, "settings": settings}, samples
