@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from milora.config import load_config
+from milora.gates import check_subjects, parse_gate
+
 PATH = Path(__file__).resolve().parent.parent / "examples" / "mail" / "generate.py"
 spec = importlib.util.spec_from_file_location("generate_mail", PATH)
 assert spec
@@ -61,3 +64,16 @@ def test_an_impossible_count_is_refused(tmp_path: Path, capsys: pytest.CaptureFi
     assert generate.main([str(tmp_path / "x"), "--train", "0"]) == 2
     assert "--train is 0: choose 1 to 20000" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("name", ["run", "guarded"])
+def test_its_configurations(name: str) -> None:
+    settings = load_config(PATH.with_name(f"{name}.yaml"))
+    folder = str(Path(settings.output_dir).parent)
+    assert settings.data.train == f"{folder}/train.jsonl"
+    (task,) = settings.evaluate.tasks
+    assert task["file"] == f"{folder}/test.jsonl"
+    check_subjects([parse_gate(gate) for gate in settings.gates], [task["name"]])
+    text = PATH.with_name(f"{name}.yaml").read_text(encoding="utf-8")
+    assert f"milora train examples/mail/{name}.yaml" in text
+    assert f"generate.py {folder}\n" in text
