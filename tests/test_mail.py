@@ -72,8 +72,8 @@ def test_its_configurations(name: str) -> None:
     folder = str(Path(settings.output_dir).parent)
     assert settings.data.train == f"{folder}/train.jsonl"
     (task,) = settings.evaluate.tasks
-    assert task["file"] == f"{folder}/test.jsonl"
-    check_subjects([parse_gate(gate) for gate in settings.gates], [task["name"]])
+    assert task.file == f"{folder}/test.jsonl"
+    check_subjects([parse_gate(gate) for gate in settings.gates], [task.name])
     text = PATH.with_name(f"{name}.yaml").read_text(encoding="utf-8")
     assert f"milora train examples/mail/{name}.yaml" in text
     assert f"generate.py {folder}\n" in text
