@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from milora.adapter import adapted_layers, add_adapter, lora_config
+from milora.adapter import add_adapter, lora_config
+from milora.matrices import adapted_matrices
 from milora.pretrained import load_pretrained
 from milora.progress import Progress
 from milora.protect import measure, project, top_vectors
@@ -37,7 +38,7 @@ def run(shape: tuple[int, int], k: int) -> dict[str, Any]:
     store = Store(optional=True)
     config = lora_config({"r": 32, "lora_alpha": 32, "target_modules": TARGETS})
     model, start = add_adapter(base, config, "milora", decompose=store.components)
-    layers = adapted_layers(model)
+    layers = adapted_matrices(model)
     with Progress() as progress:
         tops = top_vectors(
             layers, start, k, 0, 0, store.components,

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, get_scheduler
 from weights import minilm
 
-from milora.adapter import adapted_layers, add_adapter
+from milora.adapter import add_adapter
 from milora.data import pad
 from milora.evaluate import wilson
+from milora.matrices import adapted_matrices
 from milora.protect import measure, project, top_vectors, worst
 from milora.svd import components
 
@@ -135,7 +136,7 @@ def run(
             r=16, lora_alpha=16, target_modules=TARGETS, task_type="FEATURE_EXTRACTION"
         )
         encoder, begun = add_adapter(encoder, config, method, seed=seed)
-        layers = adapted_layers(encoder)
+        layers = adapted_matrices(encoder)
         tops = top_vectors(layers, begun, protect, WATCHED, seed, components)
         hold = functools.partial(project, layers, tops)
         if method == "lora":

@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from milora import adapter
-from milora.adapter import ANCHOR, TRAINED, base_only, initial_factors, weight_of
+from milora.adapter import ANCHOR, TRAINED, base_only, initial_factors
 from milora.errors import UserError
+from milora.matrices import adapted_matrices
 from milora.svd import minor_components
 
 METHODS = ("milora", "pissa", "middle", "random", "lora")
@@ -125,8 +126,8 @@ def test_the_initial_factors_are_the_minor_component(
 ) -> None:
     options = {"lora_alpha": alpha, "use_rslora": use_rslora}
     model, start = adapter.add_adapter(load("qwen2"), config("qwen2", **options), "milora")
-    for name, layer in adapter.adapted_layers(model).items():
-        W = weight_of(layer).double()
+    for name, layer in adapted_matrices(model).items():
+        W = layer.weight.double()
         U, S, Vh = torch.linalg.svd(W, full_matrices=False)
         minor = (U[:, -4:] * S[-4:]) @ Vh[-4:]
         A, B = start.factors[name]
@@ -152,10 +153,10 @@ def test_pissa_takes_out_what_peft_takes_out(load: Load) -> None:
         load("llama"),
         LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS["llama"], init_lora_weights="pissa"),
     )
-    residual = {n: weight_of(x) for n, x in adapter.adapted_layers(theirs).items()}
-    for name, layer in adapter.adapted_layers(ours).items():
+    residual = {n: x.weight for n, x in adapted_matrices(theirs).items()}
+    for name, layer in adapted_matrices(ours).items():
         A, B = start.factors[name]
-        taken = weight_of(layer) - residual[name]
+        taken = layer.weight - residual[name]
         torch.testing.assert_close(start.scaling[name] * B @ A, taken, atol=1e-6, rtol=1e-5)
 
 
@@ -265,7 +266,7 @@ def test_all_linear_leaves_the_head_alone(load: Load, batch: dict[str, torch.Ten
     for kind in KINDS:
         all_linear = config(kind, target_modules="all-linear")
         model, _ = adapter.add_adapter(load(kind), all_linear, "milora")
-        names = adapter.adapted_layers(model)
+        names = adapted_matrices(model)
         assert not any("lm_head" in name for name in names)
         assert len(names) == (8 if kind == "gpt2" else 14)
         assert adapter.step0_difference(model, batch) <= 1e-5
@@ -393,7 +394,7 @@ def test_every_method_has_a_start_of_its_own(load: Load) -> None:
 
 def test_dropout_is_on_the_trained_adapter_only(load: Load) -> None:
     model, _ = adapter.add_adapter(load("llama"), config("llama", lora_dropout=0.5), "milora")
-    layer = adapter.adapted_layers(model)["model.layers.0.self_attn.q_proj"]
+    layer = adapted_matrices(model)["model.layers.0.self_attn.q_proj"].layer
     assert layer.lora_dropout[TRAINED].p == 0.5
     assert isinstance(layer.lora_dropout[ANCHOR], nn.Identity)
     assert copy.deepcopy(model.peft_config[TRAINED]).lora_dropout == 0.5

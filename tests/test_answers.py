@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 
 import milora.answers
 import milora.evaluate
-from milora.adapter import adapted_layers, add_adapter, lora_config
+from milora.adapter import add_adapter, lora_config
 from milora.answers import recall_of, who_answers, with_adapter
 from milora.evaluate import Pair, evaluate_all, load_task
+from milora.matrices import adapted_matrices
 
 Load = Callable[..., PreTrainedModel]
 CONFIG = {"r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}
@@ -79,7 +80,7 @@ def test_another_adapter_is_asked_and_the_base_is_not(
     evaluated(model, [first])
     base = who_answers(model, tokenizer)
     tuned = with_adapter(base, model)
-    layer = next(iter(adapted_layers(model).values()))
+    layer = next(iter(adapted_matrices(model).values())).layer
     with torch.no_grad():
         layer.lora_B["milora"].weight.add_(1)
     assert who_answers(model, tokenizer) == base

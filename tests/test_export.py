@@ -21,6 +21,7 @@ from milora import adapter
 from milora.adapter import Factors, Start
 from milora.errors import UserError
 from milora.export import check_loaded, merge, plain_lora, save_plain_lora, target_names
+from milora.matrices import adapted_matrices
 
 Load = Callable[..., PreTrainedModel]
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -96,7 +97,7 @@ def test_what_was_loaded_is_compared_with_what_was_trained(
     save_plain_lora(tmp_path, plain, load("llama"), "tiny")
     loaded = PeftModel.from_pretrained(load("llama", dtype), tmp_path)
     check_loaded(loaded, plain)
-    layers = adapter.adapted_layers(loaded)
+    layers = adapted_matrices(loaded)
     name = list(layers)[3]
     for spoil in (
         lambda layer: layer.lora_B["default"].weight.data[0, 0].add_(1e-6),
@@ -104,7 +105,7 @@ def test_what_was_loaded_is_compared_with_what_was_trained(
         lambda layer: layer.scaling.update(default=2.0),
     ):
         loaded = PeftModel.from_pretrained(load("llama", dtype), tmp_path)
-        spoil(adapter.adapted_layers(loaded)[name])
+        spoil(adapted_matrices(loaded)[name].layer)
         with pytest.raises(RuntimeError, match=f"in 1 of {len(layers)} weights.*{name}"):
             check_loaded(loaded, plain)
     fewer = plain._replace(factors={n: f for n, f in plain.factors.items() if n != name})
@@ -243,6 +244,6 @@ def test_two_adapters_on_one_base_do_not_touch_each_other(
 def test_targets_are_named_in_full_where_suffixes_would_catch_more(load: Load) -> None:
     base = load("llama")
     every = {f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)}
-    assert target_names(base, every) == ["q_proj"]
+    assert target_names(dict(base.named_modules()), every) == ["q_proj"]
     one = {"model.layers.1.self_attn.q_proj"}
     assert target_names(base, one) == sorted(one)

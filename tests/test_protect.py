@@ -15,16 +15,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from milora.adapter import (
-    adapted_layers,
     add_adapter,
     load_start,
     lora_config,
     trained_factors,
-    weight_of,
 )
 from milora.config import load_config
 from milora.errors import UserError
 from milora.export import merge, plain_lora
+from milora.matrices import adapted_matrices
 from milora.protect import Top, load_tops, measure, project, save_tops, top_vectors, worst
 from milora.spectra import directions, interference
 from milora.svd import components
@@ -89,7 +88,7 @@ def adapted(load: Load, method: str, r: int = 2, **more: Any) -> Any:
         {"r": r, "lora_alpha": r, "target_modules": ["q_proj", "v_proj", "down_proj"]} | more
     )
     model, start = add_adapter(load("llama"), config, method)
-    return model, start, adapted_layers(model)
+    return model, start, adapted_matrices(model)
 
 
 def tops_of(layers: Any, start: Any, protect: Any, watched: int = 0) -> dict[str, Top]:
@@ -119,7 +118,7 @@ def test_the_update_is_kept_out(method: str, load: Load) -> None:
     merge(merged, plain_lora(start, trained_factors(model)))
     modules = dict(merged.named_modules())
     for name, layer in layers.items():
-        before = torch.linalg.svdvals(weight_of(layer).double())[:3]
+        before = torch.linalg.svdvals(layer.weight.double())[:3]
         after = torch.linalg.svd(modules[name].weight.double())
         # They are singular triplets of W + dW still, though larger ones may have joined them.
         U, Vh = tops[name].U.double(), tops[name].Vh.double()
@@ -133,26 +132,26 @@ def test_fewer_are_held_than_watched(load: Load) -> None:
     tops = tops_of(layers, start, 2, watched=4)
     generator = torch.Generator().manual_seed(0)
     for layer in layers.values():
-        for part in (layer.lora_A, layer.lora_B):
+        for part in (layer.layer.lora_A, layer.layer.lora_B):
             weight = part["milora"].weight.data
             weight.add_(torch.randn(weight.shape, generator=generator))
     project(layers, tops)
     assert worst(measure(layers, start, tops))["max"] > 1e-3
     for name, top in tops.items():
-        B = layers[name].lora_B["milora"].weight
+        _, B = layers[name].factors("milora")
         assert float((top.U[:, :2].T @ B).detach().abs().max()) < 1e-5
         assert float((top.U[:, 2:].T @ B).detach().abs().max()) > 1e-2
 
 
 def test_how_many(load: Load) -> None:
     _, start, layers = adapted(load, "milora")
-    shapes = {name: min(weight_of(layer).shape) for name, layer in layers.items()}
+    shapes = {name: min(layer.weight.shape) for name, layer in layers.items()}
     tops = tops_of(layers, start, 10**6)
     for name, top in tops.items():
         assert (top.protected, top.limited) == (shapes[name] - 2, True)
     for share in (0.2, 0.9):
         for name, top in tops_of(layers, start, {"energy": share}).items():
-            S = torch.linalg.svdvals(weight_of(layers[name]).double())
+            S = torch.linalg.svdvals(layers[name].weight.double())
             part = S.square().cumsum(0) / S.square().sum()
             assert float(part[top.protected - 1]) >= share * (1 - 1e-9)
             assert top.protected == 1 or float(part[top.protected - 2]) < share
@@ -177,7 +176,7 @@ def test_the_minor_directions(load: Load) -> None:
     _, start, layers = adapted(load, "milora")
     for name, (A, B) in start.factors.items():
         U, Vh = directions(A, B)
-        found = components(weight_of(layers[name]), 2, "minor")
+        found = components(layers[name].weight, 2, "minor")
         torch.testing.assert_close(U @ U.T, found.U @ found.U.T, atol=1e-5, rtol=0)
         torch.testing.assert_close(Vh.T @ Vh, found.Vh.T @ found.Vh, atol=1e-5, rtol=0)
 

@@ -23,6 +23,7 @@ from milora.errors import UserError
 from milora.evaluate import Pair, knowledge_kept
 from milora.export import plain_lora
 from milora.files import cache_folder
+from milora.matrices import adapted_matrices
 from milora.pretrained import BUNDLED, fetch_bundled, load_pretrained
 from milora.protect import measure, project, top_vectors, worst
 from milora.svd import components, minor_components
@@ -224,7 +225,7 @@ def test_what_is_protected_stays(base_folder: Path) -> None:
     base.model.layers = base.model.layers[:4]  # what the others add to the loss takes its time
     options = LORA | {"lora_dropout": 0.0, "r": 16, "lora_alpha": 16, "layers_to_transform": [0, 3]}
     model, start = adapter.add_adapter(base, adapter.lora_config(options), "milora")
-    layers = adapter.adapted_layers(model)
+    layers = adapted_matrices(model)
     tops = top_vectors(layers, start, 64, 0, 0, components)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-3)
     ids = some_text()["input_ids"]
@@ -239,7 +240,7 @@ def test_what_is_protected_stays(base_folder: Path) -> None:
     plain = plain_lora(start, adapter.trained_factors(model))
     for name, layer in layers.items():
         A, B = plain.factors[name]
-        W = adapter.weight_of(layer).double()
+        W = layer.weight.double()
         merged, S = W + B.double() @ A.double(), torch.linalg.svdvals(W)
         U, Vh = tops[name].U.double(), tops[name].Vh.double()
         size = float(S[0])

@@ -33,6 +33,7 @@ from transformers.pytorch_utils import Conv1D
 
 from milora.errors import UserError
 from milora.files import write_bytes
+from milora.matrices import Matrix, adapted_layers, adapted_matrices, stacks, without_expert
 from milora.svd import Component, Components, components
 
 TRAINED, ANCHOR = "milora", "anchor"
@@ -48,7 +49,7 @@ Decompose = Callable[[Tensor, int, Component, int], Components]  # weight, rank,
 # What of peft.LoraConfig keeps a plain LoRA on an untouched base; the rest is refused by name.
 LORA_OPTIONS = {
     "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_rslora",
-    "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern",
+    "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "target_parameters",
 }  # fmt: skip
 
 
@@ -125,8 +126,13 @@ def lora_config(options: Mapping[str, Any]) -> LoraConfig:
     for name, alpha in alphas:
         if not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
             raise UserError(f"lora.{name} is {alpha!r}: a number above 0 is needed")
-    if not config.target_modules:
+    if not config.target_modules and not config.target_parameters:
         raise UserError("lora.target_modules is missing: name the weights to adapt, or all-linear")
+    if config.target_parameters and config.lora_dropout:
+        raise UserError(
+            f"lora.lora_dropout is {config.lora_dropout}: PEFT has none for "
+            "lora.target_parameters, so it must be 0"
+        )
     return config
 
 
@@ -152,28 +158,30 @@ def add_adapter(
     """
     torch.manual_seed(seed)  # PEFT draws A from the global generator
     peft_model = _inject(model, config)
-    layers = adapted_layers(peft_model)
-    for name, layer in layers.items():
-        if not torch.isfinite(weight_of(layer)).all():
+    matrices = adapted_matrices(peft_model)
+    for name, matrix in matrices.items():
+        if not torch.isfinite(matrix.weight).all():
             raise UserError(f"{name}.weight holds NaN or infinite values: the base is damaged")
-    hashes = {name: tensor_sha256(weight_of(layer)) for name, layer in layers.items()}
+    hashes = {name: tensor_sha256(matrix.weight) for name, matrix in matrices.items()}
     if start is None:
-        start = _start(layers, method, hashes, seed, decompose, progress)
+        start = _start(matrices, method, hashes, seed, decompose, progress)
     else:
         check_base(start.sha256, hashes)
     with torch.no_grad():
-        for name, layer in layers.items():
-            layer.lora_A[TRAINED].weight.copy_(start.factors[name].A)
-            layer.lora_B[TRAINED].weight.copy_(start.factors[name].B)
+        for name, matrix in matrices.items():
+            for live, begun in zip(matrix.factors(TRAINED), start.factors[name], strict=True):
+                live.copy_(begun)
     if method in COMPONENT:
         frozen = copy.deepcopy(config)
         frozen.lora_dropout = 0.0
         peft_model.add_adapter(ANCHOR, frozen)
         with torch.no_grad():
-            for name, layer in layers.items():
-                layer.lora_A[ANCHOR].weight.copy_(start.factors[name].A)
-                layer.lora_B[ANCHOR].weight.copy_(-start.factors[name].B)
-                layer.forward = MethodType(_anchored_forward, layer)
+            for name, matrix in matrices.items():
+                A, B = matrix.factors(ANCHOR)
+                A.copy_(start.factors[name].A)
+                B.copy_(-start.factors[name].B)
+                if matrix.expert is None:  # of experts PEFT adds up the updates by itself
+                    matrix.layer.forward = MethodType(_anchored_forward, matrix.layer)
         peft_model.save_pretrained = _refuse_bare_pair  # type: ignore[method-assign]
     _activate(peft_model)
     return peft_model, start
@@ -190,25 +198,25 @@ def _inject(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
         peft_model = get_peft_model(model, config, adapter_name=TRAINED)
     except ValueError as error:
         raise UserError(f"lora.target_modules: {error}") from error
-    layers = adapted_layers(peft_model)
-    _check_patterns(config, list(layers))
+    matrices = adapted_matrices(peft_model)
+    _check_patterns(config, list(matrices))
     embedding: Any = model.get_input_embeddings().weight  # type: ignore[operator]
-    for name, layer in layers.items():
-        base = layer.get_base_layer()
-        if not isinstance(base, nn.Linear | Conv1D):
+    for name, matrix in matrices.items():
+        base = matrix.layer.get_base_layer()
+        if matrix.expert is None and not isinstance(base, nn.Linear | Conv1D):
             raise UserError(
                 f"lora.target_modules: {name} is a {type(base).__name__}; only linear layers can "
                 f"be adapted: {', '.join(_linear_names(model))}"
             )
-        if base.weight is embedding:
+        if matrix.expert is None and base.weight is embedding:
             raise UserError(
                 f"lora.target_modules: {name} shares its weight with the input embedding (tied), "
                 "so that merging would change the embedding too: leave it out"
             )
-        m, n = weight_of(layer).shape
-        if layer.r[TRAINED] > min(m, n):
+        m, n = matrix.weight.shape
+        if matrix.rank(TRAINED) > min(m, n):
             raise UserError(
-                f"lora.r is {layer.r[TRAINED]}, but {name} is {m} x {n}: "
+                f"lora.r is {matrix.rank(TRAINED)}, but {name} is {m} x {n}: "
                 f"at most {min(m, n)} fits (lora.rank_pattern sets it per module)"
             )
     return peft_model
@@ -221,11 +229,11 @@ def targets(model: PreTrainedModel, config: LoraConfig) -> dict[str, Target]:
     """
     return {
         name: Target(
-            tuple(weight_of(layer).shape),
-            layer.r[TRAINED],
-            isinstance(layer.get_base_layer(), Conv1D),
+            tuple(matrix.weight.shape),
+            matrix.rank(TRAINED),
+            isinstance(matrix.layer.get_base_layer(), Conv1D),
         )
-        for name, layer in adapted_layers(_inject(model, config)).items()
+        for name, matrix in adapted_matrices(_inject(model, config)).items()
     }
 
 
@@ -235,7 +243,7 @@ def module_seed(seed: int, name: str) -> int:
 
 
 def _start(
-    layers: dict[str, Any],
+    matrices: Mapping[str, Matrix],
     method: str,
     hashes: dict[str, str],
     seed: int,
@@ -243,16 +251,15 @@ def _start(
     progress: Callable[[str, int, int], None],
 ) -> Start:
     factors, scaling, spectra = {}, {}, {}
-    for done, (name, layer) in enumerate(layers.items()):
-        scaling[name] = float(layer.scaling[TRAINED])
+    for done, (name, matrix) in enumerate(matrices.items()):
+        scaling[name] = matrix.scaling(TRAINED)
         if method == "lora":
-            A, B = layer.lora_A[TRAINED].weight, layer.lora_B[TRAINED].weight
-            factors[name] = _kept(A, B)
+            factors[name] = _kept(*matrix.factors(TRAINED))
             continue
-        progress(name, done, len(layers))
-        weight = weight_of(layer)
+        progress(name, done, len(matrices))
+        weight = matrix.weight
         drawn = module_seed(seed, name)
-        found = decompose(weight, layer.r[TRAINED], COMPONENT[method], drawn)
+        found = decompose(weight, matrix.rank(TRAINED), COMPONENT[method], drawn)
         factors[name] = _kept(*initial_factors(found, scaling[name]))
         spectra[name] = {
             "shape": list(weight.shape),
@@ -293,7 +300,21 @@ def _refuse_bare_pair(*args: Any, **kwargs: Any) -> None:
 
 def _check_targets(model: PreTrainedModel, config: LoraConfig) -> None:
     # PEFT refuses a list of which nothing matches, and ignores an entry that matches nothing.
+    stacked = stacks(model)
+    for entry in sorted(config.target_parameters or ()):
+        if not any(name == entry or name.endswith("." + entry) for name in stacked):
+            raise UserError(
+                f"lora.target_parameters: {entry!r} matches no stack of experts of this model; "
+                f"it has {', '.join(_short(stacked)) or 'none'}"
+            )
     if isinstance(config.target_modules, str):
+        left = [name for name in _short(stacked) if name not in (config.target_parameters or ())]
+        if config.target_modules == "all-linear" and left:
+            raise UserError(
+                "lora.target_modules: all-linear means linear layers, and this model also has "
+                f"stacks of experts: add lora.target_parameters: [{', '.join(_short(stacked))}], "
+                "or name the linear layers to leave the experts alone"
+            )
         return
     names = [name for name, _ in model.named_modules()]
     for entry in sorted(config.target_modules or ()):
@@ -304,12 +325,19 @@ def _check_targets(model: PreTrainedModel, config: LoraConfig) -> None:
             raise UserError(
                 f"lora.target_modules: {entry!r} matches no module of this model; {hint}"
                 f"its linear layers are {', '.join(linear)}"
+                + f"; of its experts, by lora.target_parameters: {', '.join(_short(stacked))}"
+                * bool(stacked)
             )
+
+
+def _short(stacked: Mapping[str, nn.Parameter]) -> list[str]:
+    """experts.down_proj and the like."""
+    return sorted({".".join(name.split(".")[-2:]) for name in stacked})
 
 
 def selects(pattern: str, name: str) -> bool:
     """PEFT's rule for a key of rank_pattern: does it mean the module `name`?"""
-    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+    return re.match(rf"(.*\.)?({pattern})$", without_expert(name)) is not None
 
 
 def _check_patterns(config: LoraConfig, names: Sequence[str]) -> None:
@@ -360,28 +388,10 @@ def base_only(model: nn.Module) -> Iterator[None]:
             _activate(model)
 
 
-def adapted_layers(model: PeftModel) -> dict[str, Any]:
-    """PEFT's LoRA layers by the name of the module in the base, in the model's order."""
-    found: dict[str, Any] = {}
-    inner: Any = model.base_model.model
-    for name, module in inner.named_modules():
-        if isinstance(module, LoraLayer):
-            found[name] = module
-    return found
-
-
-def weight_of(layer: Any) -> Tensor:
-    """The base weight W (out, in) of a LoRA layer; GPT-2's Conv1D stores it as (in, out)."""
-    base = layer.get_base_layer()
-    weight: Tensor = base.weight.detach()
-    return weight.T if isinstance(base, Conv1D) else weight
-
-
 def trained_factors(model: PeftModel) -> dict[str, Factors]:
     """The adapter A, B as it is now, on the CPU in fp32."""
     return {
-        name: _kept(layer.lora_A[TRAINED].weight, layer.lora_B[TRAINED].weight)
-        for name, layer in adapted_layers(model).items()
+        name: _kept(*matrix.factors(TRAINED)) for name, matrix in adapted_matrices(model).items()
     }
 
 
@@ -423,10 +433,13 @@ def base_sha256(model: nn.Module) -> str:
     """One hash over every tensor of the base, adapters left out, by the base's own names."""
     digest = hashlib.sha256()
     inner: Any = model.base_model.model if isinstance(model, PeftModel) else model
-    for name, tensor in sorted(inner.state_dict().items()):
-        if ".lora_" not in name:
-            plain = name.replace(".base_layer.", ".")
-            digest.update(f"{plain} {tensor_sha256(tensor)}\n".encode())
+    own = {
+        name.replace(".base_layer", ""): tensor
+        for name, tensor in inner.state_dict().items()
+        if ".lora_" not in name
+    }
+    for name, tensor in sorted(own.items()):
+        digest.update(f"{name} {tensor_sha256(tensor)}\n".encode())
     return digest.hexdigest()
 
 

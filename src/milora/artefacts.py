@@ -1,15 +1,19 @@
 """`milora export`: from the files of a finished run to a folder for other tools."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from safetensors.torch import load_file
+from torch import Tensor
 
 from milora.adapter import TRAINED, Factors, Start, load_start
 from milora.errors import UserError
 from milora.export import merge, plain_lora, save_plain_lora
 from milora.files import new_folder, read_json, write_json, write_text
+from milora.matrices import adapted_matrices
 from milora.verify import find_adapter, make_probes, open_adapter
 
 
@@ -28,8 +32,9 @@ def export_run(
     if to == "merged" and rank is not None:
         raise UserError("--rank goes with --to lora; merged weights hold the whole update")
     source = find_adapter(run)
-    start, trained = _run_factors(run)
+    files = _run_files(run)
     opened = open_adapter(run, trust_remote_code=trust_remote_code)
+    start, trained = _factors(*files, opened.model)
     largest = opened.provenance["rank"]
     if rank is not None and rank > largest:
         raise UserError(f"--rank {rank}: the update has rank {largest}, choose at most that")
@@ -46,8 +51,6 @@ def export_run(
             if file.name not in ("adapter_config.json", "adapter_model.safetensors", "milora.json"):
                 shutil.copy(file, folder)
         written = save_plain_lora(folder, plain, base, opened.base.name)
-        from peft import PeftModel
-
         loaded = PeftModel.from_pretrained(base, folder)
         provenance: dict[str, Any] = opened.provenance | {
             "rank": written,
@@ -71,14 +74,23 @@ def export_run(
     )
 
 
-def _run_factors(run: Path) -> tuple[Start, dict[str, Factors]]:
+def _run_files(run: Path) -> tuple[Start, dict[str, Tensor]]:
     init, final = run / "init" / "factors.safetensors", run / "checkpoints" / "trained.safetensors"
     if not (init.exists() and final.exists()):
         state = read_json(run / "run.json")["state"] if (run / "run.json").exists() else "no run"
         raise UserError(f"{run} is not a finished run with an adapter (state: {state})")
-    start, tensors = load_start(init), load_file(final)
+    return load_start(init), load_file(final)
 
-    def named(name: str, which: str) -> Any:
-        return tensors[f"base_model.model.{name}.{which}.{TRAINED}.weight"]
 
-    return start, {n: Factors(named(n, "lora_A"), named(n, "lora_B")) for n in start.factors}
+def _factors(
+    start: Start, tensors: Mapping[str, Tensor], model: PeftModel
+) -> tuple[Start, dict[str, Factors]]:
+    """The trained factors out of a checkpoint, by the names of the exported model's matrices."""
+    found = {}
+    for name, matrix in adapted_matrices(model).items():
+        whole = (
+            tensors[f"base_model.model.{matrix.path}.{which}.{TRAINED}.weight"]
+            for which in ("lora_A", "lora_B")
+        )
+        found[name] = Factors(*matrix.part(*whole))
+    return start, found

@@ -6,21 +6,23 @@ is one ordinary LoRA of rank 2r on the untouched base. It is built from files or
 never from the live model, so that exporting cannot disturb a run.
 """
 
+import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from milora.adapter import Factors, Start, adapted_layers
+from milora.adapter import Factors, Start
 from milora.errors import UserError
 from milora.files import read_json, write_bytes, write_json
+from milora.matrices import adapted_matrices, matrix_in, without_expert
 
 
 class PlainLora(NamedTuple):
@@ -80,28 +82,56 @@ def save_plain_lora(
     """
     factors = _one_rank(plain)
     rank = len(next(iter(factors.values())).A)
-    tensors = {}
-    for name, (A, B) in factors.items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = A
-        tensors[f"base_model.model.{name}.lora_B.weight"] = B
     modules = dict(base.named_modules())
-    transposed = {isinstance(modules[name], Conv1D) for name in plain.factors}
+    transposed = {isinstance(modules.get(name), Conv1D) for name in factors}
+    linear = {name for name in factors if name in modules}
+    stacked = {without_expert(name) for name in factors if name not in modules}
+    parameters = {name for name, _ in base.named_parameters()}
     config = LoraConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=base_name,
         revision=revision,
         r=rank,
         lora_alpha=rank,
-        target_modules=target_names(base, set(plain.factors)),
+        target_modules=target_names(modules, linear),
+        target_parameters=target_names(parameters, stacked, 2) or None,
         fan_in_fan_out=transposed == {True},
         inference_mode=True,
+    )
+    write_bytes(
+        folder / "adapter_model.safetensors",
+        save(_tensors(factors, base, config), {"format": "pt"}),
     )
     config.save_pretrained(str(folder))
     written = read_json(folder / "adapter_config.json")
     written["target_modules"] = sorted(written["target_modules"])  # PEFT writes a set's order
     write_json(folder / "adapter_config.json", written)
-    write_bytes(folder / "adapter_model.safetensors", save(tensors, {"format": "pt"}))
     return rank
+
+
+def _tensors(
+    factors: Mapping[str, Factors], base: nn.Module, config: LoraConfig
+) -> dict[str, Tensor]:
+    """By the names that PEFT gives them; experts are stacked as it does."""
+    found, stacks = {}, dict[str, list[Factors]]()
+    modules = dict(base.named_modules())
+    for name, (A, B) in factors.items():
+        if name in modules:
+            found[f"base_model.model.{name}.lora_A.weight"] = A
+            found[f"base_model.model.{name}.lora_B.weight"] = B
+    if len(found) == 2 * len(factors):
+        return found
+    # Where several stacks of one module are adapted PEFT nests its layers: it says how itself.
+    with torch.device("meta"):
+        skeleton = type(base)(base.config)
+    for name, matrix in adapted_matrices(get_peft_model(skeleton, copy.deepcopy(config))).items():
+        if matrix.expert is not None:
+            stacks.setdefault(matrix.path, []).append(factors[name])
+    for path, experts in stacks.items():
+        A, B = torch.cat([A for A, _ in experts]), torch.stack([B for _, B in experts], 2)
+        found[f"base_model.model.{path}.lora_A.weight"] = A
+        found[f"base_model.model.{path}.lora_B.weight"] = B.flatten(1).contiguous()
+    return found
 
 
 def _one_rank(plain: PlainLora) -> dict[str, Factors]:
@@ -118,13 +148,12 @@ def _one_rank(plain: PlainLora) -> dict[str, Factors]:
 
 def check_loaded(loaded: PeftModel, plain: PlainLora) -> None:
     """Raise RuntimeError unless PEFT has read from the folder just what `save_plain_lora` wrote."""
-    wanted, layers = _one_rank(plain), adapted_layers(loaded)
-    odd = set(wanted) ^ set(layers)
-    for name in set(wanted) & set(layers):
-        ((key, A),), B = layers[name].lora_A.items(), layers[name].lora_B
-        same = torch.equal(A.weight.cpu(), wanted[name].A)
-        same = same and torch.equal(B[key].weight.cpu(), wanted[name].B)
-        if not same or layers[name].scaling[key] != 1.0:
+    wanted, matrices = _one_rank(plain), adapted_matrices(loaded)
+    odd = set(wanted) ^ set(matrices)
+    for name in set(wanted) & set(matrices):
+        matrix, (key,) = matrices[name], loaded.peft_config
+        read = zip(matrix.factors(key), wanted[name], strict=True)
+        if not all(torch.equal(x.cpu(), y) for x, y in read) or matrix.scaling(key) != 1.0:
             odd.add(name)
     if odd:
         raise RuntimeError(
@@ -133,26 +162,27 @@ def check_loaded(loaded: PeftModel, plain: PlainLora) -> None:
         )
 
 
-def target_names(base: nn.Module, adapted: set[str]) -> list[str]:
-    """The shortest list of targets that selects exactly `adapted` by PEFT's rule of suffixes."""
-    short = sorted({name.rpartition(".")[2] for name in adapted})
+def target_names(there: Collection[str], adapted: Collection[str], words: int = 1) -> list[str]:
+    """The shortest list of targets that selects exactly `adapted` by PEFT's rule of suffixes.
+
+    `there` are all names that PEFT compares; `words` is how many of the last a target has.
+    """
+    short = sorted({".".join(name.split(".")[-words:]) for name in adapted})
     selected = {
         name
-        for name, _ in base.named_modules()
+        for name in there
         if any(name == entry or name.endswith("." + entry) for entry in short)
     }
-    return short if selected == adapted else sorted(adapted)
+    return short if selected == set(adapted) else sorted(adapted)
 
 
 def merge(base: PreTrainedModel, plain: PlainLora) -> None:
     """W + dW into the weights of `base`, in place: added in fp64 and rounded once to its dtype."""
-    modules = dict(base.named_modules())
     for name, (A, B) in plain.factors.items():
-        module = modules.get(name)
-        if not isinstance(module, nn.Linear | Conv1D):
-            raise UserError(f"wrong base: it has no linear layer {name}")
-        weight: Any = module.weight
+        try:
+            weight = matrix_in(base, name)
+        except KeyError:
+            raise UserError(f"wrong base: it has no weight {name}") from None
         delta = (B.double() @ A.double()).to(weight.device)
-        delta = delta.T if isinstance(module, Conv1D) else delta
         with torch.no_grad():
             weight.copy_((weight.double() + delta).to(weight.dtype))

@@ -17,6 +17,7 @@ from torch import Tensor
 from milora.adapter import lora_config, targets
 from milora.checkpoint import Checkpoint, open_checkpoint
 from milora.errors import UserError
+from milora.matrices import kind_of
 from milora.progress import Progress
 from milora.spectra import HARD, rank_within, spectrum, thinned, top_holding
 from milora.store import Store
@@ -54,7 +55,7 @@ def inspect_model(
         found = spectrum(weight, S, at)
         rows.append(
             {
-                "module": name, "kind": name.rpartition(".")[2], "layer": _layer(name),
+                "module": name, "kind": kind_of(name), "layer": _layer(name),
                 "shape": list(target.shape), "rank": at, **found._asdict(),
                 **{f"rank_{share:g}": rank_within(S, share) for share in MINOR_ENERGY},
                 f"top_{TOP_ENERGY:g}": top_holding(S, TOP_ENERGY),

@@ -21,6 +21,7 @@ from transformers import (
 from milora.adapter import Start
 from milora.errors import UserError
 from milora.files import read_json, write_bytes, write_text
+from milora.matrices import Matrix
 from milora.progress import Progress
 from milora.protect import Top, measure, project, worst
 
@@ -64,13 +65,13 @@ class MiloraTrainer(Trainer):
 class Hold(TrainerCallback):
     """Keeps the update out of the protected directions, after every optimizer step."""
 
-    def __init__(self, layers: Mapping[str, Any], tops: Mapping[str, Top]) -> None:
-        self.layers, self.tops = layers, tops
+    def __init__(self, matrices: Mapping[str, Matrix], tops: Mapping[str, Top]) -> None:
+        self.matrices, self.tops = matrices, tops
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        project(self.layers, self.tops)
+        project(self.matrices, self.tops)
 
 
 class Watch(TrainerCallback):
@@ -81,10 +82,10 @@ class Watch(TrainerCallback):
     """
 
     def __init__(
-        self, layers: Mapping[str, Any], start: Start, tops: Mapping[str, Top],
+        self, matrices: Mapping[str, Matrix], start: Start, tops: Mapping[str, Top],
         every: int, limit: float | None, stop: bool, path: Path, progress: Progress,
     ) -> None:  # fmt: skip
-        self.layers, self.start, self.tops = layers, start, tops
+        self.matrices, self.start, self.tops = matrices, start, tops
         self.every, self.limit, self.stop = every, limit, stop
         self.path, self.progress = path, progress
         self.trainer: MiloraTrainer | None = None  # whose trackers get the figures
@@ -104,7 +105,7 @@ class Watch(TrainerCallback):
             self._measure(state, control)
 
     def _measure(self, state: TrainerState, control: TrainerControl) -> None:
-        found = measure(self.layers, self.start, self.tops)
+        found = measure(self.matrices, self.start, self.tops)
         numbers = {name: [_short(value) for value in one] for name, one in found.items()}
         line = {"step": state.global_step, "interference": numbers}
         with self.path.open("a", encoding="utf-8") as handle:

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from milora import adapter
 from milora.data import IGNORED, Collator, Prepared
+from milora.matrices import Matrix, adapted_matrices, kind_of
 from milora.pretrained import Pretrained
 from milora.progress import duration
 from milora.svd import Component, components
@@ -75,15 +76,15 @@ def plan(
 
 def decomposition_time(adapted: PeftModel, component: Component) -> float:
     """Seconds without the store, measured on one weight of every shape and rank."""
-    alike: dict[tuple[int, ...], list[Any]] = {}
-    for layer in adapter.adapted_layers(adapted).values():
-        key = (*adapter.weight_of(layer).shape, layer.r[adapter.TRAINED])
-        alike.setdefault(key, []).append(layer)
+    alike: dict[tuple[int, ...], list[Matrix]] = {}
+    for matrix in adapted_matrices(adapted).values():
+        key = (*matrix.weight.shape, matrix.rank(adapter.TRAINED))
+        alike.setdefault(key, []).append(matrix)
     total = 0.0
-    for (*_, rank), layers in alike.items():
+    for (*_, rank), matrices in alike.items():
         began = time.monotonic()
-        components(adapter.weight_of(layers[0]), rank, component)
-        total += len(layers) * (time.monotonic() - began)
+        components(matrices[0].weight, rank, component)
+        total += len(matrices) * (time.monotonic() - began)
     return total
 
 
@@ -104,20 +105,23 @@ def coverage(live: PeftModel) -> dict[str, Any]:
     """Which weights are adapted and which are not, by kind, with their numbers of parameters."""
     adapted: dict[str, list[int]] = {}
     left: dict[str, list[int]] = {}
-    layers = adapter.adapted_layers(live)
-    owned = {id(layer.get_base_layer().weight) for layer in layers.values()}
-    owned.add(id(live.get_input_embeddings().weight))  # a tied head is no weight of its own
-    for name, layer in layers.items():
-        adapted.setdefault(name.rpartition(".")[2], []).append(adapter.weight_of(layer).numel())
+    matrices = adapted_matrices(live)
+    owned = {matrix.weight.data_ptr() for matrix in matrices.values()}
+    owned.add(live.get_input_embeddings().weight.data_ptr())  # a tied head is no weight of its own
+    for name, matrix in matrices.items():
+        adapted.setdefault(kind_of(name), []).append(matrix.weight.numel())
     inner: Any = live.base_model.model
     for name, module in inner.named_modules():
         for key, parameter in module.named_parameters(recurse=False):
-            # A fused stack of experts is one parameter of three dimensions: it must be named too.
-            matrix = isinstance(module, nn.Linear | Conv1D) or parameter.ndim == 3
-            if parameter.ndim < 2 or not matrix or ".lora_" in name or id(parameter) in owned:
+            # Stacked experts are one parameter of three dimensions.
+            matrices_here = isinstance(module, nn.Linear | Conv1D) or parameter.ndim == 3
+            if parameter.ndim < 2 or not matrices_here or ".lora_" in name:
                 continue
-            kind = name.rpartition(".")[2] + (f".{key}" if parameter.ndim == 3 else "")
-            left.setdefault(kind, []).append(parameter.numel())
+            if parameter.data_ptr() in owned:
+                continue
+            kind = key if parameter.ndim == 3 else name.rpartition(".")[2]
+            for part in parameter if parameter.ndim == 3 else (parameter,):
+                left.setdefault(kind, []).append(part.numel())
     inside, outside = (sum(sum(v) for v in part.values()) for part in (adapted, left))
     return {
         "adapted": {k: {"weights": len(v), "parameters": sum(v)} for k, v in adapted.items()},

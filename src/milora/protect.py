@@ -28,10 +28,10 @@ from milora.adapter import (
     check_base,
     module_seed,
     selects,
-    weight_of,
 )
 from milora.errors import UserError
 from milora.files import write_bytes
+from milora.matrices import Matrix
 from milora.spectra import Interference, directions, interference
 from milora.svd import positions
 
@@ -95,7 +95,7 @@ def _asked(protect: Protect, name: str) -> int | Energy:
 
 
 def top_vectors(
-    layers: Mapping[str, Any],
+    matrices: Mapping[str, Matrix],
     start: Start,
     protect: Protect,
     watched: int,
@@ -105,16 +105,16 @@ def top_vectors(
 ) -> dict[str, Top]:
     """The top singular vectors of every adapted weight, to protect and to watch.
 
-    `layers` as adapter.adapted_layers gives them. At least `watched` vectors are taken, or all
+    `matrices` as adapted_matrices gives them. At least `watched` vectors are taken, or all
     that the weight has. Raises UserError as check_protect does.
     """
-    check_protect(protect, start.method, list(layers))
+    check_protect(protect, start.method, list(matrices))
     found = {}
-    for done, (name, layer) in enumerate(layers.items()):
-        progress(name, done, len(layers))
-        rank = layer.r[TRAINED]
+    for done, (name, matrix) in enumerate(matrices.items()):
+        progress(name, done, len(matrices))
+        rank = matrix.rank(TRAINED)
         top = top_of(
-            name, weight_of(layer), rank, start.method, protect, watched, seed, decompose
+            name, matrix.weight, rank, start.method, protect, watched, seed, decompose
         )  # fmt: skip
         if top is not None:
             found[name] = top
@@ -173,11 +173,11 @@ def _for_energy(
 
 
 @torch.no_grad()
-def project(layers: Mapping[str, Any], tops: Mapping[str, Top]) -> None:
+def project(matrices: Mapping[str, Matrix], tops: Mapping[str, Top]) -> None:
     """The two projections above, in place, on the adapter of every protected weight."""
     for name, top in tops.items():
         if top.protected:
-            A, B = (part[TRAINED].weight for part in (layers[name].lora_A, layers[name].lora_B))
+            A, B = matrices[name].factors(TRAINED)
             U, Vh = top.U[:, : top.protected].to(B), top.Vh[: top.protected].to(A)
             B.sub_(U @ (U.T @ B))
             A.sub_((A @ Vh.T) @ Vh)
@@ -185,12 +185,12 @@ def project(layers: Mapping[str, Any], tops: Mapping[str, Top]) -> None:
 
 @torch.no_grad()
 def measure(
-    layers: Mapping[str, Any], start: Start, tops: Mapping[str, Top]
+    matrices: Mapping[str, Matrix], start: Start, tops: Mapping[str, Top]
 ) -> dict[str, Interference]:
     """The interference of the adapter as it is now, by module."""
     found = {}
     for name, top in tops.items():
-        A, B = (part[TRAINED].weight for part in (layers[name].lora_A, layers[name].lora_B))
+        A, B = matrices[name].factors(TRAINED)
         s, minor = start.scaling[name], None
         P, Q = s * B.double(), A.double()
         if start.method != "lora":

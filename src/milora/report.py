@@ -18,6 +18,7 @@ from milora.errors import UserError
 from milora.files import read_lines
 from milora.gates import read_finished
 from milora.inspect_page import heat, spectra_panels
+from milora.matrices import kind_of
 from milora.pages import inked, inline, render, svg
 from milora.progress import duration
 
@@ -155,7 +156,7 @@ def _interference(
     for name, one in found["layers"].items():
         parts = [part for part in name.split(".") if part.isdigit()]
         rows.append(
-            {"kind": name.rpartition(".")[2], "layer": int(parts[0]) if parts else 0,
+            {"kind": kind_of(name), "layer": int(parts[0]) if parts else 0,
              "rho": max(one["left"], one["right"])}
         )  # fmt: skip
     counts = sorted({one["k"] for one in found["layers"].values()})
@@ -263,7 +264,7 @@ def _loss_plot(metrics: Sequence[Mapping[str, Any]]) -> str:
 def _spectra_plot(spectra: Mapping[str, Any]) -> str:
     kinds: dict[str, list[Mapping[str, Any]]] = {}
     for name, one in spectra.items():
-        kinds.setdefault(name.rpartition(".")[2], []).append(one)
+        kinds.setdefault(kind_of(name), []).append(one)
     sheet, panels = spectra_panels(list(kinds))
     for kind, weights in kinds.items():
         for place, one in enumerate(weights):

@@ -64,6 +64,7 @@ from milora.loop import (
     load_state,
     save_state,
 )
+from milora.matrices import adapted_matrices, kind_of, matrix_in
 from milora.pretrained import Pretrained, load_pretrained
 from milora.preview import coverage, peak_memory, plan
 from milora.progress import Progress
@@ -265,7 +266,7 @@ def train(
         watch = None
         if tops and isinstance(live, PeftModel) and start is not None:
             watch = Watch(
-                adapter.adapted_layers(live), start, tops,
+                adapted_matrices(live), start, tops,
                 **{key: milora["interference"][key] for key in ("every", "limit", "stop")},
                 path=run / "metrics.jsonl", progress=progress,
             )  # fmt: skip
@@ -482,7 +483,7 @@ def _fit(
     if watch:
         callbacks.append(watch)
         if any(top.protected for top in watch.tops.values()):
-            callbacks.append(Hold(watch.layers, watch.tops))
+            callbacks.append(Hold(watch.matrices, watch.tops))
     trainer = MiloraTrainer(
         model=live,
         args=arguments,
@@ -528,12 +529,11 @@ def _ranks(
     """The rank of every weight: of the stored factors, else from the spectra."""
     if start is not None:
         return {name: len(factors.A) for name, factors in start.factors.items()}
-    modules, store = dict(base.model.named_modules()), Store(say=progress.say, optional=True)
+    store = Store(say=progress.say, optional=True)
     spectra = {}
-    for done, (name, target) in enumerate(names.items()):
+    for done, name in enumerate(names):
         progress("spectra", done, len(names), name)
-        weight: Any = modules[name].weight
-        spectra[name] = store.spectrum(weight.detach().T if target.transposed else weight.detach())
+        spectra[name] = store.spectrum(matrix_in(base.model, name))
     found = ranks(spectra, {name: target.shape for name, target in names.items()}, wanted)
     sizes = sorted(found.values())
     progress.say(
@@ -548,7 +548,7 @@ def _tops(
     progress: Progress,
 ) -> dict[str, Top]:  # fmt: skip
     """The singular vectors to hold and to watch, from the run folder or the store."""
-    layers = adapter.adapted_layers(live)
+    matrices = adapted_matrices(live)
     if stored.exists():
         device = next(live.parameters()).device
         tops = {
@@ -557,7 +557,7 @@ def _tops(
         }
     else:
         tops = top_vectors(
-            layers, start, milora["protect"], milora["interference"]["top"], seed,
+            matrices, start, milora["protect"], milora["interference"]["top"], seed,
             Store(say=progress.say, optional=True).components,
             lambda name, done, total: progress("the largest components", done, total, name),
         )  # fmt: skip
@@ -575,13 +575,13 @@ def _tops(
                 f"in {limited} of them fewer than asked for, since the initial factors begin there"
             )
         if start.method == "lora":  # its A starts anywhere, and B at 0: step 0 stays the base
-            project(layers, tops)
+            project(matrices, tops)
     return tops
 
 
 def _interference(live: PeftModel, start: adapter.Start, tops: Mapping[str, Top]) -> dict[str, Any]:
     """What run.json keeps: worst and mean, and left, right, minor, size and k of each module."""
-    found = measure(adapter.adapted_layers(live), start, tops)
+    found = measure(adapted_matrices(live), start, tops)
     layers = {
         name: {**one._asdict(), "k": tops[name].U.shape[1], "protected": tops[name].protected}
         for name, one in found.items()
@@ -594,13 +594,13 @@ def _spectra(live: PeftModel, plain: export.PlainLora) -> dict[str, Any]:
 
     Weights with more than 2048 rows and columns are left out, since theirs would take minutes.
     """
-    layers, kinds = adapter.adapted_layers(live), dict[str, list[str]]()
-    for name in layers:
-        kinds.setdefault(name.rpartition(".")[2], []).append(name)
+    matrices, kinds = adapted_matrices(live), dict[str, list[str]]()
+    for name in matrices:
+        kinds.setdefault(kind_of(name), []).append(name)
     found = {}
     for names in kinds.values():
         for name in dict.fromkeys((names[0], names[len(names) // 2], names[-1])):
-            weight = adapter.weight_of(layers[name]).double()
+            weight = matrices[name].weight.double()
             if min(weight.shape) > 2048:
                 continue
             A, B = (x.double().to(weight.device) for x in plain.factors[name])

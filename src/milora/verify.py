@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from milora.adapter import base_only, tensor_sha256
 from milora.errors import UserError
 from milora.files import read_json
+from milora.matrices import matrix_in
 from milora.pretrained import Pretrained, load_pretrained
 
 PROBES = (
@@ -66,17 +67,13 @@ def open_adapter(path: Path, base: str | None = None, trust_remote_code: bool = 
 
 
 def _wrong_weights(model: nn.Module, stored: dict[str, str]) -> list[str]:
-    modules = dict(model.named_modules())
     wrong = []
     for name, digest in stored.items():
-        weight = getattr(modules.get(name), "weight", None)
-        if weight is None:
+        try:
+            if tensor_sha256(matrix_in(model, name)) != digest:
+                wrong.append(name)
+        except KeyError:
             wrong.append(f"{name} (not there)")
-            continue
-        # Conv1D holds W transposed; the hash is of W as (out, in).
-        seen = weight.T if type(modules[name]).__name__ == "Conv1D" else weight
-        if tensor_sha256(seen) != digest:
-            wrong.append(name)
     return wrong
 
 

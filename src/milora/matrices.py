@@ -1,0 +1,116 @@
+"""The matrices that an adapter goes on, whatever the library stores them in.
+
+Most are the weight of a linear layer. GPT-2's Conv1D stores it transposed. Mixtures of experts
+stack theirs in one parameter of three dimensions, of which PEFT adapts all at once; here each
+expert's is a matrix of its own, named like `model.layers.0.mlp.experts.down_proj.3`, with its own
+rows of lora_A and columns of lora_B. What is returned are views: writing to one writes the layer.
+"""
+
+import re
+from typing import Any, NamedTuple
+
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+
+class Matrix(NamedTuple):
+    """One logical weight W (m, n) and the places of its factors."""
+
+    layer: Any  # PEFT's layer; several matrices share one where experts are stacked
+    path: str  # of that layer in the PEFT model's base
+    expert: int | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """W (m, n), detached."""
+        base = self.layer.get_base_layer()
+        if self.expert is None:
+            return _upright(base, base.weight.detach())
+        return _upright(base, self.layer.get_param().detach()[self.expert])
+
+    def rank(self, adapter: str) -> int:
+        return int(self.layer.r[adapter])
+
+    def scaling(self, adapter: str) -> float:
+        return float(self.layer.scaling[adapter])
+
+    def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """A (r, n) and B (m, r) of one of its adapters."""
+        return self.part(self.layer.lora_A[adapter].weight, self.layer.lora_B[adapter].weight)
+
+    def part(self, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the layer's two tensors those that are its own.
+
+        PEFT has them for all experts: the e-th r rows of lora_A (count r, n), and every count-th
+        column of lora_B (m, r count).
+        """
+        if self.expert is None:
+            return lora_A, lora_B
+        count = self.layer.num_experts
+        A = lora_A.view(count, -1, lora_A.shape[1])[self.expert]
+        return A, lora_B.view(len(lora_B), -1, count)[:, :, self.expert]
+
+
+def adapted_matrices(model: PeftModel) -> dict[str, Matrix]:
+    """Every matrix with an adapter, by its name in the base, in the model's order."""
+    found: dict[str, Matrix] = {}
+    for path, layer in adapted_layers(model).items():
+        if stacked := getattr(layer, "parameter_name", None):
+            name = f"{path.replace('.base_layer', '')}.{stacked}"
+            for expert in range(layer.num_experts):
+                found[f"{name}.{expert}"] = Matrix(layer, path, expert)
+        else:
+            found[path] = Matrix(layer, path)
+    return found
+
+
+def adapted_layers(model: PeftModel) -> dict[str, Any]:
+    """PEFT's LoRA layers by their path in the base with its adapters."""
+    inner: Any = model.base_model.model
+    return {name: layer for name, layer in inner.named_modules() if isinstance(layer, LoraLayer)}
+
+
+def matrix_in(base: nn.Module, name: str) -> Tensor:
+    """The matrix `name` (m, n) of a model without adapters: a detached view.
+
+    Raises KeyError when the model has no such linear layer and no such stack of experts.
+    """
+    try:
+        module: Any = base.get_submodule(name)
+    except AttributeError:
+        module = None
+    if isinstance(module, nn.Linear | Conv1D):
+        return _upright(module, module.weight.detach())
+    stack, _, expert = name.rpartition(".")
+    owner, _, parameter = stack.rpartition(".")
+    try:
+        module = base.get_submodule(owner)
+        whole = module.get_parameter(parameter).detach()
+        if whole.ndim != 3 or not expert.isdigit() or int(expert) >= len(whole):
+            raise KeyError(name)
+    except AttributeError:
+        raise KeyError(name) from None
+    return _upright(module, whole[int(expert)])
+
+
+def _upright(module: nn.Module, weight: Tensor) -> Tensor:
+    """(out, in), as the library's Linear has it."""
+    transposed = isinstance(module, Conv1D) or getattr(module, "is_transposed", False)
+    return weight.T if transposed else weight
+
+
+def stacks(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of three dimensions by name: the experts, in models that stack them."""
+    return {name: weight for name, weight in model.named_parameters() if weight.ndim == 3}
+
+
+def without_expert(name: str) -> str:
+    """The name of the layer or stack that the matrix `name` is in."""
+    return re.sub(r"\.\d+$", "", name)
+
+
+def kind_of(name: str) -> str:
+    """What is counted together over layers and experts: `down_proj`."""
+    return without_expert(name).rpartition(".")[2]
