@@ -1,5 +1,6 @@
 """Every architecture of docs/architectures.md, from a tiny random model to its artefacts."""
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +14,14 @@ from peft import PeftModel
 from tiny_run import run, settings
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+import milora.store
 import milora.train
+from milora.adapter import add_adapter, lora_config
 from milora.artefacts import export_run
 from milora.errors import UserError
+from milora.matrices import adapted_matrices, fused_rows, matrix_in
+from milora.progress import Progress
+from milora.store import Store, decompose_checkpoint
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 258, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -75,7 +81,8 @@ ARCHITECTURES = {
     ),
     "qwen3-moe": Architecture(
         hf.Qwen3MoeForCausalLM,
-        hf.Qwen3MoeConfig(**GROUPED, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, head_dim=8),
+        hf.Qwen3MoeConfig(**GROUPED, num_experts=4, num_experts_per_tok=2,
+                          moe_intermediate_size=16, head_dim=8),
         QKV, EXPERTS,
     ),
 }  # fmt: skip
@@ -157,3 +164,128 @@ def test_wrong_targets_name_the_eligible(
     assert "'projection' matches no module" in str(error.value)
     for target in ARCHITECTURES[name].targets:
         assert target in str(error.value)
+
+
+FUSED = {
+    "gpt2": ARCHITECTURES["gpt2"].config,
+    "gpt-neox": ARCHITECTURES["gpt-neox"].config,
+    "falcon": ARCHITECTURES["falcon"].config,
+    "falcon, each head": hf.FalconConfig(**SHAPE, ffn_hidden_size=64, multi_query=False),
+    "falcon, grouped": hf.FalconConfig(
+        **SHAPE, ffn_hidden_size=64, new_decoder_architecture=True, num_kv_heads=2
+    ),
+    "phi3": ARCHITECTURES["phi3"].config,
+}
+AFTER = {  # what the attention, and where gate and up are fused the MLP, ends in
+    "gpt2": ["attn.c_proj"], "gpt_neox": ["attention.dense"], "falcon": ["self_attention.dense"],
+    "phi3": ["self_attn.o_proj", "mlp.down_proj"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_the_rows_are_what_the_library_takes_apart(name: str) -> None:
+    """Without values attention gives nothing; without queries what it gives without keys."""
+    config = FUSED[name]
+    torch.manual_seed(0)
+    model = ARCHITECTURES[name.partition(",")[0]].model(config).eval()
+    ids = torch.randint(2, 258, (2, 12))
+
+    def without(targets: list[str], pick: Callable[[int], list[int]] | None = None) -> torch.Tensor:
+        """Logits with the rows of some parts at zero, or the whole weight."""
+        changed = copy.deepcopy(model)
+        for module_name in dict(changed.named_modules()):
+            if module_name.endswith(tuple(targets)):
+                weight = matrix_in(changed, module_name)
+                parts = fused_rows(config, module_name, len(weight))
+                assert bool(parts) == (pick is not None)
+                rows = [parts[i] for i in pick(len(parts))] if pick else [torch.arange(len(weight))]
+                weight[torch.cat(rows)] = 0
+        with torch.no_grad():
+            return changed(ids).logits
+
+    qkv = [
+        t
+        for t in ("c_attn", "query_key_value", "qkv_proj")
+        if t in ARCHITECTURES[name.partition(",")[0]].targets
+    ]
+    attention, *mlp = AFTER[config.model_type]
+    torch.testing.assert_close(without(qkv, lambda _: [2]), without([attention]))
+    queries, keys = without(qkv, lambda _: [0]), without(qkv, lambda _: [1])
+    torch.testing.assert_close(queries, keys)
+    with torch.no_grad():
+        assert not torch.allclose(queries, model(ids).logits)
+    for part in (0, 1) if mlp else ():
+        torch.testing.assert_close(without(["gate_up_proj"], lambda _, p=part: [p]), without(mlp))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt-neox", "falcon", "phi3", "mixtral"])
+def test_each_logical_matrix_gives_its_own_components(
+    name: str, folder: Callable[[str], Path]
+) -> None:
+    base = AutoModelForCausalLM.from_pretrained(folder(name))
+    _, _, targets, parameters = ARCHITECTURES[name]
+    config = lora_config(
+        {
+            "r": 6,
+            "lora_alpha": 3,
+            "target_modules": targets,
+            "target_parameters": parameters or None,
+        }
+    )
+    model, start = add_adapter(base, config, "milora")
+    seen = 0
+    for module, matrix in adapted_matrices(model).items():
+        W, (A, B) = matrix.weight.double(), start.factors[module]
+        found = start.scaling[module] * B.double() @ A.double()
+        parts = matrix.parts or [torch.arange(len(W))]
+        assert sorted(torch.cat(parts).tolist()) == list(range(len(W)))
+        for rows in parts:
+            r = 6 // len(parts)
+            U, S, Vh = torch.linalg.svd(W[rows], full_matrices=False)
+            minor = U[:, -r:] * S[-r:] @ Vh[-r:]
+            torch.testing.assert_close(found[rows], minor, atol=1e-6, rtol=0)
+        seen += len(parts) > 1
+    assert seen
+
+
+@pytest.mark.parametrize("name", ["gpt2", "phi3", "mixtral"])
+def test_protection_and_init(
+    name: str, folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, _, targets, parameters = ARCHITECTURES[name]
+    lora = {"target_modules": targets, "target_parameters": parameters or None, "lora_dropout": 0.0}
+    held = {"protect": {".*": 5}, "interference": {"top": 0, "every": 5}}
+    asked = settings(folder(name), tmp_path, lora=lora, training=TRAINING, milora=held)
+    if name != "mixtral":  # whose files hold the experts one by one
+        monkeypatch.setenv("MILORA_STORE", str(tmp_path / "store"))
+        keys = ("model", "method", "lora", "seed", "dtype")
+        decompose_checkpoint(
+            **{key: asked[key] for key in keys}, protect=held["protect"],
+            store=Store(), progress=Progress(),
+        )  # fmt: skip
+        monkeypatch.setattr(milora.store, "components", lambda *a, **k: pytest.fail("again"))
+    record = run(asked)
+    assert record["step0"]["difference"] <= record["step0"]["bound"]
+    assert record["interference"]["max"] < 1e-8
+    assert record["interference"]["size"] > 1e-4
+    assert {layer["protected"] for layer in record["interference"]["layers"].values()} == {5}
+
+
+@pytest.mark.parametrize(
+    ("lora", "said"),
+    [
+        ({"target_modules": "all-linear"}, r"add lora.target_parameters: \[experts.down_proj, exp"),
+        ({"target_modules": ["down_proj"]}, r"by lora.target_parameters: experts.down_proj, exp"),
+        ({"target_parameters": ["down_prj"]}, r"'down_prj' matches no stack.*it has experts.down"),
+        (
+            {"target_parameters": EXPERTS, "lora_dropout": 0.1},
+            r"lora_dropout is 0.1: PEFT has none",
+        ),
+    ],
+)
+def test_experts_that_are_not_covered_are_said(
+    lora: dict[str, Any], said: str, folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    whole = {"target_modules": ["q_proj"], "lora_dropout": 0.0} | lora
+    with pytest.raises(UserError, match=said):
+        run(settings(folder("mixtral"), tmp_path, lora=whole))

@@ -246,4 +246,4 @@ def test_targets_are_named_in_full_where_suffixes_would_catch_more(load: Load) -
     every = {f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)}
     assert target_names(dict(base.named_modules()), every) == ["q_proj"]
     one = {"model.layers.1.self_attn.q_proj"}
-    assert target_names(base, one) == sorted(one)
+    assert target_names(dict(base.named_modules()), one) == sorted(one)

@@ -212,7 +212,8 @@ def test_init_leaves_nothing_for_train_to_compute(
         store = Store(tmp_path / "store")
         config = lora_config(lora(kind, rank))
         _, start = add_adapter(load(kind), config, "milora", decompose=store.components)
-        assert store.found == done["weights"]
+        # Of three matrices in one weight (GPT-2's c_attn) two share a rank of two.
+        assert store.found == (done["weights"] if rank == 4 or kind != "gpt2" else 10)
     _, start = add_adapter(
         load(kind), lora_config(lora(kind)), "milora", decompose=store.components
     )

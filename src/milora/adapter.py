@@ -64,6 +64,7 @@ class Target(NamedTuple):
     shape: tuple[int, ...]  # of W (out, in)
     rank: int
     transposed: bool  # stored as (in, out), as in GPT-2
+    parts: list[Tensor]  # see Matrix
 
 
 class Start(NamedTuple):
@@ -167,24 +168,29 @@ def add_adapter(
         start = _start(matrices, method, hashes, seed, decompose, progress)
     else:
         check_base(start.sha256, hashes)
-    with torch.no_grad():
-        for name, matrix in matrices.items():
-            for live, begun in zip(matrix.factors(TRAINED), start.factors[name], strict=True):
-                live.copy_(begun)
     if method in COMPONENT:
         frozen = copy.deepcopy(config)
         frozen.lora_dropout = 0.0
         peft_model.add_adapter(ANCHOR, frozen)
-        with torch.no_grad():
-            for name, matrix in matrices.items():
-                A, B = matrix.factors(ANCHOR)
-                A.copy_(start.factors[name].A)
-                B.copy_(-start.factors[name].B)
-                if matrix.expert is None:  # of experts PEFT adds up the updates by itself
-                    matrix.layer.forward = MethodType(_anchored_forward, matrix.layer)
+        for matrix in matrices.values():
+            if matrix.expert is None:  # of experts PEFT adds up the updates by itself
+                matrix.layer.forward = MethodType(_anchored_forward, matrix.layer)
         peft_model.save_pretrained = _refuse_bare_pair  # type: ignore[method-assign]
+    place(matrices, start)
     _activate(peft_model)
     return peft_model, start
+
+
+@torch.no_grad()
+def place(matrices: Mapping[str, Matrix], start: Start) -> None:
+    """A0 and B0 into the adapter that trains, A0 and -B0 into the anchor, if there is one."""
+    for name, matrix in matrices.items():
+        A0, B0 = start.factors[name]
+        for adapter, sign in ((TRAINED, 1), (ANCHOR, -1)):
+            if adapter in matrix.layer.lora_A:
+                A, B = matrix.factors(adapter)
+                A.copy_(A0)
+                B.copy_(sign * B0)
 
 
 def _inject(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
@@ -232,6 +238,7 @@ def targets(model: PreTrainedModel, config: LoraConfig) -> dict[str, Target]:
             tuple(matrix.weight.shape),
             matrix.rank(TRAINED),
             isinstance(matrix.layer.get_base_layer(), Conv1D),
+            matrix.parts,
         )
         for name, matrix in adapted_matrices(_inject(model, config)).items()
     }
@@ -259,7 +266,9 @@ def _start(
         progress(name, done, len(matrices))
         weight = matrix.weight
         drawn = module_seed(seed, name)
-        found = decompose(weight, matrix.rank(TRAINED), COMPONENT[method], drawn)
+        found = components_of_parts(
+            weight, matrix.parts, matrix.rank(TRAINED), COMPONENT[method], drawn, decompose
+        )
         factors[name] = _kept(*initial_factors(found, scaling[name]))
         spectra[name] = {
             "shape": list(weight.shape),
@@ -272,6 +281,36 @@ def _start(
             "residual": found.residual,
         }
     return Start(method, factors, scaling, hashes, spectra)
+
+
+def components_of_parts(
+    weight: Tensor, parts: Sequence[Tensor], rank: int, component: Component, seed: int,
+    decompose: Decompose,
+) -> Components:  # fmt: skip
+    """`rank` components of `weight` (m, n), shared out evenly over the logical matrices in it.
+
+    The columns of U are orthonormal; the rows of Vh are so within each part.
+    """
+    if not parts:
+        return decompose(weight, rank, component, seed)
+    sizes = [0] * len(parts)
+    for _ in range(rank):
+        room = [i for i, rows in enumerate(parts) if sizes[i] < min(len(rows), weight.shape[1])]
+        sizes[min(room, key=sizes.__getitem__)] += 1
+    found = {
+        i: decompose(weight[parts[i].to(weight.device)], size, component, seed + i)
+        for i, size in enumerate(sizes)
+        if size
+    }
+    U = torch.cat([one.U.new_zeros(len(weight), len(one.S)) for one in found.values()], 1)
+    for (i, one), columns in zip(found.items(), torch.arange(rank).split(sizes), strict=False):
+        U[parts[i][:, None].to(U.device), columns.to(U.device)] = one.U
+    every = found.values()
+    return Components(
+        U, torch.cat([one.S for one in every]), torch.cat([one.Vh for one in every]),
+        max(one.norm for one in every), max(one.residual for one in every),
+        "; ".join(dict.fromkeys(one.solver for one in every)),
+    )  # fmt: skip
 
 
 def _anchored_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -423,8 +462,8 @@ def step0_bound(dtype: torch.dtype) -> float:
 
 def tensor_sha256(tensor: Tensor) -> str:
     """Hash of dtype, shape and bytes of a tensor, so that equal means bitwise equal."""
-    data = tensor.detach().cpu().contiguous()
-    digest = hashlib.sha256(f"{data.dtype} {tuple(data.shape)}".encode())
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    data = tensor.detach().cpu().contiguous().flatten()  # a column can seem contiguous
     digest.update(data.view(torch.uint8).numpy().data if data.numel() else b"")
     return digest.hexdigest()
 

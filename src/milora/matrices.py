@@ -4,11 +4,15 @@ Most are the weight of a linear layer. GPT-2's Conv1D stores it transposed. Mixt
 stack theirs in one parameter of three dimensions, of which PEFT adapts all at once; here each
 expert's is a matrix of its own, named like `model.layers.0.mlp.experts.down_proj.3`, with its own
 rows of lora_A and columns of lora_B. What is returned are views: writing to one writes the layer.
+
+Some weights are several matrices one above the other: query, key and value, or gate and up. One
+LoRA goes on the whole, as PEFT has it; `parts` says which rows are whose.
 """
 
 import re
 from typing import Any, NamedTuple
 
+import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -20,7 +24,8 @@ class Matrix(NamedTuple):
 
     layer: Any  # PEFT's layer; several matrices share one where experts are stacked
     path: str  # of that layer in the PEFT model's base
-    expert: int | None = None
+    expert: int | None
+    parts: list[Tensor]  # the rows of each logical matrix in W; empty when W is one
 
     @property
     def weight(self) -> Tensor:
@@ -56,14 +61,48 @@ class Matrix(NamedTuple):
 def adapted_matrices(model: PeftModel) -> dict[str, Matrix]:
     """Every matrix with an adapter, by its name in the base, in the model's order."""
     found: dict[str, Matrix] = {}
+    inner: Any = model.base_model.model
+    config = inner.config
     for path, layer in adapted_layers(model).items():
         if stacked := getattr(layer, "parameter_name", None):
             name = f"{path.replace('.base_layer', '')}.{stacked}"
+            parts = fused_rows(config, name, layer.out_features)
             for expert in range(layer.num_experts):
-                found[f"{name}.{expert}"] = Matrix(layer, path, expert)
+                found[f"{name}.{expert}"] = Matrix(layer, path, expert, parts)
         else:
-            found[path] = Matrix(layer, path)
+            parts = fused_rows(config, path, getattr(layer, "out_features", 0))
+            found[path] = Matrix(layer, path, None, parts)
     return found
+
+
+def fused_rows(config: Any, name: str, rows: int) -> list[Tensor]:
+    """The rows of each logical matrix within the weight `name` (rows, n) of a model of `config`.
+
+    Empty where the weight is one matrix, or where it is not known to be more.
+    """
+    kind, model = kind_of(name), getattr(config, "model_type", "")
+    every, heads = torch.arange(rows), getattr(config, "num_attention_heads", 0)
+    if (model, kind) == ("gpt2", "c_attn"):
+        return list(every.chunk(3))
+    if kind == "gate_up_proj" and model in HALVES:
+        return list(every.chunk(2))
+    if (model, kind) == ("phi3", "qkv_proj"):
+        grouped = config.num_key_value_heads * rows // (heads + 2 * config.num_key_value_heads)
+        return list(every.split([rows - 2 * grouped, grouped, grouped]))
+    if kind != "query_key_value" or model not in ("gpt_neox", "falcon"):
+        return []
+    if model == "falcon" and config.new_decoder_architecture:
+        grouped = config.num_kv_heads
+        by_group = every.view(grouped, heads // grouped + 2, -1)
+        return [part.flatten() for part in (by_group[:, :-2], by_group[:, -2], by_group[:, -1])]
+    if model == "falcon" and config.multi_query:
+        size = rows // (heads + 2)
+        return list(every.split([rows - 2 * size, size, size]))
+    return [part.flatten() for part in every.view(heads, 3, -1).unbind(1)]  # head by head
+
+
+# Gate above up, each half of the rows; others interleave them.
+HALVES = ("phi3", "mixtral", "qwen2_moe", "qwen3_moe")
 
 
 def adapted_layers(model: PeftModel) -> dict[str, Any]:

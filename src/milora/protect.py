@@ -24,6 +24,7 @@ from milora.adapter import (
     COMPONENT,
     TRAINED,
     Decompose,
+    Factors,
     Start,
     check_base,
     module_seed,
@@ -114,7 +115,7 @@ def top_vectors(
         progress(name, done, len(matrices))
         rank = matrix.rank(TRAINED)
         top = top_of(
-            name, matrix.weight, rank, start.method, protect, watched, seed, decompose
+            name, matrix.weight, matrix.parts, rank, start.method, protect, watched, seed, decompose
         )  # fmt: skip
         if top is not None:
             found[name] = top
@@ -124,6 +125,7 @@ def top_vectors(
 def top_of(
     name: str,
     weight: Tensor,
+    parts: Sequence[Tensor],
     rank: int,
     method: str,
     protect: Protect,
@@ -133,7 +135,8 @@ def top_of(
 ) -> Top | None:
     """Of one weight; None where there is nothing to protect or to watch."""
     drawn = module_seed(seed, name)
-    room = _room(method, min(weight.shape), rank, drawn)
+    # Of a weight of several parts the initial factors lie anywhere: they are moved out of the way.
+    room = _room("lora" if parts else method, min(weight.shape), rank, drawn)
     asked = _asked(protect, name)
     norm = float(torch.linalg.norm(weight.double()))
     if isinstance(asked, int):
@@ -170,6 +173,25 @@ def _for_energy(
             break
         count = min(2 * count, room)
     return room, True
+
+
+@torch.no_grad()
+def moved(
+    start: Start, matrices: Mapping[str, Matrix], tops: Mapping[str, Top]
+) -> dict[str, Factors]:
+    """The initial factors that do not lie outside of what is held, put there, by module.
+
+    Those of a weight that is several matrices (`Matrix.parts`): its own largest singular vectors
+    are not orthogonal to the smallest of its parts.
+    """
+    found = {}
+    for name, top in tops.items():
+        if top.protected and matrices[name].parts and start.method != "lora":
+            A, B = (x.double() for x in start.factors[name])
+            U, Vh = (x.cpu().double() for x in (top.U, top.Vh))
+            U, Vh = U[:, : top.protected], Vh[: top.protected]
+            found[name] = Factors((A - A @ Vh.T @ Vh).float(), (B - U @ (U.T @ B)).float())
+    return found
 
 
 @torch.no_grad()

@@ -49,10 +49,15 @@ def _share(value: float) -> float:
 
 
 def directions(factors_A: Tensor, factors_B: Tensor) -> tuple[Tensor, Tensor]:
-    """U (m, r) and Vh (r, n), fp64, of initial factors B0 = U √(S/s), A0 = √(S/s) Vᵀ."""
+    """U (m, r) and Vh (r, n), fp64, of initial factors B0 = U √(S/s), A0 = √(S/s) Vᵀ.
+
+    Where the rows of A0 are not orthogonal, as for a weight of several parts, Vh has their span.
+    """
     tiny = torch.finfo(torch.float64).tiny
     U, Vh = factors_B.double(), factors_A.double()
-    return U / U.norm(dim=0).clamp_min(tiny), Vh / Vh.norm(dim=1, keepdim=True).clamp_min(tiny)
+    U, Vh = U / U.norm(dim=0).clamp_min(tiny), Vh / Vh.norm(dim=1, keepdim=True).clamp_min(tiny)
+    overlap = Vh @ Vh.T - torch.eye(len(Vh), dtype=Vh.dtype, device=Vh.device)
+    return U, torch.linalg.qr(Vh.T).Q.T if overlap.abs().max() > 1e-4 else Vh
 
 
 class Spectrum(NamedTuple):

@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,14 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from milora.adapter import COMPONENT, lora_config, module_seed, targets, tensor_sha256
+from milora.adapter import (
+    COMPONENT,
+    components_of_parts,
+    lora_config,
+    module_seed,
+    targets,
+    tensor_sha256,
+)
 from milora.checkpoint import open_checkpoint
 from milora.errors import UserError
 from milora.files import NO_ROOM, cache_folder, folder_of, write_bytes
@@ -271,25 +279,30 @@ def decompose_checkpoint(
         shapes = {name: target.shape for name, target in wanted.items()}
         for name, rank in ranks(spectra, shapes, ranked).items():
             wanted[name] = wanted[name]._replace(rank=rank)
+    total = sum(len(target.parts) or 1 for target in wanted.values())
     queue, busy = list(wanted), set[str]()
     while queue:
         name = queue.pop(0)
         target, done = wanted[name], store.made + store.found
         if name in busy:
             store.say(f"waiting for another process, which is at {name}")
-        progress("decomposing", done, len(wanted), name, free=store.found)
+        progress("decomposing", done, total, name, free=store.found)
         weight, drawn = weight_of(name), module_seed(seed, name)
         try:
-            store.components(weight, target.rank, COMPONENT[method], drawn, wait=name in busy)
+            components_of_parts(
+                weight, target.parts, target.rank, COMPONENT[method], drawn,
+                partial(store.components, wait=name in busy),
+            )  # fmt: skip
             top_of(
-                name, weight, target.rank, method, protect, watched, seed, beside.components
+                name, weight, target.parts, target.rank, method, protect, watched, seed,
+                beside.components,
             )  # fmt: skip
         except BusyError:  # left to that process, and looked for at the end
             busy.add(name)
             queue.append(name)
-    progress("decomposing", len(wanted), len(wanted))
+    progress("decomposing", total, total)
     return {
-        "weights": len(wanted), "made": store.made, "found": store.found,
+        "weights": total, "made": store.made, "found": store.found,
         "residual": store.residual, "seconds": time.monotonic() - began,
         "folder": str(store.folder), "bytes": store.size(),
     }  # fmt: skip

@@ -73,6 +73,7 @@ from milora.protect import (
     check_protect,
     load_tops,
     measure,
+    moved,
     project,
     save_tops,
     top_vectors,
@@ -219,6 +220,10 @@ def train(
     tops: dict[str, Top] = {}
     if isinstance(live, PeftModel) and start is not None:
         tops = _tops(live, start, milora, run / "init" / "top.safetensors", seed, progress)
+        apart = {} if init.exists() else moved(start, adapted_matrices(live), tops)
+        if apart:
+            start.factors.update(apart)
+            adapter.place(adapted_matrices(live), start)
     collate = Collator(base.tokenizer, base.model)
     probe = collate(material.train.examples[:4])
     probe = {k: probe[k].to(base.model.device) for k in ("input_ids", "attention_mask")}
