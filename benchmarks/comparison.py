@@ -165,6 +165,7 @@ def docs() -> None:
         name: [*markdown(scores(result)), "", _notes(result)] for name, result in found.items()
     }
     parts["comparison"] = markdown(against_lora(found))
+    parts["short"] = markdown(short(found))
     for page in (Path("docs/results.md"), Path("README.md")):
         text = page.read_text(encoding="utf-8")
         for name, lines in parts.items():
@@ -203,6 +204,22 @@ def against_lora(found: dict[str, dict[str, Any]]) -> Table:
             row.append(
                 "" if arm == "lora" else f"{own[arm][key]['mean'] / own['lora'][key]['mean']:.2f}"
             )
+            rows.append(row)
+    return Table(head, rows)
+
+
+def short(found: dict[str, dict[str, Any]]) -> Table:
+    """LoRA and MiLoRA alone: learned and forgotten."""
+    head = ["comparison", "LoRA: accuracy, forgotten", "MiLoRA: accuracy, forgotten"]
+    rows = []
+    for name, result in found.items():
+        task, arms = name.split("-")[1], result["arms"]
+        if "lora" in arms:
+            row = [f"[{name}](docs/results.md#{name})"]
+            for arm in ("lora", "milora"):
+                kept = arms[arm]["knowledge"][0]
+                score = plus_minus(arms[arm]["tasks"][task]["accuracy"], 3)
+                row.append(f"{score}, {plus_minus(kept[measure_of(kept)], 3)}")
             rows.append(row)
     return Table(head, rows)
 
