@@ -289,3 +289,49 @@ def test_experts_that_are_not_covered_are_said(
     whole = {"target_modules": ["q_proj"], "lora_dropout": 0.0} | lora
     with pytest.raises(UserError, match=said):
         run(settings(folder("mixtral"), tmp_path, lora=whole))
+
+
+def test_weights_out_of_the_ordinary(folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """A stack with an expert of zeros, a weight of one row, a rank that is all there is."""
+    model = AutoModelForCausalLM.from_pretrained(folder("qwen2-moe"))
+    with torch.no_grad():
+        model.get_parameter("model.layers.0.mlp.experts.down_proj")[2] = 0
+    model.save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    lora = {
+        "r": 16, "target_modules": ["k_proj", "shared_expert_gate"], "lora_dropout": 0.0,
+        "target_parameters": EXPERTS, "rank_pattern": {"shared_expert_gate": 1},
+    }  # fmt: skip
+    record = run(settings(tmp_path / "model", tmp_path, lora=lora, training=TRAINING))
+    assert record["base"]["unchanged"]
+    assert record["step0"]["difference"] <= record["step0"]["bound"]
+    spectra = json.loads((tmp_path / "run" / "init" / "spectra.json").read_text())
+    zeros = {name: found["zero"] for name, found in spectra.items() if found["zero"]}
+    assert zeros == {"model.layers.0.mlp.experts.down_proj.2": 16}
+    assert spectra["model.layers.1.mlp.shared_expert_gate"]["shape"] == [1, 32]
+
+
+def test_a_damaged_expert_is_named(folder: Callable[[str], Path], tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder("mixtral"))
+    with torch.no_grad():
+        model.get_parameter("model.layers.1.mlp.experts.gate_up_proj")[3, 0, 0] = torch.nan
+    model.save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    lora = {"target_modules": QKV, "target_parameters": EXPERTS, "lora_dropout": 0.0}
+    with pytest.raises(
+        UserError, match=r"layers\.1\.mlp\.experts\.gate_up_proj\.3\.weight holds NaN"
+    ):
+        run(settings(tmp_path / "model", tmp_path, lora=lora))
+
+
+@pytest.mark.parametrize("what", ["module", "weight"])
+def test_a_weight_of_two_layers_is_refused(what: str, folder: Callable[[str], Path]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder("llama"))
+    first, second = (layer.mlp for layer in model.model.layers)
+    if what == "module":
+        second.up_proj = first.up_proj
+    else:
+        second.up_proj.weight = first.up_proj.weight
+    config = lora_config({"r": 2, "lora_alpha": 2, "target_modules": ["up_proj"]})
+    with pytest.raises(UserError, match=r"0\.mlp\.up_proj shares its weight with model\.layers\.1"):
+        add_adapter(model, config, "milora")

@@ -207,6 +207,9 @@ def _inject(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     matrices = adapted_matrices(peft_model)
     _check_patterns(config, list(matrices))
     embedding: Any = model.get_input_embeddings().weight  # type: ignore[operator]
+    names: dict[int, list[str]] = {}
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(path.replace(".base_layer", ""))
     for name, matrix in matrices.items():
         base = matrix.layer.get_base_layer()
         if matrix.expert is None and not isinstance(base, nn.Linear | Conv1D):
@@ -218,6 +221,12 @@ def _inject(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
             raise UserError(
                 f"lora.target_modules: {name} shares its weight with the input embedding (tied), "
                 "so that merging would change the embedding too: leave it out"
+            )
+        if matrix.expert is None and len(names[id(base.weight)]) > 1:
+            others = [one for one in names[id(base.weight)] if one != f"{name}.weight"]
+            raise UserError(
+                f"lora.target_modules: {name} shares its weight with {', '.join(others)}, so that "
+                "merging would change that too: leave it out"
             )
         m, n = matrix.weight.shape
         if matrix.rank(TRAINED) > min(m, n):

@@ -17,7 +17,7 @@ class Interference(NamedTuple):
     left: float  # within the top-k left singular vectors: ||U_kᵀ dW||² / ||dW||²
     right: float  # within the top-k right ones: ||dW V_k||² / ||dW||²
     minor: float | None  # from and into the minor subspace: ||U_mᵀ dW V_m||² / ||dW||²
-    size: float  # ||dW|| / ||W||
+    size: float  # ||dW|| / ||W||; 0 for a weight of zeros, which has no scale
 
 
 def interference(
@@ -41,7 +41,7 @@ def interference(
     if minor is not None:
         X, Y = minor[0].double().T @ P, Q @ minor[1].double().T
         inside = _share(float(((X.T @ X) * (Y @ Y.T)).sum()) / total)
-    return Interference(_share(left), _share(right), inside, total**0.5 / norm)
+    return Interference(_share(left), _share(right), inside, total**0.5 / norm if norm else 0.0)
 
 
 def _share(value: float) -> float:
