@@ -82,7 +82,7 @@ def test_another_adapter_is_asked_and_the_base_is_not(
     tuned = with_adapter(base, model)
     layer = next(iter(adapted_matrices(model).values())).layer
     with torch.no_grad():
-        layer.lora_B["milora"].weight.add_(1)
+        layer.lora_B["default"].weight.add_(1)
     assert who_answers(model, tokenizer) == base
     assert with_adapter(base, model) != tuned
     states = []

@@ -133,12 +133,12 @@ def test_fewer_are_held_than_watched(load: Load) -> None:
     generator = torch.Generator().manual_seed(0)
     for layer in layers.values():
         for part in (layer.layer.lora_A, layer.layer.lora_B):
-            weight = part["milora"].weight.data
+            weight = part["default"].weight.data
             weight.add_(torch.randn(weight.shape, generator=generator))
     project(layers, tops)
     assert worst(measure(layers, start, tops))["max"] > 1e-3
     for name, top in tops.items():
-        _, B = layers[name].factors("milora")
+        _, B = layers[name].factors("default")
         assert float((top.U[:, :2].T @ B).detach().abs().max()) < 1e-5
         assert float((top.U[:, 2:].T @ B).detach().abs().max()) > 1e-2
 

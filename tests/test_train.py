@@ -136,7 +136,7 @@ def test_zero_singular_values_are_reported(
     run(settings(tmp_path / "base", tmp_path))
     assert "4 singular values are zero" in capsys.readouterr().err
     trained = load_file(tmp_path / "run/checkpoints/trained.safetensors")
-    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.milora.weight"
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.default.weight"
     assert (trained[name].abs().amax(dim=0) > 0).all()  # every rank has learned
 
 

@@ -16,6 +16,7 @@ _HOME = {
     "add_adapter": "adapter",
     "base_only": "adapter",
     "components": "svd",
+    "get_milora_model": "export",
     "load_start": "adapter",
     "minor_components": "svd",
     "plain_lora": "export",

@@ -4,9 +4,9 @@ The base weight W is never changed. Two LoRA adapters of PEFT are active on ever
 
     y = W x + s B A x - s B0 A0 x        s = lora_alpha / r  (or / sqrt(r) with rsLoRA)
 
-`milora` (A, B) trains and starts as a copy of the initial factors (A0, B0); `anchor` (A0, -B0) is
-frozen. At step 0 they cancel, and the gradients are those of the paper's rewritten base
-W - s B0 A0 plus a LoRA at (A0, B0).
+One (A, B) trains and starts as a copy of the initial factors (A0, B0); the `anchor` (A0, -B0) holds
+buffers, which nobody's switches make trainable. At step 0 they cancel, and the gradients are those
+of the paper's rewritten base W - s B0 A0 plus a LoRA at (A0, B0).
 """
 
 import copy
@@ -36,7 +36,7 @@ from milora.files import write_bytes
 from milora.matrices import Matrix, adapted_layers, adapted_matrices, stacks, without_expert
 from milora.svd import Component, Components, components
 
-TRAINED, ANCHOR = "milora", "anchor"
+TRAINED, ANCHOR = "default", "anchor"
 COMPONENT: dict[str, Component] = {
     "milora": "minor",
     "pissa": "principal",
@@ -172,12 +172,18 @@ def add_adapter(
         frozen = copy.deepcopy(config)
         frozen.lora_dropout = 0.0
         peft_model.add_adapter(ANCHOR, frozen)
+        for layer in adapted_layers(peft_model).values():
+            for linear in (layer.lora_A[ANCHOR], layer.lora_B[ANCHOR]):
+                weight = linear.weight.detach()
+                del linear.weight
+                linear.register_buffer("weight", weight)
         for matrix in matrices.values():
             if matrix.expert is None:  # of experts PEFT adds up the updates by itself
                 matrix.layer.forward = MethodType(_anchored_forward, matrix.layer)
         peft_model.save_pretrained = _refuse_bare_pair  # type: ignore[method-assign]
+        peft_model.set_adapter = MethodType(_set_adapter, peft_model)  # type: ignore[method-assign]
     place(matrices, start)
-    _activate(peft_model)
+    peft_model.set_adapter(TRAINED)
     return peft_model, start
 
 
@@ -199,7 +205,6 @@ def _inject(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
         raise UserError("the model has an adapter already: load the base again")
     _check_targets(model, config)
     config.fan_in_fan_out = any(isinstance(module, Conv1D) for module in model.modules())
-    # TRAINED is not "default" on purpose: see docs/method.md, "What is on disk".
     try:
         peft_model = get_peft_model(model, config, adapter_name=TRAINED)
     except ValueError as error:
@@ -329,20 +334,31 @@ def _anchored_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tenso
     W x back. The two are the same arithmetic up to sign, so that at step 0 they cancel exactly.
     """
     result: Tensor = layer.base_layer(x, *args, **kwargs)
-    if layer.disable_adapters:
+    # Usually TRAINED; a copy of it, where TRL keeps one as the reference.
+    names = [name for name in layer.active_adapters if name in layer.lora_A and name != ANCHOR]
+    if layer.disable_adapters or layer.merged or not names:
         return result
     A, B = layer.lora_A, layer.lora_B
-    lifted = x.to(A[TRAINED].weight.dtype)
-    update: Tensor = B[TRAINED](A[TRAINED](layer.lora_dropout[TRAINED](lifted)))
-    update = update + B[ANCHOR](A[ANCHOR](lifted))  # B[ANCHOR] holds -B0
-    scaling: float = layer.scaling[TRAINED]
+    lifted = x.to(A[ANCHOR].weight.dtype)
+    update: Tensor = B[ANCHOR](A[ANCHOR](lifted))  # B[ANCHOR] holds -B0
+    for name in names:
+        update = B[name](A[name](layer.lora_dropout[name](lifted))) + update
+    scaling: float = layer.scaling[ANCHOR]
     return (result + scaling * update).to(result.dtype)
+
+
+def _set_adapter(model: PeftModel, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    """PEFT's, and the anchor with whichever it is, since none of them is right without."""
+    type(model).set_adapter(model, adapter_name, *args, **kwargs)
+    tuner: Any = model.base_model
+    tuner.set_adapter([adapter_name, ANCHOR])
 
 
 def _refuse_bare_pair(*args: Any, **kwargs: Any) -> None:
     raise UserError(
         "save_pretrained would write A, B without the anchor, a LoRA that loads without complaint "
-        "and is wrong: use save_plain_lora(folder, plain_lora(start, trained_factors(model)), base)"
+        "and is wrong: use save_plain_lora(folder, plain_lora(start, trained_factors(model)), "
+        "model, name), or get_milora_model, whose model writes that LoRA by itself"
     )
 
 
@@ -411,29 +427,14 @@ def _linear_names(model: nn.Module) -> list[str]:
     return sorted(found - {"base_layer", TRAINED})
 
 
-def _activate(model: PeftModel) -> None:
-    """Both adapters active, the anchor frozen. PEFT's own switches set both trainable."""
-    names = [name for name in (TRAINED, ANCHOR) if name in model.peft_config]
-    tuner: Any = model.base_model
-    tuner.set_adapter(names)
-    for layer in adapted_layers(model).values():
-        if ANCHOR in layer.lora_A:
-            layer.lora_A[ANCHOR].requires_grad_(False)
-            layer.lora_B[ANCHOR].requires_grad_(False)
-
-
 @contextmanager
 def base_only(model: nn.Module) -> Iterator[None]:
     """Within the block the model is its base, bitwise; afterwards the adapter is as it was."""
     if not isinstance(model, PeftModel):
         yield
         return
-    try:
-        with model.disable_adapter():
-            yield
-    finally:
-        if TRAINED in model.peft_config:
-            _activate(model)
+    with model.disable_adapter():
+        yield
 
 
 def trained_factors(model: PeftModel) -> dict[str, Factors]:

@@ -10,7 +10,7 @@ import copy
 import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from milora.adapter import Factors, Start
+from milora.adapter import Factors, Start, add_adapter, trained_factors
 from milora.errors import UserError
 from milora.files import read_json, write_bytes, write_json
-from milora.matrices import adapted_matrices, matrix_in, without_expert
+from milora.matrices import adapted_matrices, base_modules, matrix_in, without_expert
 
 
 class PlainLora(NamedTuple):
@@ -76,17 +76,23 @@ def save_plain_lora(
 ) -> int:
     """Write adapter_config.json and adapter_model.safetensors; returns the rank.
 
+    `base` is the base, or a PEFT model on it.
+
     Normalised for servers, which read little of the configuration: lora_alpha == r (the scale is
     in B), one rank for all modules (padded with zeros), no patterns, no rsLoRA, explicit targets,
     only lora_A and lora_B tensors in fp32.
     """
     factors = _one_rank(plain)
     rank = len(next(iter(factors.values())).A)
-    modules = dict(base.named_modules())
+    modules = base_modules(base)
     transposed = {isinstance(modules.get(name), Conv1D) for name in factors}
     linear = {name for name in factors if name in modules}
     stacked = {without_expert(name) for name in factors if name not in modules}
-    parameters = {name for name, _ in base.named_parameters()}
+    parameters = {
+        f"{name}.{own}"
+        for name, module in modules.items()
+        for own, _ in module.named_parameters(recurse=False)
+    }
     config = LoraConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=base_name,
@@ -114,7 +120,7 @@ def _tensors(
 ) -> dict[str, Tensor]:
     """By the names that PEFT gives them; experts are stacked as it does."""
     found, stacks = {}, dict[str, list[Factors]]()
-    modules = dict(base.named_modules())
+    modules = base_modules(base)
     for name, (A, B) in factors.items():
         if name in modules:
             found[f"base_model.model.{name}.lora_A.weight"] = A
@@ -122,8 +128,9 @@ def _tensors(
     if len(found) == 2 * len(factors):
         return found
     # Where several stacks of one module are adapted PEFT nests its layers: it says how itself.
+    inner: Any = base.base_model.model if isinstance(base, PeftModel) else base
     with torch.device("meta"):
-        skeleton = type(base)(base.config)
+        skeleton = type(inner)(inner.config)
     for name, matrix in adapted_matrices(get_peft_model(skeleton, copy.deepcopy(config))).items():
         if matrix.expert is not None:
             stacks.setdefault(matrix.path, []).append(factors[name])
@@ -186,3 +193,25 @@ def merge(base: PreTrainedModel, plain: PlainLora) -> None:
         delta = (B.double() @ A.double()).to(weight.device)
         with torch.no_grad():
             weight.copy_((weight.double() + delta).to(weight.dtype))
+
+
+def get_milora_model(
+    model: PreTrainedModel, config: LoraConfig, method: str = "milora", **options: Any
+) -> PeftModel:
+    """As peft.get_peft_model: a PeftModel for your own loop, transformers' Trainer or TRL's.
+
+    `method` and `options` are those of add_adapter. The base is untouched; with the adapter
+    disabled the model is the base, which makes it the reference model of TRL's DPOTrainer.
+    `save_pretrained(folder)`, a trainer's checkpoint too, writes the plain LoRA of rank 2r, which
+    loads with stock PEFT and is a result, not a state to train on from: for runs that can be
+    interrupted and resumed there is `milora train`.
+    """
+    live, start = add_adapter(model, config, method, **options)
+
+    def save(folder: str | Path, **_: Any) -> None:
+        plain = plain_lora(start, trained_factors(live))
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        save_plain_lora(Path(folder), plain, live, str(model.name_or_path))
+
+    live.save_pretrained = save  # type: ignore[method-assign, assignment]
+    return live

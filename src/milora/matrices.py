@@ -134,6 +134,16 @@ def matrix_in(base: nn.Module, name: str) -> Tensor:
     return _upright(module, whole[int(expert)])
 
 
+def base_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a model, or of the base of a PEFT model, by their names in the base."""
+    inner: Any = model.base_model.model if isinstance(model, PeftModel) else model
+    found = {}
+    for name, module in inner.named_modules():
+        if ".lora_" not in name and not isinstance(module, LoraLayer):
+            found[name.replace(".base_layer", "")] = module
+    return found
+
+
 def _upright(module: nn.Module, weight: Tensor) -> Tensor:
     """(out, in), as the library's Linear has it."""
     transposed = isinstance(module, Conv1D) or getattr(module, "is_transposed", False)

@@ -1,0 +1,149 @@
+"""From Python: a PeftModel that other people's loops take as it is, and what it saves is right."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import make_tokenizer
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+from milora import get_milora_model
+from milora.adapter import ANCHOR
+from milora.errors import UserError
+
+Load = Callable[..., PreTrainedModel]
+CONFIG: dict[str, Any] = {
+    "r": 4, "lora_alpha": 4, "task_type": "CAUSAL_LM",
+    "target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"],
+}  # fmt: skip
+TRAINING: dict[str, Any] = {
+    "max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "report_to": "none",
+    "use_cpu": True, "bf16": False, "save_steps": 3, "logging_steps": 1,
+}  # fmt: skip
+SUMS = [(f"{a} + {b} =", f" {a + b}", f" {a + b + 1}") for a in range(6) for b in range(4)]
+
+
+def own_loop(model: PeftModel, folder: Path) -> None:
+    accelerator = Accelerator(cpu=True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
+    live, optimizer = accelerator.prepare(model, optimizer)
+    ids = torch.tensor(make_tokenizer()([p + c for p, c, _ in SUMS[:4]])["input_ids"])
+    for _ in range(6):
+        accelerator.backward(live(input_ids=ids, labels=ids).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def trainer(model: PeftModel, folder: Path) -> None:
+    ids = [make_tokenizer()(p + c)["input_ids"] for p, c, _ in SUMS]
+    rows = [{"input_ids": row, "labels": row} for row in ids if len(row) == len(ids[0])]
+    Trainer(model, TrainingArguments(str(folder), **TRAINING), train_dataset=rows).train()  # type: ignore[arg-type]
+
+
+def sft(model: PeftModel, folder: Path) -> None:
+    rows = Dataset.from_list([{"prompt": p, "completion": c} for p, c, _ in SUMS])
+    SFTTrainer(
+        model, args=SFTConfig(str(folder), **TRAINING), train_dataset=rows,
+        processing_class=make_tokenizer(),
+    ).train()  # fmt: skip
+
+
+def dpo_trainer(model: PeftModel, folder: Path, **changes: Any) -> DPOTrainer:
+    rows = [{"prompt": p, "chosen": c, "rejected": wrong} for p, c, wrong in SUMS]
+    return DPOTrainer(
+        model, args=DPOConfig(str(folder), **TRAINING | changes),
+        train_dataset=Dataset.from_list(rows), processing_class=make_tokenizer(),
+    )  # fmt: skip
+
+
+def dpo(model: PeftModel, folder: Path) -> None:
+    dpo_trainer(model, folder).train()
+
+
+def anchors(model: PeftModel) -> dict[str, torch.Tensor]:
+    return {n: x.clone() for n, x in model.state_dict().items() if f".{ANCHOR}." in n}
+
+
+@pytest.mark.parametrize("train", [own_loop, trainer, sft, dpo])
+@pytest.mark.parametrize("method", ["milora", "lora"])
+def test_loops_of_others(
+    method: str, train: Callable[[PeftModel, Path], None], load: Load, tmp_path: Path,
+    batch: dict[str, torch.Tensor],
+) -> None:  # fmt: skip
+    base = load("llama")
+    model = get_milora_model(load("llama"), LoraConfig(**CONFIG), method)
+    before, names = anchors(model), {n for n, p in model.named_parameters() if p.requires_grad}
+    assert bool(before) == (method == "milora")
+    with torch.no_grad():
+        plain = base(**batch).logits
+        torch.testing.assert_close(model(**batch).logits, plain, atol=1e-5, rtol=0)
+    train(model, tmp_path / "work")
+    model.eval()
+    for name, tensor in anchors(model).items():
+        assert torch.equal(tensor, before[name])
+    assert {n for n, p in model.named_parameters() if p.requires_grad} - names <= {
+        n for n, _ in model.named_parameters() if ".ref." in n
+    }
+    with torch.no_grad():
+        tuned = model(**batch).logits
+        assert float((tuned - plain).abs().max()) > 1e-3
+        with model.disable_adapter():
+            assert torch.equal(model(**batch).logits, plain)
+        model.save_pretrained(tmp_path / "result")
+        loaded = PeftModel.from_pretrained(load("llama"), tmp_path / "result")
+        torch.testing.assert_close(loaded(**batch).logits, tuned, atol=1e-5, rtol=0)
+        for folder in (tmp_path / "work").glob("checkpoint-6"):
+            loaded = PeftModel.from_pretrained(load("llama"), folder)
+            torch.testing.assert_close(loaded(**batch).logits, tuned, atol=1e-5, rtol=0)
+
+
+def test_the_reference_of_dpo_is_the_base(load: Load, tmp_path: Path) -> None:
+    model = get_milora_model(load("llama"), LoraConfig(**CONFIG))
+    trainer = dpo_trainer(model, tmp_path, precompute_ref_log_probs=True)
+    alone = DPOTrainer(
+        load("llama"), ref_model=load("llama"),
+        args=DPOConfig(str(tmp_path), **TRAINING | {"precompute_ref_log_probs": True}),
+        train_dataset=trainer.train_dataset.remove_columns(
+            [c for c in trainer.train_dataset.column_names if c.startswith("ref_")]
+        ),
+        processing_class=make_tokenizer(),
+    )  # fmt: skip
+    found, wanted = (
+        t.get_train_dataloader().dataset.with_format("torch") for t in (trainer, alone)
+    )
+    columns = [name for name in found.column_names if name.startswith("ref_")]
+    assert len(columns) >= 2
+    for name in columns:
+        torch.testing.assert_close(found[name][:], wanted[name][:], atol=1e-4, rtol=0)
+
+
+def test_switches_of_peft_leave_the_anchor_alone(
+    load: Load, batch: dict[str, torch.Tensor]
+) -> None:
+    model = get_milora_model(load("llama"), LoraConfig(**CONFIG))
+    wanted = model(**batch).logits
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    with model.disable_adapter():
+        pass
+    model.set_adapter("default")
+    model.requires_grad_(False)
+    model.set_adapter("default")
+    model.enable_input_require_grads()
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == trained
+    assert torch.equal(model(**batch).logits, wanted)
+    assert torch.equal(copy.deepcopy(model)(**batch).logits, wanted)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(**batch).logits, load("llama")(**batch).logits)
+
+
+def test_a_model_with_an_adapter_is_refused(load: Load) -> None:
+    model = get_milora_model(load("llama"), LoraConfig(**CONFIG))
+    with pytest.raises(UserError, match="has an adapter already"):
+        get_milora_model(model, LoraConfig(**CONFIG))  # type: ignore[arg-type]
