@@ -11,7 +11,7 @@ import torch
 import transformers as hf
 from conftest import make_tokenizer
 from peft import PeftModel
-from tiny_run import run, settings
+from tiny_run import break_off, run, settings
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import milora.store
@@ -119,12 +119,7 @@ def test_from_the_base_to_the_artefacts(
         (tmp_path / way).mkdir()
         asked = settings(folder(name), tmp_path / way, lora=lora, training=TRAINING)
         if way == "resumed":
-            with monkeypatch.context() as context:
-                context.setattr(milora.train, "save_state", stop)
-                with pytest.raises(KeyboardInterrupt):
-                    run(asked)
-            for path in (tmp_path / way / "run" / "checkpoints" / "checkpoint-20").iterdir():
-                path.unlink()  # killed before the last checkpoint
+            break_off(asked, 20, monkeypatch)
         record = run(asked, resume=way == "resumed")
         adapter = tmp_path / way / "run" / "adapter"
         adapters[way] = (adapter / "adapter_model.safetensors").read_bytes()
@@ -148,10 +143,6 @@ def test_from_the_base_to_the_artefacts(
         found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(ids).logits
     assert float((wanted - plain).abs().max()) > 1e-2 * float(plain.abs().max())
     assert float((found - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
-
-
-def stop(*args: Any) -> None:
-    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

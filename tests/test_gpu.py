@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_run import run, settings
+from tiny_run import break_off, run, settings
 from transformers import PreTrainedModel
 
 import milora.pretrained
@@ -46,22 +46,12 @@ def test_a_run(method: str, dtype: str, tiny: Tiny, tmp_path: Path) -> None:
 
 
 def test_resumed_as_unbroken(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import milora.train
-
-    def stop(*args: Any) -> None:
-        raise KeyboardInterrupt
-
     losses = {}
     for name in ("whole", "broken"):
         (tmp_path / name).mkdir()
         arguments = settings(tiny("llama"), tmp_path / name, **HELD)
         if name == "broken":
-            with monkeypatch.context() as context:
-                context.setattr(milora.train, "save_state", stop)
-                with pytest.raises(KeyboardInterrupt):
-                    run(arguments)
-            for path in (tmp_path / name / "run" / "checkpoints" / "checkpoint-6").iterdir():
-                path.unlink()  # killed before the last checkpoint
+            break_off(arguments, 6, monkeypatch)
         run(arguments, resume=name == "broken")
         lines = (tmp_path / name / "run" / "metrics.jsonl").read_text().splitlines()
         rows = [json.loads(line) for line in lines]

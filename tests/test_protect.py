@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_run import run, settings
+from tiny_run import break_off, run, settings
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -252,13 +252,7 @@ def test_resumed_as_unbroken(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.Mon
         (tmp_path / name).mkdir()
         arguments = settings(tiny("llama"), tmp_path / name, **HELD)
         if name == "broken":
-            with monkeypatch.context() as context:
-                context.setattr(milora.train, "save_state", stop)
-                with pytest.raises(KeyboardInterrupt):
-                    run(arguments)
-            state = tmp_path / "broken" / "run" / "checkpoints"
-            for path in (state / "checkpoint-6").iterdir():  # killed before the last checkpoint
-                path.unlink()
+            break_off(arguments, 6, monkeypatch)
             forbidden = lambda *args, **kwargs: pytest.fail("decomposed again")  # noqa: E731
             monkeypatch.setattr(milora.train, "top_vectors", forbidden)
         run(arguments, resume=name == "broken")
@@ -267,10 +261,6 @@ def test_resumed_as_unbroken(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.Mon
         figures = [line for line in lines if '"interference":' in line]
         files[name] = adapter.read_bytes(), figures
     assert files["whole"] == files["broken"]
-
-
-def stop(*args: Any) -> None:
-    raise KeyboardInterrupt
 
 
 def test_a_limit_warns_and_stops(

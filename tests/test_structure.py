@@ -30,7 +30,7 @@ LAYERS = (
 )
 SAME_LAYER = {
     ("verify", "evaluate"), ("chat", "evaluate"), ("config", "grade"), ("config", "gates"),
-    ("gates", "card"),
+    ("gates", "card"), ("matrices", "svd"),
 }  # fmt: skip
 
 

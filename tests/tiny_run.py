@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+import milora.train
 from milora.config import Config
 from milora.files import sha256
 from milora.progress import Progress
@@ -58,6 +61,20 @@ def run(arguments: dict[str, Any], **options: Any) -> dict[str, Any]:
     torch.set_num_threads(1)
     with Progress() as progress:
         return train(**arguments, **options, progress=progress)
+
+
+def break_off(arguments: dict[str, Any], last: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is killed before its last checkpoint, of step `last`, is there."""
+
+    def stop(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr(milora.train, "save_state", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(arguments)
+    for path in (Path(arguments["output_dir"]) / "checkpoints" / f"checkpoint-{last}").iterdir():
+        path.unlink()
 
 
 def kill_at_write(inside: str, at_write: int) -> None:

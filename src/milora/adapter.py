@@ -33,8 +33,15 @@ from transformers.pytorch_utils import Conv1D
 
 from milora.errors import UserError
 from milora.files import write_bytes
-from milora.matrices import Matrix, adapted_layers, adapted_matrices, stacks, without_expert
-from milora.svd import Component, Components, components
+from milora.matrices import (
+    Matrix,
+    adapted_layers,
+    adapted_matrices,
+    components_of_parts,
+    stacks,
+    without_expert,
+)
+from milora.svd import Component, Components, Decompose, components
 
 TRAINED, ANCHOR = "default", "anchor"
 COMPONENT: dict[str, Component] = {
@@ -44,7 +51,6 @@ COMPONENT: dict[str, Component] = {
     "random": "random",
 }
 FORMAT = "milora initial factors 1"
-Decompose = Callable[[Tensor, int, Component, int], Components]  # weight, rank, component, seed
 
 # What of peft.LoraConfig keeps a plain LoRA on an untouched base; the rest is refused by name.
 LORA_OPTIONS = {
@@ -295,36 +301,6 @@ def _start(
             "residual": found.residual,
         }
     return Start(method, factors, scaling, hashes, spectra)
-
-
-def components_of_parts(
-    weight: Tensor, parts: Sequence[Tensor], rank: int, component: Component, seed: int,
-    decompose: Decompose,
-) -> Components:  # fmt: skip
-    """`rank` components of `weight` (m, n), shared out evenly over the logical matrices in it.
-
-    The columns of U are orthonormal; the rows of Vh are so within each part.
-    """
-    if not parts:
-        return decompose(weight, rank, component, seed)
-    sizes = [0] * len(parts)
-    for _ in range(rank):
-        room = [i for i, rows in enumerate(parts) if sizes[i] < min(len(rows), weight.shape[1])]
-        sizes[min(room, key=sizes.__getitem__)] += 1
-    found = {
-        i: decompose(weight[parts[i].to(weight.device)], size, component, seed + i)
-        for i, size in enumerate(sizes)
-        if size
-    }
-    U = torch.cat([one.U.new_zeros(len(weight), len(one.S)) for one in found.values()], 1)
-    for (i, one), columns in zip(found.items(), torch.arange(rank).split(sizes), strict=False):
-        U[parts[i][:, None].to(U.device), columns.to(U.device)] = one.U
-    every = found.values()
-    return Components(
-        U, torch.cat([one.S for one in every]), torch.cat([one.Vh for one in every]),
-        max(one.norm for one in every), max(one.residual for one in every),
-        "; ".join(dict.fromkeys(one.solver for one in every)),
-    )  # fmt: skip
 
 
 def _anchored_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -10,6 +10,7 @@ LoRA goes on the whole, as PEFT has it; `parts` says which rows are whose.
 """
 
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,8 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from milora.svd import Component, Components, Decompose
 
 
 class Matrix(NamedTuple):
@@ -132,6 +135,36 @@ def matrix_in(base: nn.Module, name: str) -> Tensor:
     except AttributeError:
         raise KeyError(name) from None
     return _upright(module, whole[int(expert)])
+
+
+def components_of_parts(
+    weight: Tensor, parts: Sequence[Tensor], rank: int, component: Component, seed: int,
+    decompose: Decompose,
+) -> Components:  # fmt: skip
+    """`rank` components of `weight` (m, n), shared out evenly over the logical matrices in it.
+
+    The columns of U are orthonormal; the rows of Vh are so within each part.
+    """
+    if not parts:
+        return decompose(weight, rank, component, seed)
+    sizes = [0] * len(parts)
+    for _ in range(rank):
+        room = [i for i, rows in enumerate(parts) if sizes[i] < min(len(rows), weight.shape[1])]
+        sizes[min(room, key=sizes.__getitem__)] += 1
+    found = {
+        i: decompose(weight[parts[i].to(weight.device)], size, component, seed + i)
+        for i, size in enumerate(sizes)
+        if size
+    }
+    U = torch.cat([one.U.new_zeros(len(weight), len(one.S)) for one in found.values()], 1)
+    for (i, one), columns in zip(found.items(), torch.arange(rank).split(sizes), strict=False):
+        U[parts[i][:, None].to(U.device), columns.to(U.device)] = one.U
+    every = found.values()
+    return Components(
+        U, torch.cat([one.S for one in every]), torch.cat([one.Vh for one in every]),
+        max(one.norm for one in every), max(one.residual for one in every),
+        "; ".join(dict.fromkeys(one.solver for one in every)),
+    )  # fmt: skip
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:

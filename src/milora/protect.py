@@ -23,7 +23,6 @@ from torch import Tensor
 from milora.adapter import (
     COMPONENT,
     TRAINED,
-    Decompose,
     Factors,
     Start,
     check_base,
@@ -34,7 +33,7 @@ from milora.errors import UserError
 from milora.files import write_bytes
 from milora.matrices import Matrix
 from milora.spectra import Interference, directions, interference
-from milora.svd import positions
+from milora.svd import Decompose, positions
 
 FORMAT = "milora top singular vectors 1"
 FIRST = 64  # triplets that are computed before it is known how many an energy takes

@@ -25,7 +25,6 @@ from torch import Tensor
 
 from milora.adapter import (
     COMPONENT,
-    components_of_parts,
     lora_config,
     module_seed,
     targets,
@@ -34,6 +33,7 @@ from milora.adapter import (
 from milora.checkpoint import open_checkpoint
 from milora.errors import UserError
 from milora.files import NO_ROOM, cache_folder, folder_of, write_bytes
+from milora.matrices import components_of_parts
 from milora.pretrained import dtype_of
 from milora.progress import Progress
 from milora.protect import Protect, check_protect, top_of

@@ -52,6 +52,10 @@ class Components(NamedTuple):
         return size * EPS * self.norm >= self.S
 
 
+# Weight, rank, component and seed -> the components: `components` below, or a store of them.
+Decompose = Callable[[Tensor, int, Component, int], Components]
+
+
 def minor_components(weight: Tensor, rank: int, tol: float = TOLERANCE) -> Components:
     """The `rank` smallest singular triplets of `weight` (m, n), to a residual of `tol`.
 
