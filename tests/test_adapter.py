@@ -139,6 +139,21 @@ def test_the_initial_factors_are_the_minor_component(
         assert (A.double() @ Vh[:4].T).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("method", ["milora", "pissa"])
+def test_decay_is_towards_the_start(method: str, load: Load) -> None:
+    model, start = adapter.add_adapter(load("llama"), config("llama"), method)
+    matrices = adapted_matrices(model)
+    adapter.decay(matrices, 0.3)
+    for name, factors in adapter.trained_factors(model).items():
+        assert all(torch.equal(*pair) for pair in zip(factors, start.factors[name], strict=True))
+    perturb(model)
+    before = adapter.trained_factors(model)
+    adapter.decay(matrices, 0.25)
+    for name, factors in adapter.trained_factors(model).items():
+        for now, then, begun in zip(factors, before[name], start.factors[name], strict=True):
+            torch.testing.assert_close(now - begun, 0.75 * (then - begun), atol=1e-7, rtol=0)
+
+
 def test_ranks_and_alphas_by_pattern(load: Load, batch: dict[str, torch.Tensor]) -> None:
     patterns = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"up_proj": 9}}
     model, start = adapter.add_adapter(load("llama"), config("llama", **patterns), "milora")

@@ -224,10 +224,31 @@ def test_weight_decay_reaches_the_optimizer(tiny: Tiny, tmp_path: Path) -> None:
     for decay in (0.0, 0.5):
         folder = tmp_path / str(decay)
         folder.mkdir()
-        run(settings(tiny("llama"), folder, training={"weight_decay": decay}))
+        run(settings(tiny("llama"), folder, method="lora", training={"weight_decay": decay}))
         tensors = load_file(folder / "run/checkpoints/trained.safetensors")
         size[decay] = sum(float(tensor.norm()) for tensor in tensors.values())
     assert size[0.5] < 0.99 * size[0.0]
+
+
+@pytest.mark.parametrize("method", ["milora", "pissa", "random"])
+def test_weight_decay_shrinks_the_update(method: str, tiny: Tiny, tmp_path: Path) -> None:
+    """And not B A, which would take the components that it starts from out of the model."""
+    size, kept = {}, {}
+    for decay in (0, 30, 100):  # times the rate, 0.01, of what was learned is taken off a step
+        folder = tmp_path / str(decay)
+        folder.mkdir()
+        training = {"weight_decay": decay, "lr_scheduler_type": "constant", "warmup_steps": 0}
+        run(settings(tiny("llama"), folder, method=method, training=training))
+        update = load_file(folder / "run/adapter/adapter_model.safetensors")
+        size[decay] = sum(
+            float((update[n.replace("lora_A", "lora_B")] @ A).square().sum())
+            for n, A in update.items()
+            if "lora_A" in n
+        )
+        kept[decay] = json.loads((folder / "run/evaluation.json").read_text())["knowledge"][0]["kl"]
+    assert 0 < size[30] < 0.6 * size[0]
+    assert size[100] < 1e-12
+    assert kept[100] < 1e-9 < kept[30] < kept[0]
 
 
 def test_a_tracker_gets_the_figures(tiny: Tiny, tmp_path: Path) -> None:

@@ -205,6 +205,20 @@ def place(matrices: Mapping[str, Matrix], start: Start) -> None:
                 B.copy_(sign * B0)
 
 
+@torch.no_grad()
+def decay(matrices: Mapping[str, Matrix], share: float) -> None:
+    """A <- A - share (A - A0), B <- B - share (B - B0): weight decay that shrinks dW.
+
+    Decay to zero shrinks B A, and with it the minor component that A and B start as: it would take
+    that out of the model. Where A = A0 and B = B0 they stay so, to the last bit.
+    """
+    for matrix in matrices.values():
+        A, B = matrix.factors(TRAINED)
+        A0, minus_B0 = matrix.factors(ANCHOR)
+        A.lerp_(A0, share)
+        B.lerp_(-minus_B0, share)
+
+
 def _inject(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     """The model with PEFT's layers in it, once every target is known to be fit for them."""
     if isinstance(model, PeftModel) or any(isinstance(m, LoraLayer) for m in model.modules()):

@@ -18,7 +18,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from milora.adapter import Start
+from milora.adapter import Start, decay
 from milora.errors import UserError
 from milora.files import read_json, write_bytes, write_text
 from milora.matrices import Matrix
@@ -60,6 +60,22 @@ class MiloraTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         load_state(Path(str(self.state.best_model_checkpoint)) / STATE, self._live())
+
+
+class Decay(TrainerCallback):
+    """Decoupled weight decay towards the start: after a step of rate η, by η times `weight_decay`.
+
+    In place of the optimizer's (Loshchilov and Hutter, 2019), which pulls towards zero.
+    """
+
+    def __init__(self, matrices: Mapping[str, Matrix], weight_decay: float) -> None:
+        self.matrices, self.weight_decay = matrices, weight_decay
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        rate = float(kwargs["optimizer"].param_groups[0]["lr"])
+        decay(self.matrices, min(1.0, rate * self.weight_decay))
 
 
 class Hold(TrainerCallback):

@@ -54,6 +54,7 @@ from milora.files import new_folder, read_json, sha256, write_json, write_text
 from milora.gates import check_subjects, judge, parse_gate
 from milora.loop import (
     STATE,
+    Decay,
     Hold,
     MiloraTrainer,
     Reporter,
@@ -485,6 +486,10 @@ def _fit(
     callbacks: list[TrainerCallback] = [Reporter(run / "metrics.jsonl", checkpoint, progress)]
     if patience:
         callbacks.append(EarlyStoppingCallback(patience))
+    decays = arguments.weight_decay > 0
+    if decays and isinstance(live, PeftModel) and adapter.ANCHOR in live.peft_config:
+        callbacks.append(Decay(adapted_matrices(live), arguments.weight_decay))
+        arguments.weight_decay = 0.0
     if watch:
         callbacks.append(watch)
         if any(top.protected for top in watch.tops.values()):
