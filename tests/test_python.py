@@ -125,7 +125,7 @@ def test_the_reference_of_dpo_is_the_base(load: Load, tmp_path: Path) -> None:
 
 
 def test_switches_of_peft_leave_the_anchor_alone(
-    load: Load, batch: dict[str, torch.Tensor]
+    load: Load, tmp_path: Path, batch: dict[str, torch.Tensor]
 ) -> None:
     model = get_milora_model(load("llama"), LoraConfig(**CONFIG))
     wanted = model(**batch).logits
@@ -138,7 +138,17 @@ def test_switches_of_peft_leave_the_anchor_alone(
     model.enable_input_require_grads()
     assert {n for n, p in model.named_parameters() if p.requires_grad} == trained
     assert torch.equal(model(**batch).logits, wanted)
-    assert torch.equal(copy.deepcopy(model)(**batch).logits, wanted)
+    other = copy.deepcopy(model)
+    assert torch.equal(other(**batch).logits, wanted)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            if parameter.requires_grad:
+                parameter += 0.05
+    other.set_adapter("default")
+    other.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(load("llama"), tmp_path)
+    torch.testing.assert_close(loaded(**batch).logits, other(**batch).logits, atol=1e-4, rtol=0)
+    assert torch.equal(model(**batch).logits, wanted)
     merged = model.merge_and_unload()
     torch.testing.assert_close(merged(**batch).logits, load("llama")(**batch).logits)
 

@@ -10,6 +10,7 @@ import copy
 import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -207,11 +208,13 @@ def get_milora_model(
     interrupted and resumed there is `milora train`.
     """
     live, start = add_adapter(model, config, method, **options)
-
-    def save(folder: str | Path, **_: Any) -> None:
-        plain = plain_lora(start, trained_factors(live))
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        save_plain_lora(Path(folder), plain, live, str(model.name_or_path))
-
-    live.save_pretrained = save  # type: ignore[method-assign, assignment]
+    # A bound method and an attribute, so that copy.deepcopy takes them along.
+    live.start = start  # type: ignore[assignment]
+    live.save_pretrained = MethodType(_save_plain, live)  # type: ignore[method-assign]
     return live
+
+
+def _save_plain(live: Any, folder: str | Path, **_: Any) -> None:
+    plain = plain_lora(live.start, trained_factors(live))
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    save_plain_lora(Path(folder), plain, live, str(live.base_model.model.name_or_path))
