@@ -108,7 +108,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 TRAINING = {"max_steps": 20, "save_steps": 10, "eval_steps": 10, "learning_rate": 3e-2}
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+QUICK = ("llama", "gpt2", "phi3", "mixtral")  # one of each way to store a weight
+EACH = [
+    name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES
+]
+
+
+@pytest.mark.parametrize("name", EACH)
 def test_from_the_base_to_the_artefacts(
     name: str, folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
