@@ -215,7 +215,7 @@ def short(found: dict[str, dict[str, Any]]) -> Table:
     for name, result in found.items():
         task, arms = name.split("-")[1], result["arms"]
         if "lora" in arms:
-            row = [f"[{name}](docs/results.md#{name})"]
+            row = [name]
             for arm in ("lora", "milora"):
                 kept = arms[arm]["knowledge"][0]
                 score = plus_minus(arms[arm]["tasks"][task]["accuracy"], 3)
