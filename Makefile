@@ -35,7 +35,6 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-
 # One of those that benchmarks/comparison.py lists, or the rest of it; then the tables of the docs.
 NAME ?= minilm-trec
 bench-compare: setup

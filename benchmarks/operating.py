@@ -6,6 +6,7 @@ A block is fenced as `console`, a command begins with `$ `; milora is the one of
 the first block on, runs/guarded is made anew. About half an hour on two cores.
 """
 
+import argparse
 import os
 import re
 import shutil
@@ -29,7 +30,11 @@ def printed(command: str) -> str:
 
 
 def main() -> None:
-    first, last = (*(int(word) for word in sys.argv[1:3]), *(1, 10**6)[len(sys.argv) - 1 :])[:2]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("first", type=int, nargs="?", default=1)
+    parser.add_argument("last", type=int, nargs="?", default=10**6)
+    given = parser.parse_args()
+    first, last = given.first, given.last
     if first == 1:
         shutil.rmtree(ROOT / "runs" / "guarded", ignore_errors=True)
     blocks = len(BLOCK.findall(PAGE.read_text(encoding="utf-8")))

@@ -173,7 +173,6 @@ def task_files(task: str, train: int, held_out: int, test: int) -> dict[str, str
     for name in ("train", "held_out", "test"):
         rows: list[Row] = getattr(parts, name)
         path = BUILD / f"{task}-{train}" / f"{name}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
         lines = [
             json.dumps({"system": SYSTEM[task], "instruction": q, "output": a}) for q, a in rows
         ]
@@ -204,6 +203,5 @@ def text_file(name: str) -> str:
 
 def _copied(path: Path) -> str:
     """Whole or not at all, since another process may be reading it."""
-    BUILD.mkdir(parents=True, exist_ok=True)
     write_bytes(BUILD / path.name, path.read_bytes())
     return str(BUILD / path.name)

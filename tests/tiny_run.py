@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import milora.train
 from milora.config import Config
@@ -54,13 +55,9 @@ def settings(model: Path, folder: Path, **changes: Any) -> dict[str, Any]:
 
 
 def run(arguments: dict[str, Any], **options: Any) -> dict[str, Any]:
-    import torch
-
-    from milora.train import train
-
     torch.set_num_threads(1)
     with Progress() as progress:
-        return train(**arguments, **options, progress=progress)
+        return milora.train.train(**arguments, **options, progress=progress)
 
 
 def break_off(arguments: dict[str, Any], last: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,6 +38,7 @@ from milora.matrices import (
     adapted_layers,
     adapted_matrices,
     components_of_parts,
+    is_suffix,
     stacks,
     without_expert,
 )
@@ -95,7 +96,7 @@ def initial_factors(found: Components, scaling: float) -> Factors:
     size = alive.median() if len(alive) else torch.tensor(found.norm or 1.0).to(S)
     B = found.U * (S / scaling).sqrt()
     A = torch.where(zero, size, S).div(scaling).sqrt()[:, None] * found.Vh
-    return Factors(A.float().contiguous(), B.float().contiguous())
+    return _kept(A, B)
 
 
 def lora_config(options: Mapping[str, Any]) -> LoraConfig:
@@ -237,22 +238,23 @@ def _inject(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
         names.setdefault(id(parameter), []).append(path.replace(".base_layer", ""))
     for name, matrix in matrices.items():
         base = matrix.layer.get_base_layer()
-        if matrix.expert is None and not isinstance(base, nn.Linear | Conv1D):
-            raise UserError(
-                f"lora.target_modules: {name} is a {type(base).__name__}; only linear layers can "
-                f"be adapted: {', '.join(_linear_names(model))}"
-            )
-        if matrix.expert is None and base.weight is embedding:
-            raise UserError(
-                f"lora.target_modules: {name} shares its weight with the input embedding (tied), "
-                "so that merging would change the embedding too: leave it out"
-            )
-        if matrix.expert is None and len(names[id(base.weight)]) > 1:
+        if matrix.expert is None:
+            if not isinstance(base, nn.Linear | Conv1D):
+                raise UserError(
+                    f"lora.target_modules: {name} is a {type(base).__name__}; only linear layers "
+                    f"can be adapted: {', '.join(_linear_names(model))}"
+                )
+            if base.weight is embedding:
+                raise UserError(
+                    f"lora.target_modules: {name} shares its weight with the input embedding "
+                    "(tied), so that merging would change the embedding too: leave it out"
+                )
             others = [one for one in names[id(base.weight)] if one != f"{name}.weight"]
-            raise UserError(
-                f"lora.target_modules: {name} shares its weight with {', '.join(others)}, so that "
-                "merging would change that too: leave it out"
-            )
+            if others:
+                raise UserError(
+                    f"lora.target_modules: {name} shares its weight with {', '.join(others)}, so "
+                    "that merging would change that too: leave it out"
+                )
         m, n = matrix.weight.shape
         if matrix.rank(TRAINED) > min(m, n):
             raise UserError(
@@ -303,7 +305,7 @@ def _start(
         found = components_of_parts(
             weight, matrix.parts, matrix.rank(TRAINED), COMPONENT[method], drawn, decompose
         )
-        factors[name] = _kept(*initial_factors(found, scaling[name]))
+        factors[name] = initial_factors(found, scaling[name])
         spectra[name] = {
             "shape": list(weight.shape),
             "spectral_norm_at_least": found.norm,
@@ -356,7 +358,7 @@ def _check_targets(model: PreTrainedModel, config: LoraConfig) -> None:
     # PEFT refuses a list of which nothing matches, and ignores an entry that matches nothing.
     stacked = stacks(model)
     for entry in sorted(config.target_parameters or ()):
-        if not any(name == entry or name.endswith("." + entry) for name in stacked):
+        if not any(is_suffix(entry, name) for name in stacked):
             raise UserError(
                 f"lora.target_parameters: {entry!r} matches no stack of experts of this model; "
                 f"it has {', '.join(_short(stacked)) or 'none'}"
@@ -372,7 +374,7 @@ def _check_targets(model: PreTrainedModel, config: LoraConfig) -> None:
         return
     names = [name for name, _ in model.named_modules()]
     for entry in sorted(config.target_modules or ()):
-        if not any(name == entry or name.endswith("." + entry) for name in names):
+        if not any(is_suffix(entry, name) for name in names):
             linear = _linear_names(model)
             near = difflib.get_close_matches(entry, linear, 1)
             hint = f"did you mean {near[0]}? " if near else ""
@@ -436,7 +438,9 @@ def trained_factors(model: PeftModel) -> dict[str, Factors]:
 
 def _kept(A: Tensor, B: Tensor) -> Factors:
     """Copies on the CPU in fp32, wherever the model is."""
-    return Factors(A.detach().float().cpu().clone(), B.detach().float().cpu().clone())
+    plain = torch.contiguous_format
+    A, B = (x.detach().float().cpu().clone(memory_format=plain) for x in (A, B))
+    return Factors(A, B)
 
 
 def step0_difference(model: PeftModel, batch: Mapping[str, Tensor]) -> float:

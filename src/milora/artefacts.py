@@ -32,9 +32,9 @@ def export_run(
     if to == "merged" and rank is not None:
         raise UserError("--rank goes with --to lora; merged weights hold the whole update")
     source = find_adapter(run)
-    files = _run_files(run)
+    start, tensors = _run_files(run)
     opened = open_adapter(run, trust_remote_code=trust_remote_code)
-    start, trained = _factors(*files, opened.model)
+    trained = _trained(tensors, opened.model)
     largest = opened.provenance["rank"]
     if rank is not None and rank > largest:
         raise UserError(f"--rank {rank}: the update has rank {largest}, choose at most that")
@@ -82,9 +82,7 @@ def _run_files(run: Path) -> tuple[Start, dict[str, Tensor]]:
     return load_start(init), load_file(final)
 
 
-def _factors(
-    start: Start, tensors: Mapping[str, Tensor], model: PeftModel
-) -> tuple[Start, dict[str, Factors]]:
+def _trained(tensors: Mapping[str, Tensor], model: PeftModel) -> dict[str, Factors]:
     """The trained factors out of a checkpoint, by the names of the exported model's matrices."""
     found = {}
     for name, matrix in adapted_matrices(model).items():
@@ -93,4 +91,4 @@ def _factors(
             for which in ("lora_A", "lora_B")
         )
         found[name] = Factors(*matrix.part(*whole))
-    return start, found
+    return found

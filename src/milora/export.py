@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from milora.adapter import Factors, Start, add_adapter, trained_factors
 from milora.errors import UserError
 from milora.files import read_json, write_bytes, write_json
-from milora.matrices import adapted_matrices, base_modules, matrix_in, without_expert
+from milora.matrices import adapted_matrices, base_modules, is_suffix, matrix_in, without_expert
 
 
 class PlainLora(NamedTuple):
@@ -107,7 +107,7 @@ def save_plain_lora(
     )
     write_bytes(
         folder / "adapter_model.safetensors",
-        save(_tensors(factors, base, config), {"format": "pt"}),
+        save(_tensors(factors, base, modules, config), {"format": "pt"}),
     )
     config.save_pretrained(str(folder))
     written = read_json(folder / "adapter_config.json")
@@ -117,11 +117,10 @@ def save_plain_lora(
 
 
 def _tensors(
-    factors: Mapping[str, Factors], base: nn.Module, config: LoraConfig
+    factors: Mapping[str, Factors], base: nn.Module, modules: Collection[str], config: LoraConfig
 ) -> dict[str, Tensor]:
     """By the names that PEFT gives them; experts are stacked as it does."""
     found, stacks = {}, dict[str, list[Factors]]()
-    modules = base_modules(base)
     for name, (A, B) in factors.items():
         if name in modules:
             found[f"base_model.model.{name}.lora_A.weight"] = A
@@ -176,11 +175,7 @@ def target_names(there: Collection[str], adapted: Collection[str], words: int = 
     `there` are all names that PEFT compares; `words` is how many of the last a target has.
     """
     short = sorted({".".join(name.split(".")[-words:]) for name in adapted})
-    selected = {
-        name
-        for name in there
-        if any(name == entry or name.endswith("." + entry) for entry in short)
-    }
+    selected = {name for name in there if any(is_suffix(entry, name) for entry in short)}
     return short if selected == set(adapted) else sorted(adapted)
 
 
@@ -216,5 +211,4 @@ def get_milora_model(
 
 def _save_plain(live: Any, folder: str | Path, **_: Any) -> None:
     plain = plain_lora(live.start, trained_factors(live))
-    Path(folder).mkdir(parents=True, exist_ok=True)
     save_plain_lora(Path(folder), plain, live, str(live.base_model.model.name_or_path))

@@ -188,6 +188,11 @@ def stacks(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: weight for name, weight in model.named_parameters() if weight.ndim == 3}
 
 
+def is_suffix(entry: str, name: str) -> bool:
+    """PEFT's rule for an entry of a list of targets: does it mean `name`?"""
+    return name == entry or name.endswith("." + entry)
+
+
 def without_expert(name: str) -> str:
     """The name of the layer or stack that the matrix `name` is in."""
     return re.sub(r"\.\d+$", "", name)

@@ -53,9 +53,8 @@ class Top(NamedTuple):
     limited: bool  # fewer than were asked for, since the initial factors lie there
 
 
-def check_protect(protect: Protect, method: str, names: Sequence[str]) -> None:
-    """Raise UserError for a method whose update cannot be held, and for a pattern that means none
-    of `names`, the adapted weights."""
+def check_protect(protect: Protect, method: str) -> None:
+    """Raise UserError for a method whose update cannot be held."""
     if _nothing(protect):
         return
     if method == "full":
@@ -65,6 +64,10 @@ def check_protect(protect: Protect, method: str, names: Sequence[str]) -> None:
             "milora.protect: pissa starts from the largest components, which protection leaves "
             "alone: use method milora or lora"
         )
+
+
+def check_patterns(protect: Protect, names: Sequence[str]) -> None:
+    """Raise UserError for a pattern that means none of `names`, the adapted weights."""
     for pattern in _patterns(protect):
         try:
             matched = any(selects(pattern, name) for name in names)
@@ -106,9 +109,9 @@ def top_vectors(
     """The top singular vectors of every adapted weight, to protect and to watch.
 
     `matrices` as adapted_matrices gives them. At least `watched` vectors are taken, or all
-    that the weight has. Raises UserError as check_protect does.
+    that the weight has. Raises UserError as check_patterns does.
     """
-    check_protect(protect, start.method, list(matrices))
+    check_patterns(protect, list(matrices))
     found = {}
     for done, (name, matrix) in enumerate(matrices.items()):
         progress(name, done, len(matrices))

@@ -23,20 +23,14 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from milora.adapter import (
-    COMPONENT,
-    lora_config,
-    module_seed,
-    targets,
-    tensor_sha256,
-)
+from milora.adapter import COMPONENT, lora_config, module_seed, targets, tensor_sha256
 from milora.checkpoint import open_checkpoint
 from milora.errors import UserError
 from milora.files import NO_ROOM, cache_folder, folder_of, write_bytes
 from milora.matrices import components_of_parts
 from milora.pretrained import dtype_of
 from milora.progress import Progress
-from milora.protect import Protect, check_protect, top_of
+from milora.protect import Protect, check_patterns, check_protect, top_of
 from milora.ranks import ranks
 from milora.svd import SOLVER, Component, Components, components, positions
 
@@ -269,7 +263,8 @@ def decompose_checkpoint(
             raise UserError(f"{name}.weight holds NaN or infinite values: the base is damaged")
         return weight.to(device)
 
-    check_protect(protect, method, list(wanted))
+    check_protect(protect, method)
+    check_patterns(protect, list(wanted))
     beside = Store(store.root, store.say, store.optional)  # of what is not counted
     if ranked:
         spectra = {}

@@ -71,6 +71,7 @@ from milora.preview import coverage, peak_memory, plan
 from milora.progress import Progress
 from milora.protect import (
     Top,
+    check_patterns,
     check_protect,
     load_tops,
     measure,
@@ -161,6 +162,7 @@ def train(
         lora_config = adapter.lora_config(lora)
     elif milora["rank"]:
         raise UserError("milora.rank: full fine-tuning has no rank: use an adapter")
+    check_protect(milora["protect"], method)
     if method == "full" and dtype == "auto":
         dtype = "float32"  # most steps of a small rate round to nothing in 16 bit
     set_seed(seed)
@@ -175,7 +177,7 @@ def train(
     names: dict[str, adapter.Target] = {}
     if method != "full" and (milora["rank"] or isinstance(milora["protect"], dict)):
         names = _targets(base, lora)
-    check_protect(milora["protect"], method, list(names))
+        check_patterns(milora["protect"], list(names))
     if milora["rank"]:
         found = _ranks(base, names, milora["rank"], start, progress)
         lora_config = adapter.lora_config(with_ranks(lora, found))
@@ -220,11 +222,7 @@ def train(
         )
     tops: dict[str, Top] = {}
     if isinstance(live, PeftModel) and start is not None:
-        tops = _tops(live, start, milora, run / "init" / "top.safetensors", seed, progress)
-        apart = {} if init.exists() else moved(start, adapted_matrices(live), tops)
-        if apart:
-            start.factors.update(apart)
-            adapter.place(adapted_matrices(live), start)
+        tops = _tops(live, start, milora, init, seed, progress)
     collate = Collator(base.tokenizer, base.model)
     probe = collate(material.train.examples[:4])
     probe = {k: probe[k].to(base.model.device) for k in ("input_ids", "attention_mask")}
@@ -554,11 +552,14 @@ def _ranks(
 
 
 def _tops(
-    live: PeftModel, start: adapter.Start, milora: Mapping[str, Any], stored: Path, seed: int,
+    live: PeftModel, start: adapter.Start, milora: Mapping[str, Any], init: Path, seed: int,
     progress: Progress,
 ) -> dict[str, Top]:  # fmt: skip
-    """The singular vectors to hold and to watch, from the run folder or the store."""
-    matrices = adapted_matrices(live)
+    """The singular vectors to hold and to watch, from the run folder or the store.
+
+    What the run starts from is moved out of those to hold, unless it was when `init` was written.
+    """
+    matrices, stored = adapted_matrices(live), init.with_name("top.safetensors")
     if stored.exists():
         device = next(live.parameters()).device
         tops = {
@@ -586,6 +587,9 @@ def _tops(
             )
         if start.method == "lora":  # its A starts anywhere, and B at 0: step 0 stays the base
             project(matrices, tops)
+        elif not init.exists() and (apart := moved(start, matrices, tops)):
+            start.factors.update(apart)
+            adapter.place(matrices, start)
     return tops
 
 
