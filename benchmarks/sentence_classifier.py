@@ -29,6 +29,7 @@ TRAIN, HELD_OUT, TEST = 1000, 500, 500
 BATCH, EPOCHS, HEAD_RATE = 16, 2, 3e-3
 WATCHED = 64  # directions that the interference is measured in
 TARGETS = ["query", "key", "value", "intermediate.dense", "output.dense"]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Pieces = list[list[int]]  # token ids of each sentence
 
 
@@ -36,7 +37,7 @@ class Classifier(nn.Module):
     def __init__(self, encoder: nn.Module, classes: int) -> None:
         super().__init__()
         self.encoder = encoder
-        self.head = nn.Linear(384, classes)
+        self.head = nn.Linear(384, classes, device=DEVICE)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
@@ -52,7 +53,8 @@ class Classifier(nn.Module):
 
 
 def padded(pieces: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
-    return pad(pieces, 0), pad([[1] * len(piece) for piece in pieces], 0)
+    mask = pad([[1] * len(piece) for piece in pieces], 0)
+    return pad(pieces, 0).to(DEVICE), mask.to(DEVICE)
 
 
 def batches(pieces: Pieces, size: int = 64) -> Iterator[tuple[list[int], Tensor, Tensor]]:
@@ -91,7 +93,7 @@ def moved(before: Tensor, after: Tensor) -> dict[str, float]:
     pairs = torch.triu_indices(len(before), len(before), 1)
     similar = []
     for embeddings in (before, after):
-        unit = nn.functional.normalize(embeddings.double())
+        unit = nn.functional.normalize(embeddings.double().cpu())
         similar.append((unit @ unit.T)[*pairs])
     return {
         "moved": float((1 - cosine).double().mean()),
@@ -112,7 +114,7 @@ class Start(NamedTuple):
 def start() -> Start:
     folder = minilm()
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    encoder = AutoModel.from_pretrained(folder, dtype=torch.float32)
+    encoder = AutoModel.from_pretrained(folder, dtype=torch.float32).to(DEVICE)
     other = {
         name: tokenizer(sentences, truncation=True, max_length=128)["input_ids"]
         for name, sentences in other_sentences().items()
@@ -146,7 +148,8 @@ def run(
 
     def encoded(rows: Sequence[Row]) -> tuple[Pieces, Tensor]:
         ids = tokenizer([row.question for row in rows], truncation=True, max_length=128)
-        return ids["input_ids"], torch.tensor([labels.index(row.answer) for row in rows])
+        wanted = torch.tensor([labels.index(row.answer) for row in rows], device=DEVICE)
+        return ids["input_ids"], wanted
 
     model = Classifier(encoder, len(labels))
     for name, pieces in other.items():
@@ -182,6 +185,7 @@ def run(
         "versions": {"torch": torch.__version__},
         "interference": rho,
         "evaluation": {
+            "settings": {"device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"},
             "tasks": {task: {"rows": len(right), "tuned": score}}, "knowledge": knowledge,
         },
         "right": {task: "".join("01"[bool(r)] for r in right)},
