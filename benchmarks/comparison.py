@@ -165,6 +165,7 @@ def docs() -> None:
         name: [*markdown(scores(result)), "", _notes(result)] for name, result in found.items()
     }
     parts["comparison"] = markdown(against_lora(found))
+    parts["equal rates"] = markdown(at_equal_rates())
     parts["short"] = markdown(short(found))
     for page in (Path("docs/results.md"), Path("README.md")):
         text = page.read_text(encoding="utf-8")
@@ -206,6 +207,33 @@ def against_lora(found: dict[str, dict[str, Any]]) -> Table:
             )
             rows.append(row)
     return Table(head, rows)
+
+
+def at_equal_rates() -> Table:
+    """For every rate of the first seed: forgotten under protection, as a share of that without."""
+    head = ["comparison", "method", "rate", "forgotten without"]
+    head += [f"with k = {k}" for k in ("16", "64", "240 or 256")]
+    rows = []
+    for name in [name for name in NAMES if "held" in name]:
+        task = name.split("-")[1]
+        for method in ("lora", "milora"):
+            at: dict[float, dict[int, Any]] = {}
+            for k in (0, 16, 64, 240, 256):
+                arm = f"{method}-milora.protect-{k}-"
+                for path in (RESULTS / name).glob(f"{arm}*-{SEEDS[0]}.json"):
+                    rate = float(path.stem.removeprefix(arm).rpartition("-")[0])
+                    at.setdefault(rate, {})[k] = read_json(path)["evaluation"]
+            for rate, of in sorted(at.items()):
+                if 0 in of and len(of) == 4:
+                    (free, right), *rest = [_kept_and_right(of[k], task) for k in sorted(of)]
+                    row = [name, method, f"{rate:g}", f"{free:.3f}"]
+                    rows.append(row + [f"{f / free:.2f} ({r - right:+.3f})" for f, r in rest])
+    return Table(head, rows)
+
+
+def _kept_and_right(evaluation: dict[str, Any], task: str) -> tuple[float, float]:
+    kept = evaluation["knowledge"][0]
+    return kept["kl" if "kl" in kept else "moved"], evaluation["tasks"][task]["tuned"]["accuracy"]
 
 
 def short(found: dict[str, dict[str, Any]]) -> Table:

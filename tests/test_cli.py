@@ -109,7 +109,7 @@ def test_a_whole_run_and_what_follows(command: Command) -> None:
     assert after["tasks"]["rows"] == before["tasks"]["rows"]
     assert after["tasks"]["other"]["match"] == "exact"
     assert after["knowledge"] == before["knowledge"]
-    assert after["settings"]["dtype"] == "float32"
+    assert after["settings"]["dtype"] == before["settings"]["dtype"]
     samples = [json.loads(x)["task"] for x in Path("run/samples.jsonl").read_text().splitlines()]
     assert set(samples) == {"rows", "other"}
     assert command("eval", "run", "--tasks", "other.jsonl")[0] == 0  # in place of itself

@@ -36,7 +36,9 @@ def test_a_folder_appears_when_it_is_whole(tmp_path: Path) -> None:
     with pytest.raises(KeyError):
         fail_half_way()
     assert not list(tmp_path.iterdir())
-    (tmp_path / ".a.123.tmp").mkdir()  # of a killed process
+    with subprocess.Popen(["true"]) as ended:
+        pass
+    (tmp_path / f".a.{ended.pid}.tmp").mkdir()  # of a killed process
     for content in ("1", "2"):
         with new_folder(tmp_path / "a") as folder:
             (folder / "x").write_text(content)

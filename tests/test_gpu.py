@@ -34,7 +34,7 @@ def test_a_run(method: str, dtype: str, tiny: Tiny, tmp_path: Path) -> None:
     changes: dict[str, Any] = HELD if method in ("milora", "lora") else {}
     record = run(settings(tiny("llama"), tmp_path, method=method, dtype=dtype, **changes))
     assert record["state"] == "done"
-    assert record["peak_memory_bytes"] == torch.cuda.max_memory_allocated() > 0
+    assert 0 < record["peak_memory_bytes"] <= torch.cuda.max_memory_allocated()  # of training
     evaluation = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert evaluation["settings"]["device"] == torch.cuda.get_device_name()
     if method != "full":

@@ -35,6 +35,7 @@ def own_loop(model: PeftModel, folder: Path) -> None:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
     live, optimizer = accelerator.prepare(model, optimizer)
     ids = torch.tensor(make_tokenizer()([p + c for p, c, _ in SUMS[:4]])["input_ids"])
+    ids = ids.to(accelerator.device)
     for _ in range(6):
         accelerator.backward(live(input_ids=ids, labels=ids).loss)
         optimizer.step()
@@ -85,7 +86,7 @@ def test_loops_of_others(
         plain = base(**batch).logits
         torch.testing.assert_close(model(**batch).logits, plain, atol=1e-5, rtol=0)
     train(model, tmp_path / "work")
-    model.eval()
+    model.cpu().eval()
     for name, tensor in anchors(model).items():
         assert torch.equal(tensor, before[name])
     assert {n for n, p in model.named_parameters() if p.requires_grad} - names <= {

@@ -52,7 +52,7 @@ def lora(kind: str, rank: int = 4) -> dict[str, Any]:
 
 
 def decompose(model: Path, folder: Path, kind: str = "llama", **changes: Any) -> dict[str, Any]:
-    asked: dict[str, Any] = {"method": "milora", "lora": lora(kind)} | changes
+    asked: dict[str, Any] = {"method": "milora", "dtype": "float32", "lora": lora(kind)} | changes
     store = Store(folder)
     return decompose_checkpoint(model=str(model), store=store, progress=Progress(), **asked)
 

@@ -34,6 +34,7 @@ def settings(model: Path, folder: Path, **changes: Any) -> dict[str, Any]:
     values: dict[str, Any] = {
         "model": str(model),
         "output_dir": str(folder / "run"),
+        "dtype": "float32",  # on a GPU too
         "data": {"train": str(data), "eval": 0.2, "max_length": 64},
         "lora": {"r": 4, "lora_dropout": 0.1, "target_modules": "all-linear"},
         "training": {
