@@ -19,7 +19,7 @@ from milora.adapter import add_adapter, lora_config
 from milora.matrices import adapted_matrices
 from milora.pretrained import load_pretrained
 from milora.progress import Progress
-from milora.protect import measure, project, top_vectors
+from milora.protect import held, measure, project, top_vectors
 from milora.store import Store
 
 RESULT = Path(__file__).resolve().parent / "results" / "protection.json"
@@ -44,6 +44,7 @@ def run(shape: tuple[int, int], k: int) -> dict[str, Any]:
             layers, start, k, 0, 0, store.components,
             lambda name, done, total: progress("the largest components", done, total),
         )  # fmt: skip
+    holds = held(layers, tops, {})
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4)
     ids = torch.randint(1000, 40000, shape, generator=torch.Generator().manual_seed(0))
 
@@ -56,7 +57,7 @@ def run(shape: tuple[int, int], k: int) -> dict[str, Any]:
     times: dict[str, list[float]] = {"step": [], "project": [], "measure": []}
     for _ in range(ROUNDS):
         times["step"].append(seconds(step))
-        times["project"].append(seconds(lambda: project(layers, tops)))
+        times["project"].append(seconds(lambda: project(layers, holds)))
         times["measure"].append(seconds(lambda: measure(layers, start, tops)))
     middle = {name: statistics.median(each) for name, each in times.items()}
     return {

@@ -24,7 +24,16 @@ from milora.config import load_config
 from milora.errors import UserError
 from milora.export import merge, plain_lora
 from milora.matrices import adapted_matrices
-from milora.protect import Top, load_tops, measure, project, save_tops, top_vectors, worst
+from milora.protect import (
+    Top,
+    held,
+    load_tops,
+    measure,
+    project,
+    save_tops,
+    top_vectors,
+    worst,
+)
 from milora.spectra import directions, interference
 from milora.svd import components
 
@@ -105,12 +114,12 @@ def test_the_update_is_kept_out(method: str, load: Load) -> None:
     )
     ids = torch.randint(2, 200, (2, 16), generator=torch.Generator().manual_seed(0))
     if method == "lora":
-        project(layers, tops)
+        project(layers, held(layers, tops, {}))
     for _ in range(5):
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        project(layers, tops)
+        project(layers, held(layers, tops, {}))
     found = measure(layers, start, tops)
     assert worst(found)["max"] < 1e-10
     assert worst(found)["size"] > 0.01
@@ -135,7 +144,7 @@ def test_fewer_are_held_than_watched(load: Load) -> None:
         for part in (layer.layer.lora_A, layer.layer.lora_B):
             weight = part["default"].weight.data
             weight.add_(torch.randn(weight.shape, generator=generator))
-    project(layers, tops)
+    project(layers, held(layers, tops, {}))
     assert worst(measure(layers, start, tops))["max"] > 1e-3
     for name, top in tops.items():
         _, B = layers[name].factors("default")
@@ -185,8 +194,8 @@ def test_they_are_stored_with_their_base(load: Load, tmp_path: Path) -> None:
     _, start, layers = adapted(load, "milora")
     tops = tops_of(layers, start, {"q_proj": 3}, 2)
     path = tmp_path / "top.safetensors"
-    save_tops(path, tops, start.sha256)
-    for name, top in load_tops(path, start.sha256).items():
+    save_tops(path, tops, {}, start.sha256)
+    for name, top in load_tops(path, start.sha256)[0].items():
         assert top[2:] == tops[name][2:]
         assert torch.equal(top.U, tops[name].U)
     other = {name: "0" * 64 for name in start.sha256}
@@ -227,7 +236,7 @@ def test_a_run_holds_it(method: str, training: dict[str, Any], tiny: Tiny, tmp_p
     assert any("interference_max" in json.loads(line) for line in lines)
     base = AutoModelForCausalLM.from_pretrained(tiny("llama"))
     start = load_start(tmp_path / "run" / "init" / "factors.safetensors")
-    tops = load_tops(tmp_path / "run" / "init" / "top.safetensors", start.sha256)
+    tops, _ = load_tops(tmp_path / "run" / "init" / "top.safetensors", start.sha256)
     for name, module in base.named_modules():
         if name in tops:
             U, S, _ = torch.linalg.svd(module.weight.double(), full_matrices=False)

@@ -25,7 +25,7 @@ from milora.export import plain_lora
 from milora.files import cache_folder
 from milora.matrices import adapted_matrices
 from milora.pretrained import BUNDLED, fetch_bundled, load_pretrained
-from milora.protect import measure, project, top_vectors, worst
+from milora.protect import held, measure, project, top_vectors, worst
 from milora.svd import components, minor_components
 from milora.verify import open_adapter, verify
 
@@ -233,7 +233,7 @@ def test_what_is_protected_stays(base_folder: Path) -> None:
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        project(layers, tops)
+        project(layers, held(layers, tops, {}))
     found = measure(layers, start, tops)
     assert worst(found)["max"] <= 1e-6
     assert worst(found)["size"] > 1e-3

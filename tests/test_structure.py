@@ -17,7 +17,7 @@ SOURCE = ROOT / "src" / "milora"
 LAYERS = (
     {"errors", "files", "svd", "spectra", "progress", "pages", "matrices"},
     {"grade", "adapter", "data", "pretrained", "config", "card", "gates"},
-    {"choices", "harness", "answers", "protect", "ranks"},
+    {"choices", "harness", "answers", "protect", "ranks", "keep"},
     {"export", "evaluate", "loop", "verify", "preview", "chat", "checkpoint"},
     {"store"},
     {"artefacts", "train", "inspection"},
@@ -83,10 +83,18 @@ def test_links_in_the_documents_resolve() -> None:
 
 
 def test_the_documents_name_every_configuration_key() -> None:
-    from milora.config import Config, Data, Evaluate, Interference, Milora, TaskFile
+    from milora.config import (
+        Config,
+        Data,
+        Evaluate,
+        Interference,
+        KeepText,
+        Milora,
+        TaskFile,
+    )
 
     page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
-    for model in (Config, Data, Evaluate, Interference, Milora, TaskFile):
+    for model in (Config, Data, Evaluate, Interference, KeepText, Milora, TaskFile):
         for key in model.model_fields:
             assert f"`{key}`" in page, key
 

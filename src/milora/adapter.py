@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MethodType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -51,6 +51,7 @@ COMPONENT: dict[str, Component] = {
     "middle": "middle",
     "random": "random",
 }
+Begin = Literal["published", "directions", "balanced"]  # as initial_factors takes them
 FORMAT = "milora initial factors 1"
 
 # What of peft.LoraConfig keeps a plain LoRA on an untouched base; the rest is refused by name.
@@ -84,12 +85,22 @@ class Start(NamedTuple):
     spectra: dict[str, dict[str, Any]]
 
 
-def initial_factors(found: Components, scaling: float) -> Factors:
-    """B0 = U √(S/s), A0 = √(S/s) Vᵀ in fp32, so that s B0 A0 = U S Vᵀ (paper, eq. 5).
+def initial_factors(found: Components, scaling: float, begin: Begin = "published") -> Factors:
+    """The factors that the components U, S, Vᵀ give, in fp32.
+
+    "published": B0 = U √(S/s), A0 = √(S/s) Vᵀ, so that s B0 A0 = U S Vᵀ (paper, eq. 5). What one of
+    them gains at a rate goes by the size of the other, √S, which differs from weight to weight.
+    "directions": B0 = 0, A0 = Vᵀ, as LoRA starts, from these input directions for random ones.
+    "balanced": B0 = U / √6, A0 = Vᵀ / √6, so that |A|² + |B|² of a pair is that of LoRA's start
+    (1/3: PEFT draws the n entries of a row from ±1/√n), whatever S is.
 
     A singular value of zero would leave a dead rank, A_i = B_i = 0 with no gradient for either.
     Those get B_i = 0 and A_i of ordinary size: the product is still zero, and they learn.
     """
+    if begin == "directions":
+        return _kept(found.Vh, torch.zeros_like(found.U))
+    if begin == "balanced":
+        return _kept(found.Vh / 6**0.5, found.U / 6**0.5)
     zero = found.zero
     S = torch.where(zero, 0.0, found.S)
     alive = S[~zero]
@@ -151,6 +162,7 @@ def add_adapter(
     *,
     seed: int = 0,
     start: Start | None = None,
+    begin: Begin = "published",
     decompose: Decompose = components,
     progress: Callable[[str, int, int], None] = lambda name, done, total: None,
 ) -> tuple[PeftModel, Start]:
@@ -159,7 +171,8 @@ def add_adapter(
     `method` is a key of COMPONENT, or "lora" for PEFT's own initialisation, which needs no anchor.
     With `start`, from a stored file, nothing is decomposed: the factors are put in place after
     the hash of every weight has been compared with the base in hand. `decompose` is
-    svd.components or Store.components; `progress(name, done, total)` is called before each.
+    svd.components or Store.components; `begin` as in initial_factors; `progress(name, done, total)`
+    is called before each.
 
     Raises UserError, before any decomposition, for targets that match nothing, embeddings, a tied
     output head, a rank that a weight does not allow, NaN weights, or a `start` of another base.
@@ -172,7 +185,7 @@ def add_adapter(
             raise UserError(f"{name}.weight holds NaN or infinite values: the base is damaged")
     hashes = {name: tensor_sha256(matrix.weight) for name, matrix in matrices.items()}
     if start is None:
-        start = _start(matrices, method, hashes, seed, decompose, progress)
+        start = _start(matrices, method, hashes, seed, begin, decompose, progress)
     else:
         check_base(start.sha256, hashes)
     if method in COMPONENT:
@@ -290,6 +303,7 @@ def _start(
     method: str,
     hashes: dict[str, str],
     seed: int,
+    begin: Begin,
     decompose: Decompose,
     progress: Callable[[str, int, int], None],
 ) -> Start:
@@ -305,7 +319,7 @@ def _start(
         found = components_of_parts(
             weight, matrix.parts, matrix.rank(TRAINED), COMPONENT[method], drawn, decompose
         )
-        factors[name] = initial_factors(found, scaling[name])
+        factors[name] = initial_factors(found, scaling[name], begin)
         spectra[name] = {
             "shape": list(weight.shape),
             "spectral_norm_at_least": found.norm,

@@ -42,6 +42,11 @@ milora:
     every: 50                  # steps
     limit: null                # a share in (0, 1) above which a warning is given
     stop: false                # true: and the run ends with its last checkpoint below the limit
+  start: published             # published | directions (A = V, B = 0) | balanced (equal lengths)
+  text: null                   # general text file(s) for the two below, others than are evaluated
+  protect_inputs: 0            # top-k directions in which that text enters each weight, held too
+  keep: null                   # {weight: 1.0, every: 1, tokens: 512}: KL to the base on that text
+                               # joins the loss
 training:                      # handed to transformers.TrainingArguments as it stands
   learning_rate: 1.0e-4        # default by method: lora 3e-4; milora, middle, random 1e-4;
                                # pissa 3e-5; full 2e-5 (docs/method.md says why)
@@ -100,10 +105,20 @@ class Parameters(Strict):
     parameters: int = Field(ge=1)
 
 
+class KeepText(Strict):
+    weight: float = Field(default=1.0, gt=0)
+    every: int = Field(default=1, ge=1)
+    tokens: int = Field(default=512, ge=2)
+
+
 class Milora(Strict):
     rank: Energy | Parameters | None = None
     protect: Number | Energy | dict[str, Number | Energy] = 0
     interference: Interference = Interference()
+    start: Literal["published", "directions", "balanced"] = "published"
+    text: str | list[str] | None = None
+    protect_inputs: int = Field(default=0, ge=0)
+    keep: KeepText | None = None
 
 
 class TaskFile(Strict):
@@ -216,6 +231,11 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{path}: milora.interference.stop needs milora.interference.limit")
     if watch.limit is not None and not watch.top and config.milora.protect == 0:
         raise UserError(f"{path}: milora.interference.limit needs top above 0 to measure by")
+    if (config.milora.keep or config.milora.protect_inputs) and not config.milora.text:
+        raise UserError(
+            f"{path}: milora.keep and milora.protect_inputs need milora.text, general text that "
+            "evaluate.knowledge does not have"
+        )
     if config.lora.lora_alpha is None:
         config.lora.lora_alpha = config.lora.r  # the paper's setting: s = 1
     return config
@@ -247,7 +267,7 @@ def _nearest(where: Sequence[str]) -> str | None:
     blocks: dict[str, list[str]] = {
         "data": list(Data.model_fields),
         "lora": ["r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora"],
-        "milora": [*Milora.model_fields, *Interference.model_fields],
+        "milora": [*Milora.model_fields, *Interference.model_fields, *KeepText.model_fields],
         "evaluate": list(Evaluate.model_fields),
         "training": ["learning_rate", "num_train_epochs", "max_steps", "report_to"],
     }

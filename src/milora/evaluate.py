@@ -48,6 +48,7 @@ from milora.errors import UserError
 from milora.files import read_json, read_lines, write_json, write_text
 from milora.grade import Grader, Verdict, check_reference, grader
 from milora.harness import HarnessScores, HarnessTask, harness_task, run_harness
+from milora.keep import kl
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
 
@@ -614,27 +615,20 @@ def _prompt(tokenizer: PreTrainedTokenizerBase, row: Row) -> list[int]:
         raise UserError(f"{row.place}: {error}") from error
 
 
-def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """(t,) fp64: sum over the vocabulary of p (log p - log q), from log-probabilities (t, v).
-
-    A token that is impossible under p, as some models make padding, adds nothing.
-    """
-    p = log_p.exp()
-    return torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(-1, dtype=torch.float64)
-
-
-def general_texts(sources: str | Sequence[str]) -> list[tuple[str, str]]:
+def general_texts(
+    sources: str | Sequence[str], key: str = "evaluate.knowledge"
+) -> list[tuple[str, str]]:
     """(text, where it comes from) of each. "default" is the prose of Python's own help topics.
 
     Raises UserError for a file that is not there, is no text, or is given twice.
     """
     given = [sources] if isinstance(sources, str) else list(sources)
     if not given or len(set(given)) < len(given):
-        raise UserError("evaluate.knowledge: each text must be given once, and one at least")
-    return [_general_text(source) for source in given]
+        raise UserError(f"{key}: each text must be given once, and one at least")
+    return [_general_text(source, key) for source in given]
 
 
-def _general_text(source: str) -> tuple[str, str]:
+def _general_text(source: str, key: str) -> tuple[str, str]:
     if source == DEFAULT_TEXT:
         topics = pydoc_data.topics.topics
         release = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -642,7 +636,7 @@ def _general_text(source: str) -> tuple[str, str]:
         return "\n\n".join(topics[name] for name in sorted(topics)), name
     path = Path(source)
     if not path.is_file():
-        raise UserError(f"evaluate.knowledge: {source} does not exist")
+        raise UserError(f"{key}: {source} does not exist")
     if path.suffix == ".txt":
         try:
             return path.read_text(encoding="utf-8"), source

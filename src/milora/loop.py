@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers import (
@@ -21,9 +22,10 @@ from transformers import (
 from milora.adapter import Start, decay
 from milora.errors import UserError
 from milora.files import read_json, write_bytes, write_text
+from milora.keep import Keep, kept_loss
 from milora.matrices import Matrix
 from milora.progress import Progress
-from milora.protect import Top, measure, project, worst
+from milora.protect import Held, Top, measure, project, worst
 
 STATE = "trained.safetensors"
 
@@ -35,9 +37,22 @@ class MiloraTrainer(Trainer):
     on resume it restores only the first active adapter and unfreezes the anchor.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, keep: Keep | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.keep = keep
         self.also: dict[str, float] = {}  # figures that go out with the next line of the log
+
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        """The Trainer's, and before the optimizer's step the gradient of `keep` where it is due."""
+        loss = super().training_step(model, *args, **kwargs)
+        step, live = int(self.state.global_step), self._live()
+        if self.keep and self.accelerator.sync_gradients and self.keep.due(step):
+            assert isinstance(live, PeftModel)
+            with self.compute_loss_context_manager():
+                kept = kept_loss(live, self.keep.batch(step).to(self.args.device))
+            self.accelerator.backward(self.keep.weight * kept)
+            self.also["kept_kl"] = float(kept.detach())
+        return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         logs |= self.also
@@ -79,15 +94,15 @@ class Decay(TrainerCallback):
 
 
 class Hold(TrainerCallback):
-    """Keeps the update out of the protected directions, after every optimizer step."""
+    """Keeps the update out of what is held, after every optimizer step."""
 
-    def __init__(self, matrices: Mapping[str, Matrix], tops: Mapping[str, Top]) -> None:
-        self.matrices, self.tops = matrices, tops
+    def __init__(self, matrices: Mapping[str, Matrix], holds: Mapping[str, Held]) -> None:
+        self.matrices, self.holds = matrices, holds
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        project(self.matrices, self.tops)
+        project(self.matrices, self.holds)
 
 
 class Watch(TrainerCallback):

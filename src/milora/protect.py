@@ -35,7 +35,7 @@ from milora.matrices import Matrix
 from milora.spectra import Interference, directions, interference
 from milora.svd import Decompose, positions
 
-FORMAT = "milora top singular vectors 1"
+FORMAT = "milora top singular vectors 2"
 FIRST = 64  # triplets that are computed before it is known how many an energy takes
 
 Energy = Mapping[str, float]  # {"energy": share of ||W||²}
@@ -177,34 +177,67 @@ def _for_energy(
     return room, True
 
 
+class Held(NamedTuple):
+    """What one update is kept out of."""
+
+    U: Tensor  # (m, k) fp32, orthonormal columns: out of B
+    Vh: Tensor  # (k', n) fp32, orthonormal rows: out of A
+
+
+def held(
+    matrices: Mapping[str, Matrix], tops: Mapping[str, Top], inputs: Mapping[str, Tensor]
+) -> dict[str, Held]:
+    """By module: the protected singular vectors, and the directions (k, n) of its inputs, if any.
+
+    Raises UserError where fewer of the n are left than the adapter's rank.
+    """
+    found = {}
+    for name, matrix in matrices.items():
+        A, B = matrix.factors(TRAINED)
+        U, Vh = B.new_zeros(len(B), 0), A.new_zeros(0, A.shape[1])
+        if name in tops:
+            top = tops[name]
+            U, Vh = top.U[:, : top.protected], top.Vh[: top.protected]
+        if name in inputs:
+            both = torch.cat([Vh, inputs[name].to(Vh)]).double()
+            _, S, basis = torch.linalg.svd(both, full_matrices=False)
+            Vh = basis[S > 1e-6].float()  # what both have counts once
+            if A.shape[1] - len(Vh) < len(A):
+                raise UserError(
+                    f"milora.protect and protect_inputs hold {len(Vh)} of the {A.shape[1]} inputs "
+                    f"of {name}, whose adapter has rank {len(A)}: lower one of them"
+                )
+        if len(Vh):
+            found[name] = Held(U, Vh)
+    return found
+
+
 @torch.no_grad()
 def moved(
-    start: Start, matrices: Mapping[str, Matrix], tops: Mapping[str, Top]
+    start: Start, matrices: Mapping[str, Matrix], holds: Mapping[str, Held]
 ) -> dict[str, Factors]:
     """The initial factors that do not lie outside of what is held, put there, by module.
 
-    Those of a weight that is several matrices (`Matrix.parts`): its own largest singular vectors
-    are not orthogonal to the smallest of its parts.
+    Those of a weight that is several matrices (`Matrix.parts`), whose own largest singular vectors
+    are not orthogonal to the smallest of its parts, and where inputs are held.
     """
     found = {}
-    for name, top in tops.items():
-        if top.protected and matrices[name].parts and start.method != "lora":
+    for name, hold in holds.items():
+        if start.method != "lora" and (matrices[name].parts or len(hold.Vh) > hold.U.shape[1]):
             A, B = (x.double() for x in start.factors[name])
-            U, Vh = (x.cpu().double() for x in (top.U, top.Vh))
-            U, Vh = U[:, : top.protected], Vh[: top.protected]
+            U, Vh = (x.cpu().double() for x in hold)
             found[name] = Factors((A - A @ Vh.T @ Vh).float(), (B - U @ (U.T @ B)).float())
     return found
 
 
 @torch.no_grad()
-def project(matrices: Mapping[str, Matrix], tops: Mapping[str, Top]) -> None:
-    """The two projections above, in place, on the adapter of every protected weight."""
-    for name, top in tops.items():
-        if top.protected:
-            A, B = matrices[name].factors(TRAINED)
-            U, Vh = top.U[:, : top.protected].to(B), top.Vh[: top.protected].to(A)
-            B.sub_(U @ (U.T @ B))
-            A.sub_((A @ Vh.T) @ Vh)
+def project(matrices: Mapping[str, Matrix], holds: Mapping[str, Held]) -> None:
+    """B <- B - U Uᵀ B and A <- A - A V Vᵀ, in place, on the adapter of every weight held."""
+    for name, hold in holds.items():
+        A, B = matrices[name].factors(TRAINED)
+        U, Vh = hold.U.to(B), hold.Vh.to(A)
+        B.sub_(U @ (U.T @ B))
+        A.sub_((A @ Vh.T) @ Vh)
 
 
 @torch.no_grad()
@@ -220,7 +253,7 @@ def measure(
         if start.method != "lora":
             A0, B0 = (x.to(A.device) for x in start.factors[name])
             P, Q = torch.cat([P, -s * B0.double()], 1), torch.cat([Q, A0.double()])
-            if start.method == "milora":
+            if start.method == "milora" and B0.any():
                 minor = directions(A0, B0)
         found[name] = interference(P, Q, top.U.to(A.device), top.Vh.to(A.device), top.norm, minor)
     return found
@@ -238,9 +271,11 @@ def worst(found: Mapping[str, Interference]) -> dict[str, Any]:
     }
 
 
-def save_tops(path: Path, tops: Mapping[str, Top], sha256: Mapping[str, str]) -> None:
+def save_tops(
+    path: Path, tops: Mapping[str, Top], inputs: Mapping[str, Tensor], sha256: Mapping[str, str]
+) -> None:
     """One safetensors file, bound to the base by the hashes of its weights."""
-    tensors = {}
+    tensors = {f"{name}.inputs": Vh.cpu() for name, Vh in inputs.items()}
     for name, top in tops.items():
         tensors[f"{name}.top_U"], tensors[f"{name}.top_Vh"] = top.U.cpu(), top.Vh.cpu()
     numbers = {n: [t.energy, t.norm, t.protected, t.limited] for n, t in tops.items()}
@@ -248,7 +283,7 @@ def save_tops(path: Path, tops: Mapping[str, Top], sha256: Mapping[str, str]) ->
     write_bytes(path, save(tensors, {"milora": json.dumps(about)}))
 
 
-def load_tops(path: Path, sha256: Mapping[str, str]) -> dict[str, Top]:
+def load_tops(path: Path, sha256: Mapping[str, str]) -> tuple[dict[str, Top], dict[str, Tensor]]:
     """What `save_tops` wrote. Raises UserError when it is of another base or damaged."""
     try:
         with safe_open(path, framework="pt") as handle:
@@ -262,7 +297,12 @@ def load_tops(path: Path, sha256: Mapping[str, str]) -> dict[str, Top]:
                 )
                 for name, numbers in about["numbers"].items()
             }  # fmt: skip
+            inputs = {
+                key.removesuffix(".inputs"): handle.get_tensor(key)
+                for key in handle.keys()  # noqa: SIM118
+                if key.endswith(".inputs")
+            }
     except Exception as error:  # safetensors raises its own types, not exported under one base
         raise UserError(f"{path} cannot be read ({error}): start the run anew") from error
     check_base(about["sha256"], {name: sha256[name] for name in tops if name in sha256})
-    return tops
+    return tops, inputs

@@ -52,6 +52,7 @@ from milora.evaluate import (
 )
 from milora.files import new_folder, read_json, sha256, write_json, write_text
 from milora.gates import check_subjects, judge, parse_gate
+from milora.keep import Keep, cut, input_directions
 from milora.loop import (
     STATE,
     Decay,
@@ -70,9 +71,11 @@ from milora.pretrained import Pretrained, load_pretrained
 from milora.preview import coverage, peak_memory, plan
 from milora.progress import Progress
 from milora.protect import (
+    Held,
     Top,
     check_patterns,
     check_protect,
+    held,
     load_tops,
     measure,
     moved,
@@ -111,6 +114,9 @@ OWNED = {
 }
 
 
+CALIBRATION = 16  # pieces of milora.text that the inputs are measured on
+
+
 class Material(NamedTuple):
     """What a run works on, read and checked, before anything is written."""
 
@@ -121,6 +127,7 @@ class Material(NamedTuple):
     overlap: int
     tasks: list[AnyTask]
     texts: list[tuple[str, str]]  # (text, where it comes from)
+    general: list[list[int]]  # pieces of milora.text
     files: dict[str, str]  # name -> sha256
 
 
@@ -163,10 +170,13 @@ def train(
     elif milora["rank"]:
         raise UserError("milora.rank: full fine-tuning has no rank: use an adapter")
     check_protect(milora["protect"], method)
+    _check_general(milora, method, progress)
     if method == "full" and dtype == "auto":
         dtype = "float32"  # most steps of a small rate round to nothing in 16 bit
     set_seed(seed)
-    material = _read(model, dtype, trust_remote_code, data, evaluate, seed, progress)
+    material = _read(
+        model, dtype, trust_remote_code, data, evaluate, milora["text"], seed, progress
+    )
     parsed = [parse_gate(gate) for gate in gates]
     check_subjects(parsed, [task.name for task in material.tasks])
     base = material.base
@@ -203,7 +213,7 @@ def train(
         if start is None and method in adapter.COMPONENT:
             store = Store(say=progress.say, optional=True)
         live, start = adapter.add_adapter(
-            base.model, lora_config, method, seed=seed, start=start,
+            base.model, lora_config, method, seed=seed, start=start, begin=milora["start"],
             decompose=store.components if store else components,
             progress=lambda name, done, total: progress("decomposing", done, total, name),
         )  # fmt: skip
@@ -221,8 +231,13 @@ def train(
             "size, so that they can learn (init/spectra.json)"
         )
     tops: dict[str, Top] = {}
+    inputs: dict[str, Tensor] = {}
+    holds: dict[str, Held] = {}
+    keep: Keep | None = None
     if isinstance(live, PeftModel) and start is not None:
-        tops = _tops(live, start, milora, init, seed, progress)
+        tops, inputs = _tops(live, start, milora, material.general, init, seed, progress)
+        holds = _hold(live, start, tops, inputs, init, progress)
+        keep = Keep(material.general, **milora["keep"]) if milora["keep"] else None
     collate = Collator(base.tokenizer, base.model)
     probe = collate(material.train.examples[:4])
     probe = {k: probe[k].to(base.model.device) for k in ("input_ids", "attention_mask")}
@@ -260,8 +275,8 @@ def train(
         init.parent.mkdir(exist_ok=True)
         write_json(run / "init" / "spectra.json", start.spectra)
         adapter.save_start(init, start)
-    if tops and start is not None and not (init.parent / "top.safetensors").exists():
-        save_tops(init.parent / "top.safetensors", tops, start.sha256)
+    if (tops or inputs) and start and not (init.parent / "top.safetensors").exists():
+        save_tops(init.parent / "top.safetensors", tops, inputs, start.sha256)
 
     # --- training
     final = run / "checkpoints" / STATE
@@ -274,7 +289,17 @@ def train(
                 **{key: milora["interference"][key] for key in ("every", "limit", "stop")},
                 path=run / "metrics.jsonl", progress=progress,
             )  # fmt: skip
-        _fit(live, arguments, material, collate, run, early_stopping_patience, watch, progress)
+        callbacks: list[TrainerCallback] = []
+        if early_stopping_patience:
+            callbacks.append(EarlyStoppingCallback(early_stopping_patience))
+        if arguments.weight_decay and isinstance(live, PeftModel) and method != "lora":
+            callbacks.append(Decay(adapted_matrices(live), arguments.weight_decay))
+            arguments.weight_decay = 0.0
+        if watch:
+            callbacks.append(watch)
+        if holds and isinstance(live, PeftModel):
+            callbacks.append(Hold(adapted_matrices(live), holds))
+        _fit(live, arguments, material, collate, run, callbacks, watch, keep, progress)
         if watch and watch.passed:
             record["stopped"] = {"step": watch.passed, "interference_limit": watch.limit}
         record["seconds"]["training"] = time.monotonic() - began
@@ -406,17 +431,31 @@ def _training_arguments(
     return arguments
 
 
+def _check_general(milora: Mapping[str, Any], method: str, progress: Progress) -> None:
+    """What needs milora.text, and what does nothing with this method."""
+    asked = [key for key in ("keep", "protect_inputs") if milora[key]]
+    if method == "full" and asked:
+        raise UserError(f"milora.{asked[0]}: full fine-tuning has no adapter to hold: use one")
+    if milora["start"] != "published" and method not in adapter.COMPONENT:
+        raise UserError(
+            f"milora.start is {milora['start']}, which method {method} does not have: leave it out"
+        )
+    if milora["text"] and not asked:
+        progress.say("milora.text is not used: set milora.keep or milora.protect_inputs")
+
+
 def _read(
     model: str,
     dtype: str,
     trust_remote_code: bool,
     data: Mapping[str, Any],
     evaluate: Mapping[str, Any],
+    general: str | Sequence[str] | None,
     seed: int,
     progress: Progress,
 ) -> Material:
     read = {key: data[key] for key in ("format", "columns", "on_bad_row")}
-    source, held = data["train"], data["eval"]
+    source, held_out = data["train"], data["eval"]
     rows = read_rows(source, **read)
     unused = f"; columns not used: {', '.join(rows.unused)}" if rows.unused else ""
     progress.say(f"{source}: {len(rows.rows)} rows, read as {rows.format}{unused}")
@@ -424,16 +463,23 @@ def _read(
         progress.say(f"skipped: {sentence}")
     if len(rows.skipped) > 5:
         progress.say(f"skipped: {len(rows.skipped) - 5} more")
-    if isinstance(held, str):
-        train_rows, held_rows = rows.rows, read_rows(held, **read, split="test").rows
+    if isinstance(held_out, str):
+        train_rows, held_rows = rows.rows, read_rows(held_out, **read, split="test").rows
     else:
-        train_rows, held_rows = split_rows(rows.rows, held, seed)
+        train_rows, held_rows = split_rows(rows.rows, held_out, seed)
     tasks = [load_task(task) for task in evaluate["tasks"]]
     names = [task.name for task in tasks]
     if len(set(names)) < len(names):
         raise UserError(f"evaluate.tasks: two tasks have one name ({', '.join(names)}): set name")
     texts = general_texts(evaluate["knowledge"])
-    used = [source, held, *(text_source for _, text_source in texts)]
+    asked = general_texts(general, "milora.text") if general else []
+    for _, name in asked:
+        if name in [text_source for _, text_source in texts]:
+            raise UserError(
+                f"milora.text and evaluate.knowledge both have {name}: what is kept must be "
+                "measured on text that took no part in the run"
+            )
+    used = [source, held_out, *(text_source for _, text_source in [*texts, *asked])]
     used += [_task_file(task) for task in evaluate["tasks"]]
     files = {f: sha256(Path(f)) for f in used if isinstance(f, str) and Path(f).is_file()}
     base = load_pretrained(model, dtype, trust_remote_code)
@@ -446,7 +492,7 @@ def _read(
     for task in tasks:
         check_lengths(task, base.tokenizer, longest)
     prepared = prepare(base.tokenizer, train_rows, data["max_length"], source)
-    name = held if isinstance(held, str) else f"{source} (held out)"
+    name = held_out if isinstance(held_out, str) else f"{source} (held out)"
     prepared_held = prepare(base.tokenizer, held_rows, data["max_length"], name)
     common = overlap(train_rows, held_rows)
     for what, part in (("train", prepared), ("eval", prepared_held)):
@@ -459,7 +505,8 @@ def _read(
             progress.say(f"refused: {place}")
     if common:
         progress.say(f"warning: {common} held-out questions also stand in the training rows")
-    return Material(base, rows, prepared, prepared_held, common, tasks, texts, files)
+    pieces = cut(base.tokenizer, (text for text, _ in asked), longest) if asked else []
+    return Material(base, rows, prepared, prepared_held, common, tasks, texts, pieces, files)
 
 
 def _task_file(task: Any) -> str | None:
@@ -473,32 +520,23 @@ def _fit(
     material: Material,
     collate: Collator,
     run: Path,
-    patience: int,
+    callbacks: Sequence[TrainerCallback],
     watch: Watch | None,
+    keep: Keep | None,
     progress: Progress,
 ) -> None:
     checkpoint = last_complete_checkpoint(run / "checkpoints")
     if checkpoint and has_ended(checkpoint):  # the Trainer would do one step more
         load_state(best_or_last(checkpoint, arguments) / STATE, live)
         return
-    callbacks: list[TrainerCallback] = [Reporter(run / "metrics.jsonl", checkpoint, progress)]
-    if patience:
-        callbacks.append(EarlyStoppingCallback(patience))
-    decays = arguments.weight_decay > 0
-    if decays and isinstance(live, PeftModel) and adapter.ANCHOR in live.peft_config:
-        callbacks.append(Decay(adapted_matrices(live), arguments.weight_decay))
-        arguments.weight_decay = 0.0
-    if watch:
-        callbacks.append(watch)
-        if any(top.protected for top in watch.tops.values()):
-            callbacks.append(Hold(watch.matrices, watch.tops))
     trainer = MiloraTrainer(
         model=live,
         args=arguments,
         train_dataset=material.train.examples,  # type: ignore[arg-type]
         eval_dataset=material.held_out.examples,  # type: ignore[arg-type]
         data_collator=collate,
-        callbacks=callbacks,
+        callbacks=[Reporter(run / "metrics.jsonl", checkpoint, progress), *callbacks],
+        keep=keep,
     )
     trainer.remove_callback(PrinterCallback)
     if watch:
@@ -552,45 +590,61 @@ def _ranks(
 
 
 def _tops(
-    live: PeftModel, start: adapter.Start, milora: Mapping[str, Any], init: Path, seed: int,
-    progress: Progress,
-) -> dict[str, Top]:  # fmt: skip
-    """The singular vectors to hold and to watch, from the run folder or the store.
-
-    What the run starts from is moved out of those to hold, unless it was when `init` was written.
+    live: PeftModel, start: adapter.Start, milora: Mapping[str, Any],
+    general: list[list[int]], init: Path, seed: int, progress: Progress,
+) -> tuple[dict[str, Top], dict[str, Tensor]]:  # fmt: skip
+    """The singular vectors to hold and to watch, from the run folder or the store, and the
+    directions of inputs to hold, from the run folder or the text.
     """
     matrices, stored = adapted_matrices(live), init.with_name("top.safetensors")
     if stored.exists():
         device = next(live.parameters()).device
-        tops = {
+        tops, inputs = load_tops(stored, start.sha256)
+        return {
             name: top._replace(U=top.U.to(device), Vh=top.Vh.to(device))
-            for name, top in load_tops(stored, start.sha256).items()
-        }
-    else:
-        tops = top_vectors(
-            matrices, start, milora["protect"], milora["interference"]["top"], seed,
-            Store(say=progress.say, optional=True).components,
-            lambda name, done, total: progress("the largest components", done, total, name),
-        )  # fmt: skip
-    held = [top for top in tops.values() if top.protected]
-    if held:
-        counts = sorted(top.protected for top in held)
-        energies = [top.energy for top in held]
+            for name, top in tops.items()
+        }, inputs
+    tops = top_vectors(
+        matrices, start, milora["protect"], milora["interference"]["top"], seed,
+        Store(say=progress.say, optional=True).components,
+        lambda name, done, total: progress("the largest components", done, total, name),
+    )  # fmt: skip
+    inputs = {}
+    if milora["protect_inputs"]:
+        pieces = general[:CALIBRATION]
+        progress.say(f"inputs: {sum(map(len, pieces))} tokens of milora.text run through the base")
+        inputs = input_directions(live, matrices, pieces, milora["protect_inputs"])
+    return tops, inputs
+
+
+def _hold(
+    live: PeftModel, start: adapter.Start, tops: Mapping[str, Top], inputs: Mapping[str, Tensor],
+    init: Path, progress: Progress,
+) -> dict[str, Held]:  # fmt: skip
+    """What the update is kept out of. What the run starts from is moved out of it, unless it was
+    when `init` was written.
+    """
+    matrices = adapted_matrices(live)
+    holds = held(matrices, tops, inputs)
+    protected = [top for top in tops.values() if top.protected]
+    if protected:
+        counts = sorted(top.protected for top in protected)
+        energies = [top.energy for top in protected]
         progress.say(
-            f"protected: the top {counts[0]} to {counts[-1]} directions of {len(held)} weights, "
-            f"{min(energies):.0%} to {max(energies):.0%} of their energy"
+            f"protected: the top {counts[0]} to {counts[-1]} directions of {len(protected)} "
+            f"weights, {min(energies):.0%} to {max(energies):.0%} of their energy"
         )
-        limited = sum(top.limited for top in held)
+        limited = sum(top.limited for top in protected)
         if limited:
             progress.say(
                 f"in {limited} of them fewer than asked for, since the initial factors begin there"
             )
-        if start.method == "lora":  # its A starts anywhere, and B at 0: step 0 stays the base
-            project(matrices, tops)
-        elif not init.exists() and (apart := moved(start, matrices, tops)):
-            start.factors.update(apart)
-            adapter.place(matrices, start)
-    return tops
+    if start.method == "lora":  # its A starts anywhere, and B at 0: step 0 stays the base
+        project(matrices, holds)
+    elif not init.exists() and (apart := moved(start, matrices, holds)):
+        start.factors.update(apart)
+        adapter.place(matrices, start)
+    return holds
 
 
 def _interference(live: PeftModel, start: adapter.Start, tops: Mapping[str, Top]) -> dict[str, Any]:

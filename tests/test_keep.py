@@ -1,0 +1,217 @@
+"""The constraints on general text, and the other starts."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import pytest
+import torch
+from conftest import TARGETS
+from tiny_run import break_off, result_hashes, run, settings
+from transformers import PreTrainedModel
+
+from milora.adapter import add_adapter, load_start, lora_config, step0_difference
+from milora.errors import UserError
+from milora.keep import Keep, cut, input_directions, kept_loss
+from milora.matrices import adapted_matrices
+from milora.protect import load_tops
+
+Load = Callable[..., PreTrainedModel]
+Tiny = Callable[[str], Path]
+
+
+def pieces(count: int, length: int = 16, seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(2, 258, (count, length), generator=generator).tolist()
+
+
+def adapted(load: Load, kind: str = "llama", method: str = "milora", rank: int = 4) -> Any:
+    config = lora_config({"r": rank, "lora_alpha": rank, "target_modules": TARGETS[kind]})
+    return add_adapter(load(kind), config, method)
+
+
+def disturb(model: Any, size: float = 0.3) -> None:
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for matrix in adapted_matrices(model).values():
+            for factor in matrix.factors("default"):
+                factor.add_(size * torch.randn_like(factor))
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "general.txt"
+    path.write_text(topics["yield"] + topics["with"], encoding="utf-8")  # English, of a kind
+    return path
+
+
+def test_the_loss_is_the_divergence_and_zero_at_the_base(load: Load) -> None:
+    model, _ = adapted(load)
+    ids = torch.tensor(pieces(2))
+    kept_loss(model, ids).backward()  # type: ignore[no-untyped-call]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert all(p.grad is not None and float(p.grad.abs().max()) < 1e-6 for p in trained)
+    disturb(model)
+    found = kept_loss(model, ids)
+    with torch.no_grad(), model.disable_adapter():
+        p = model(ids).logits.double().log_softmax(-1)
+    q = model(ids).logits.double().log_softmax(-1)
+    assert float(found.detach()) == pytest.approx(
+        float((p.exp() * (p - q)).sum(-1).mean().detach()), rel=1e-4
+    )
+    assert float(found) > 1e-3
+    found.backward()
+    assert max(float(p.grad.abs().max()) for p in trained) > 1e-3
+
+
+def test_a_step_has_its_own_pieces() -> None:
+    keep = Keep(pieces(3), 1.0, every=2, tokens=32)
+    assert [step for step in range(5) if keep.due(step)] == [0, 2, 4]
+    assert keep.batch(2).tolist() == [keep.pieces[2], keep.pieces[0]]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_directions_are_those_of_the_inputs(kind: str, load: Load) -> None:
+    model, _ = adapted(load, kind)
+    disturb(model)  # the inputs are the base's
+    matrices = adapted_matrices(model)
+    text, k = pieces(4), 5
+    found = input_directions(model, matrices, text, k)
+    assert set(found) == set(matrices)
+    base = load(kind)
+    for name in matrices:
+        seen: list[torch.Tensor] = []
+        module = base.get_submodule(name)
+        hook = module.register_forward_pre_hook(lambda _, given: seen.append(given[0]))  # noqa: B023
+        with torch.no_grad():
+            for piece in text:
+                base(torch.tensor([piece]))
+        hook.remove()
+        X = torch.cat([x.flatten(0, -2) for x in seen]).double()
+        V = torch.linalg.svd(X, full_matrices=False)[2][:k]
+        mine = found[name].double()
+        # Not the projectors: where two singular values are close, either is as good.
+        assert float((X @ mine.T).norm()) == pytest.approx(float((X @ V.T).norm()), rel=1e-5)
+        torch.testing.assert_close(mine @ mine.T, torch.eye(k).double(), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("method", ["milora", "lora"])
+def test_inputs_are_held(method: str, tiny: Tiny, text: Path, tmp_path: Path) -> None:
+    asked = {"text": str(text), "protect_inputs": 20, "protect": 3}
+    record = run(settings(tiny("llama"), tmp_path, method=method, milora=asked))
+    assert record["step0"]["difference"] <= record["step0"]["bound"]
+    start = load_start(tmp_path / "run" / "init" / "factors.safetensors")
+    _, inputs = load_tops(tmp_path / "run" / "init" / "top.safetensors", start.sha256)
+    from safetensors.torch import load_file
+
+    adapter = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    for name, Vh in inputs.items():
+        assert Vh.shape[0] == 20
+        A = adapter[f"base_model.model.{name}.lora_A.weight"]
+        B = adapter[f"base_model.model.{name}.lora_B.weight"]
+        update = B.double() @ A.double()
+        assert float((update @ Vh.double().T).norm()) < 1e-6 * max(1.0, float(update.norm()))
+        assert float(update.norm()) > 1e-4
+    assert record["data"]["sha256"][str(text)]
+    assert record["interference"]["max"] <= 1 + 1e-9
+
+
+def test_the_divergence_is_smaller_with_it(tiny: Tiny, text: Path, tmp_path: Path) -> None:
+    found = {}
+    for weight in (0, 200):
+        (tmp_path / str(weight)).mkdir()
+        asked = {"text": str(text), "keep": {"weight": weight, "tokens": 64}} if weight else {}
+        training = {"max_steps": 20, "learning_rate": 3e-2, "eval_steps": 20, "save_steps": 20}
+        record = run(
+            settings(tiny("llama"), tmp_path / str(weight), milora=asked, training=training)
+        )
+        result = json.loads((tmp_path / str(weight) / "run" / "evaluation.json").read_text())
+        found[weight] = result["knowledge"][0]["kl"]
+        assert record["state"] == "done"
+    assert found[200] < 0.7 * found[0]
+    lines = (tmp_path / "200" / "run" / "metrics.jsonl").read_text().splitlines()
+    assert any("kept_kl" in json.loads(line) for line in lines)
+
+
+def test_resumed_as_unbroken(
+    tiny: Tiny, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {
+        "text": str(text), "protect_inputs": 8, "start": "balanced",
+        "keep": {"weight": 1, "every": 2, "tokens": 64},
+    }  # fmt: skip
+    hashes = {}
+    for name in ("whole", "broken"):
+        (tmp_path / name).mkdir()
+        arguments = settings(
+            tiny("llama"), tmp_path / name, milora=asked,
+            training={"gradient_accumulation_steps": 2, "weight_decay": 0.1},
+        )  # fmt: skip
+        if name == "broken":
+            break_off(arguments, 6, monkeypatch)
+        run(arguments, resume=name == "broken")
+        hashes[name] = result_hashes(tmp_path / name / "run")
+        del hashes[name]["samples.jsonl"]  # it names the rows' folder
+    assert hashes["whole"] == hashes["broken"]
+
+
+@pytest.mark.parametrize("begin", ["directions", "balanced"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_other_starts_are_the_base_too(
+    kind: str, begin: Any, load: Load, batch: dict[str, torch.Tensor]
+) -> None:
+    config = lora_config({"r": 4, "lora_alpha": 4, "target_modules": TARGETS[kind]})
+    model, start = add_adapter(load(kind), config, "milora", begin=begin)
+    _, published = add_adapter(load(kind), config, "milora")
+    assert step0_difference(model, batch) <= 1e-5
+    for name, (A, B) in start.factors.items():
+        there = published.factors[name].A.double()
+        apart = A.double() - A.double() @ torch.linalg.pinv(there) @ there
+        assert float(apart.abs().max()) < 1e-5  # the same directions
+        if begin == "directions":
+            assert not B.any()
+        elif kind == "llama":
+            squares = A.square().sum(1) + B.square().sum(0)
+            torch.testing.assert_close(squares, torch.full_like(squares, 1 / 3))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"milora": {"text": "same.txt", "keep": {}}}, "milora.text and evaluate.knowledge both"),
+        ({"milora": {"text": "none.txt", "keep": {}}}, "milora.text: none.txt does not exist"),
+        ({"milora": {"text": "short.txt", "keep": {}}}, "fewer than 256 tokens"),
+        ({"method": "full", "milora": {"text": "long.txt", "keep": {}}}, "no adapter to hold"),
+        ({"method": "lora", "milora": {"start": "balanced"}}, "method lora does not have"),
+        ({"milora": {"text": "long.txt", "protect_inputs": 30}}, "at most 28"),
+        ({"milora": {"text": "long.txt", "protect_inputs": 26, "protect": 20}}, "lower one of"),
+    ],
+)
+def test_refused(
+    changes: dict[str, Any], reason: str, tiny: Tiny, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    for name, length in (("same", 900), ("long", 900), ("short", 100)):
+        Path(f"{name}.txt").write_text("The quick brown fox. "[:19] * (length // 19 + 1))
+    evaluate = {"knowledge": "same.txt"}
+    with pytest.raises(UserError, match=reason):
+        run(settings(tiny("llama"), tmp_path, evaluate=evaluate, **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_text_that_nothing_uses_is_said(
+    tiny: Tiny, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(settings(tiny("llama"), tmp_path, milora={"text": str(text)}), dry_run=True)
+    assert "milora.text is not used" in capsys.readouterr().err
+
+
+def test_pieces_are_whole(tiny: Tiny) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny("llama"))
+    assert [len(piece) for piece in cut(tokenizer, ["a" * 600, "b" * 300], 10**9)] == [256] * 3
+    assert len(cut(tokenizer, ["a" * 600], 100)) == 6
