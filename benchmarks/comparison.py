@@ -90,12 +90,44 @@ def held(task: str) -> dict[str, Any]:
     return llama(task, "held") | WATCHED
 
 
+def smollm2fronts(task: str) -> dict[str, Any]:
+    """Without the likelihood tasks, which take longer than all the rest."""
+    values = smollm2(task, "smollm2fronts")
+    values["evaluate"]["tasks"] = values["evaluate"]["tasks"][:1]
+    return values | {"milora": {"text": text_file("wikitext2_valid.txt")}}
+
+
 def smollm2held(task: str) -> dict[str, Any]:
     return smollm2(task, "smollm2held") | WATCHED
 
 
+# Who forgets less at equal score: each constraint, and all together; all seeds at every rate.
+KEEP, INPUTS, BALANCED = "milora.keep.weight", "milora.protect_inputs=64", "milora.start=balanced"
+FRONTS = (
+    "lora",
+    "lora:training.weight_decay=3",
+    "lora:milora.protect=64",
+    f"lora:{INPUTS}",
+    f"lora:{KEEP}=1",
+    "milora",
+    "milora:training.weight_decay=3",
+    f"milora:{BALANCED}",
+    f"milora:{BALANCED}:{INPUTS}",
+    f"milora:{BALANCED}:{KEEP}=1",
+    f"milora:milora.protect=64:{BALANCED}:{INPUTS}:{KEEP}=1",
+)
+MINILM_FRONTS = (
+    *(arm.replace("decay=3", "decay=1").replace("weight=1", "weight=10") for arm in FRONTS),
+    "milora:milora.start=directions",
+    "lora:lora.use_dora=true",
+    "lora:lora.init_lora_weights=mica",
+)
+EVERY_RATE = ("smollm2fronts", "minilmfronts")
+
 # By the first part of the name: arms, rates, tasks. The rates are widened where they must be.
 COMPARISONS = {
+    "smollm2fronts": (FRONTS, (3e-4, 1e-3, 3e-3), ("polarity", "trec", "mawps")),
+    "minilmfronts": (MINILM_FRONTS, (1e-4, 3e-4, 1e-3, 3e-3), ("trec", "subjectivity", "polarity")),
     "smollm2": (SMOLLM2, (1e-4, 3e-4, 1e-3), ("trec", "mawps", "polarity")),
     "smollm2held": (HELD_256, (1e-4, 3e-4, 1e-3), ("trec", "polarity")),
     "llama": (SMALL, (3e-4, 1e-3, 3e-3), ("trec", "subjectivity")),
@@ -107,8 +139,9 @@ NAMES = [f"{model}-{task}" for model, (_, _, tasks) in COMPARISONS.items() for t
 
 
 def causal(
-    values: dict[str, Any], arms: Sequence[str], rates: Sequence[float], seeds: Sequence[int]
-) -> dict[str, Any]:
+    values: dict[str, Any], arms: Sequence[str], rates: Sequence[float], seeds: Sequence[int],
+    every_rate: bool,
+) -> dict[str, Any]:  # fmt: skip
     """A comparison by `milora compare` itself."""
     home = Path(values["output_dir"])
     for folder in home.glob("*/"):  # a finished run is all in its file
@@ -118,11 +151,14 @@ def causal(
     write_text(config, yaml.safe_dump(values, sort_keys=False))
     with Progress() as progress:
         return compare(
-            config, [], [parse_arm(arm) for arm in arms], seeds, rates, progress, widen=True
-        )
+            config, [], [parse_arm(arm) for arm in arms], seeds, rates, progress,
+            widen=not every_rate, every_rate=every_rate,
+        )  # fmt: skip
 
 
-def minilm(name: str, arms: Sequence[str], rates: Sequence[float]) -> dict[str, Any]:
+def minilm(
+    name: str, arms: Sequence[str], rates: Sequence[float], every_rate: bool
+) -> dict[str, Any]:
     """The same grid, summary and page, over runs of sentence_classifier.py.
 
     What stands for the base is a head trained on the untouched encoder.
@@ -135,17 +171,22 @@ def minilm(name: str, arms: Sequence[str], rates: Sequence[float]) -> dict[str, 
     def one(arm: Arm, rate: float, seed: int) -> dict[str, Any]:
         file = home / f"{run_name(arm.name, rate, seed)}.json"
         if not file.exists():
-            asked = dict(override.split("=") for override in arm.overrides)
-            decay = float(asked.get("training.weight_decay", 0))
-            protect = int(asked.get("milora.protect", 0))
-            write_json(file, run(task, asked["method"], rate, seed, decay, protect))
+            write_json(file, run(task, arm.overrides, rate, seed))
         return read_json(file)
 
     untouched = home / "head.json"
     if not untouched.exists():
-        write_json(untouched, run(task, "head", 0.0, SEEDS[0]))
+        write_json(untouched, run(task, ["method=head"], 0.0, SEEDS[0]))
     with Progress() as progress:
-        outcomes = grid([parse_arm(arm) for arm in arms], SEEDS, rates, one, progress, widen=True)
+        outcomes = grid(
+            [parse_arm(arm) for arm in arms],
+            SEEDS,
+            rates,
+            one,
+            progress,
+            not every_rate,
+            every_rate,
+        )
         head = read_json(untouched)["evaluation"]["tasks"][task]["tuned"]
         for outcome in outcomes.values():
             outcome["evaluation"]["tasks"][task]["base"] = head
@@ -183,12 +224,12 @@ def _notes(result: dict[str, Any]) -> str:
 
 
 def against_lora(found: dict[str, dict[str, Any]]) -> Table:
-    """For every comparison and method: accuracy less LoRA's, and how far it moved beside LoRA."""
+    """For each comparison of methods: accuracy less LoRA's, and how far it moved beside LoRA."""
     head = ["comparison", "method", "accuracy", "less LoRA's (95 %)", "forgotten", "of LoRA's"]
     rows = []
     for name, result in found.items():
-        if "lora" not in result["arms"]:
-            continue  # of protection alone, which has a section of its own
+        if "lora" not in result["arms"] or "fronts" in name:
+            continue  # of protection and of fronts, which have sections of their own
         task = name.split("-")[1]
         own = {arm: one["knowledge"][0] for arm, one in result["arms"].items()}
         key = measure_of(own["lora"])
@@ -242,7 +283,7 @@ def short(found: dict[str, dict[str, Any]]) -> Table:
     rows = []
     for name, result in found.items():
         task, arms = name.split("-")[1], result["arms"]
-        if "lora" in arms:
+        if "lora" in arms and "fronts" not in name:
             row = [name]
             for arm in ("lora", "milora"):
                 kept = arms[arm]["knowledge"][0]
@@ -268,11 +309,14 @@ def main() -> None:
     if given.arms:
         arms = tuple(arm for arm in arms if arm in given.arms.split(","))
     if model.startswith("minilm"):
-        result = minilm(name, arms, rates)
+        result = minilm(name, arms, rates, model in EVERY_RATE)
     else:
-        of = {"smollm2": smollm2, "smollm2held": smollm2held, "llama": llama, "held": held}
+        of = {
+            "smollm2": smollm2, "smollm2held": smollm2held, "smollm2fronts": smollm2fronts,
+            "llama": llama, "held": held,
+        }  # fmt: skip
         seeds = SEEDS[:1] if model in ONE_SEED else SEEDS
-        result = causal(of[model](task), arms, rates, seeds)
+        result = causal(of[model](task), arms, rates, seeds, model in EVERY_RATE)
     print(tables(result))
 
 

@@ -195,6 +195,31 @@ def test_rates_beyond_those_given() -> None:
         grid(arms("lora"), [0], [1e-3], landscape(best, tried), Progress(), widen=True)
 
 
+def test_every_rate_gives_a_table_at_equal_score() -> None:
+    tried: list[tuple[str, float, int]] = []
+    rights = {1e-4: "0001", 1e-3: "0011", 1e-2: "0111"}
+
+    def pretend(arm: Arm, rate: float, seed: int) -> dict[str, Any]:
+        tried.append((arm.name, rate, seed))
+        if arm.name == "milora" and rate == 1e-2 and seed == 7:
+            return outcome(None)
+        return outcome(
+            abs(rate - 1e-3), rights[rate], 10 * rate / (2 if arm.name == "milora" else 1)
+        )
+
+    outcomes = grid(arms("lora", "milora"), [7, 8], list(rights), pretend, Progress(), False, True)
+    assert len(set(tried)) == len(tried) == 3 * 2 + (3 + 2)  # where it diverged it is not repeated
+    result = summary(outcomes, [7, 8])
+    equal = result["equal_score"]
+    assert (equal["reference"], equal["rate"]) == ("lora", 1e-3)
+    assert equal["tasks"]["t"]["accuracy"] == 0.5
+    found = equal["tasks"]["t"]["arms"]["milora"]
+    assert found["ratio"] == pytest.approx(0.5)
+    assert "| t | 0.500 | milora | 0.0050 | 0.50 |" in tables(result)
+    assert "At equal score" in page(result, "")
+    assert "equal_score" not in summary({k: v for k, v in outcomes.items() if k[1] == 1e-3}, [7, 8])
+
+
 def test_runs_of_several_machines_are_said() -> None:
     here = {"versions": {"torch": "2.13.0+cpu"}}
     there = outcome(2.0) | {"versions": {"torch": "2.11.0"}}

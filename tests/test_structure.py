@@ -21,7 +21,7 @@ LAYERS = (
     {"export", "evaluate", "loop", "verify", "preview", "chat", "checkpoint"},
     {"store"},
     {"artefacts", "train", "inspection"},
-    {"compare_page"},
+    {"compare_page", "fronts"},
     {"inspect_page"},
     {"report"},
     {"compare"},

@@ -296,6 +296,10 @@ def compare(
     widen: Annotated[
         bool, typer.Option("--widen", help="Try more while a method's best rate is at the edge.")
     ] = False,
+    every_rate: Annotated[
+        bool,
+        typer.Option("--every-rate", help="All seeds at all rates: what equal score costs."),
+    ] = False,
 ) -> None:
     """Methods at their best rates over seeds: one table; continues by itself."""
     _quiet()
@@ -307,7 +311,9 @@ def compare(
     arms = [parse_arm(text) for text in methods.split(",") if text]
     numbers = _numbers("--seeds", seeds, int), _numbers("--learning-rates", learning_rates, float)
     with Progress() as progress:
-        result = run_comparison(config, overrides or [], arms, *numbers, progress, widen)
+        result = run_comparison(
+            config, overrides or [], arms, *numbers, progress, widen, every_rate
+        )
     typer.echo(tables(result))
 
 

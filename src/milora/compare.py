@@ -28,6 +28,7 @@ from milora.compare_page import page, plot, tables
 from milora.config import Config, load_config
 from milora.errors import DivergedError, UserError
 from milora.files import read_json, read_lines, write_json, write_text
+from milora.fronts import matched
 from milora.pages import standalone
 from milora.progress import Progress
 from milora.train import train
@@ -66,8 +67,9 @@ def compare(
     rates: Sequence[float],
     progress: Progress,
     widen: bool = False,
+    every_rate: bool = False,
 ) -> dict[str, Any]:
-    """Run what is missing and return the content of compare.json; see `grid` for `widen`.
+    """Run what is missing and return the content of compare.json; see `grid` for the two switches.
 
     Raises UserError for settings under which there is nothing to choose by or to compare.
     """
@@ -86,7 +88,7 @@ def compare(
     def run(arm: Arm, rate: float, seed: int) -> Outcome:
         return _run(settings(arm, rate, seed), progress)
 
-    outcomes = grid(arms, seeds, rates, run, progress, widen)
+    outcomes = grid(arms, seeds, rates, run, progress, widen, every_rate)
     result = summary(outcomes, seeds)
     write(result, home, progress)
     return result
@@ -99,11 +101,13 @@ def grid(
     run: Callable[[Arm, float, int], Outcome],
     progress: Progress,
     widen: bool = False,
+    every_rate: bool = False,
 ) -> Outcomes:
     """The outcomes of every arm at every rate with the first seed, then of all seeds at its best.
 
     With `widen`, while an arm's best rate is the smallest or largest it was tried at, one more
-    beyond it is tried, at the distance of its neighbour, WIDEN_AT_MOST times.
+    beyond it is tried, at the distance of its neighbour, WIDEN_AT_MOST times. With `every_rate` all
+    seeds run at all its rates, so that arms can be compared at equal score (fronts.py).
     """
     for what, given in (("methods", [arm.name for arm in arms]), ("seeds", seeds),
                         ("learning-rates", rates)):  # fmt: skip
@@ -112,7 +116,8 @@ def grid(
     if widen and len(rates) < 2:
         raise UserError("--widen: the distance to the next rate comes from two --learning-rates")
     outcomes: Outcomes = {}
-    count, first = len(arms) * (len(rates) + len(seeds) - 1), seeds[0]
+    first = seeds[0]
+    count = len(arms) * (len(rates) + (len(rates) if every_rate else 1) * (len(seeds) - 1))
 
     def one(arm: Arm, rate: float, seed: int) -> None:
         nth = len(outcomes) + 1
@@ -128,9 +133,13 @@ def grid(
                 break
             count += 1
             one(arm, beyond, first)
-        best = chosen_rate(outcomes, arm.name, first)
-        for seed in seeds[1:]:
-            one(arm, best, seed)
+        again = [chosen_rate(outcomes, arm.name, first)]
+        if every_rate:
+            losses = _losses(outcomes, arm.name, first)
+            again = [rate for rate, loss in losses.items() if math.isfinite(loss)]
+        for rate in again:
+            for seed in seeds[1:]:
+                one(arm, rate, seed)
     return outcomes
 
 
@@ -278,8 +287,46 @@ def summary(outcomes: Outcomes, seeds: Sequence[int]) -> dict[str, Any]:
             },
             **_over_seeds(of_chosen[arm]),
         }  # fmt: skip
+    if len(arms) > 1 and (equal := _at_equal_score(outcomes, arms, seeds, chosen[arms[0]])):
+        result["equal_score"] = {"reference": arms[0], "rate": chosen[arms[0]], "tasks": equal}
     result["notes"] = _notes(result)
     return result
+
+
+def _at_equal_score(
+    outcomes: Outcomes, arms: Sequence[str], seeds: Sequence[int], rate: float
+) -> dict[str, Any]:
+    """By task: fronts.matched at the accuracy of the first arm at its rate, over the rates that all
+    seeds were run at. Empty where there is one rate an arm, or what moved is not measured.
+    """
+    whole: dict[str, dict[float, list[Outcome]]] = {arm: {} for arm in arms}
+    for arm, one in dict.fromkeys((arm, one) for arm, one, _ in outcomes):
+        found = [outcomes.get((arm, one, seed)) for seed in seeds]
+        measured = [o for o in found if o and _forgotten(o) is not None]
+        if len(measured) == len(seeds):
+            whole[arm][one] = measured
+    if any(len(rates) < 2 for rates in whole.values()) or rate not in whole[arms[0]]:
+        return {}
+    forgotten = {
+        arm: {one: statistics.fmean(map(_forgotten, of)) for one, of in rates.items()}  # type: ignore[arg-type]
+        for arm, rates in whole.items()
+    }
+    return {
+        task: matched(
+            {arm: {one: _row_means(of, task) for one, of in r.items()} for arm, r in whole.items()},
+            forgotten, arms[0], rate,
+        )
+        for task in whole[arms[0]][rate][0]["right"]
+    }  # fmt: skip
+
+
+def _forgotten(outcome: Outcome) -> float | None:
+    """On the first general text; None where the run diverged or a figure is not finite."""
+    if "diverged" in outcome:
+        return None
+    kept = outcome["evaluation"]["knowledge"][0]
+    value: float | None = kept[measure_of(kept)]
+    return value
 
 
 def _check_alike(outcomes: Outcomes) -> None:

@@ -18,6 +18,13 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", INK
 MARKS = "os^Dv*P"
 
 
+EQUAL = (
+    "At equal score: what each arm forgets where the front through all its rates has the accuracy "
+    "that the first arm has at its own rate, and the ratio to what the first arm forgets there; "
+    "the rows of the test set are resampled for all arms at once (paired bootstrap)."
+)
+
+
 class Table(NamedTuple):
     head: list[str]
     rows: list[list[str]]
@@ -78,6 +85,29 @@ def differences(result: Mapping[str, Any]) -> Table:
     return Table(["task", "difference", "accuracy", "95 %", "beyond chance"], rows)
 
 
+def equal_score(result: Mapping[str, Any]) -> Table | None:
+    """One row an arm and task: what it forgets where it scores as the first does at its rate."""
+    if "equal_score" not in result:
+        return None
+    text = short(result["base"]["knowledge"][0]["text"])
+    reference = result["equal_score"]["reference"]
+    rows = []
+    for task, found in result["equal_score"]["tasks"].items():
+        for arm, one in found["arms"].items():
+            if one["ratio"] is None:
+                reached = f"not reached ({one['reached']:.0%} of draws)"
+                rows.append([task, f"{found['accuracy']:.3f}", arm, reached, "", ""])
+                continue
+            low, high = one["interval"]
+            told = f"{low:.2f} to {f'{high:.2f}' if high is not None else 'not reached'}"
+            rows.append(
+                [task, f"{found['accuracy']:.3f}", arm, f"{one['forgotten']:.4f}",
+                 f"{one['ratio']:.2f}", "" if arm == reference else told]
+            )  # fmt: skip
+    label = next(_measures(result))[3]
+    return Table(["task", "accuracy", "arm", f"{label}, {text}", f"of {reference}'s", "95 %"], rows)
+
+
 def rates(result: Mapping[str, Any]) -> Table:
     """Held-out loss of every arm at every rate, by which the rates were chosen."""
     tried = sorted(
@@ -111,6 +141,8 @@ def tables(result: Mapping[str, Any]) -> str:
     scored, told = explanation(result)
     lines = [*markdown(scores(result)), "", scored, "", "Held-out loss by learning rate:", ""]
     lines += [*markdown(rates(result)), "", *markdown(differences(result)), "", told, ""]
+    if equal := equal_score(result):
+        lines += [*markdown(equal), "", EQUAL, ""]
     lines += [f"- {harmless(note)}" for note in result["notes"]]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -127,7 +159,8 @@ def page(result: Mapping[str, Any], drawing: str) -> str:
     return render(
         "compare.html",
         arms=list(result["arms"]), scores=scores(result), rates=rates(result),
-        differences=differences(result), notes=result["notes"], scored=scored, told=told,
+        differences=differences(result), equal=equal_score(result), equally=EQUAL,
+        notes=result["notes"], scored=scored, told=told,
         drawing=inline(drawing, "accuracy against how far the model moved, by arm"),
     )  # fmt: skip
 
@@ -154,7 +187,8 @@ def _plot(result: Mapping[str, Any]) -> str:
         panel.axhline(base, color="#808080", lw=1, ls=":")
         own = []  # the marks; the frame is theirs, and lines to poorer rates may leave it
         for place, (arm, found) in enumerate(result["arms"].items()):
-            colour, mark = COLOURS[place % len(COLOURS)], MARKS[place % len(MARKS)]
+            colour = COLOURS[place % len(COLOURS)]
+            mark = MARKS[(place + place // len(COLOURS)) % len(MARKS)]
             tried = [one for one in found["tried"].values() if one["held_out_loss"] is not None]
             panel.plot(
                 [one["knowledge"][kept[0]] for one in tried],

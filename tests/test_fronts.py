@@ -1,0 +1,67 @@
+"""What is forgotten at equal score."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from milora.fronts import forgotten_at, front, matched
+
+POINTS = st.lists(
+    st.tuples(st.floats(0, 1), st.floats(1e-3, 1e3)),
+    min_size=1,
+    max_size=6,
+    unique_by=lambda p: p[0],
+)
+
+
+@given(POINTS)
+def test_the_front_is_what_none_beats(points: list[tuple[float, float]]) -> None:
+    kept = front(points)
+    for score, forgotten in points:
+        beaten = any(
+            (s > score and f <= forgotten) or (s >= score and f < forgotten) for s, f in points
+        )
+        assert ((score, forgotten) in kept) != beaten
+
+
+@given(POINTS, st.floats(0, 1), st.floats(0, 1))
+def test_more_score_costs_no_less(
+    points: list[tuple[float, float]], one: float, other: float
+) -> None:
+    low, high = sorted((one, other))
+    assert forgotten_at(points, low) <= forgotten_at(points, high) * (1 + 1e-9)
+    for score, forgotten in front(points):
+        assert forgotten_at(points, score) == pytest.approx(forgotten)
+    assert forgotten_at(points, 1.1) == math.inf
+
+
+def test_between_two_points_the_logarithm_goes_straight() -> None:
+    points = [(0.5, 0.01), (0.7, 1.0), (0.6, 5.0)]
+    assert forgotten_at(points, 0.6) == pytest.approx(0.1)
+    assert forgotten_at(points, 0.2) == 0.01
+
+
+def test_half_of_what_the_reference_forgets() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hard = torch.rand(400, generator=generator)
+    right = {
+        rate: (hard < share).double() for rate, share in ((1e-4, 0.6), (3e-4, 0.7), (1e-3, 0.8))
+    }
+    moved = {1e-4: 0.01, 3e-4: 0.03, 1e-3: 0.2}
+    weak = {rate: (hard < 0.5).double() for rate in right}
+    found = matched(
+        {"lora": right, "half": right, "weak": weak},
+        {"lora": moved, "half": {r: f / 2 for r, f in moved.items()}, "weak": moved},
+        "lora", 3e-4,
+    )  # fmt: skip
+    assert found["accuracy"] == pytest.approx(float(right[3e-4].mean()))
+    arms = found["arms"]
+    assert arms["lora"]["forgotten"] == pytest.approx(0.03)
+    assert arms["half"]["ratio"] == pytest.approx(0.5)
+    assert arms["half"]["interval"] == pytest.approx([0.5, 0.5])
+    assert arms["half"]["reached"] == 1
+    assert arms["weak"]["ratio"] is None
+    assert arms["weak"]["reached"] == 0
