@@ -15,7 +15,7 @@ SOURCE = ROOT / "src" / "milora"
 
 # Each module may import those of earlier lines only.
 LAYERS = (
-    {"errors", "files", "svd", "spectra", "progress", "pages", "matrices"},
+    {"errors", "files", "svd", "spectra", "progress", "pages", "matrices", "anchored"},
     {"grade", "adapter", "data", "pretrained", "config", "card", "gates"},
     {"choices", "harness", "answers", "protect", "ranks", "keep"},
     {"export", "evaluate", "loop", "verify", "preview", "chat", "checkpoint"},

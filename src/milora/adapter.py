@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from milora.anchored import anchored
 from milora.errors import UserError
 from milora.files import write_bytes
 from milora.matrices import (
@@ -334,23 +335,28 @@ def _start(
 
 
 def _anchored_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """W x + s (B A x - B0 A0 x), the two products first.
-
-    PEFT would add one after the other to W x, which in 16 bit or under autocast does not give
-    W x back. The two are the same arithmetic up to sign, so that at step 0 they cancel exactly.
-    """
+    """W x + s (B A x - B0 A0 x), with PEFT's modules as the places of the factors."""
     result: Tensor = layer.base_layer(x, *args, **kwargs)
     # Usually TRAINED; a copy of it, where TRL keeps one as the reference.
     names = [name for name in layer.active_adapters if name in layer.lora_A and name != ANCHOR]
     if layer.disable_adapters or layer.merged or not names:
         return result
-    A, B = layer.lora_A, layer.lora_B
-    lifted = x.to(A[ANCHOR].weight.dtype)
-    update: Tensor = B[ANCHOR](A[ANCHOR](lifted))  # B[ANCHOR] holds -B0
-    for name in names:
-        update = B[name](A[name](layer.lora_dropout[name](lifted))) + update
-    scaling: float = layer.scaling[ANCHOR]
-    return (result + scaling * update).to(result.dtype)
+    if len(names) > 1:
+        raise UserError(
+            f"adapters {', '.join(names)} are active at once, and the anchor belongs to one: "
+            "use set_adapter with one name"
+        )
+    A, B, dropout = layer.lora_A, layer.lora_B, layer.lora_dropout[names[0]]
+    return anchored(
+        result,
+        x,
+        A[names[0]].weight,
+        B[names[0]].weight,
+        A[ANCHOR].weight,
+        B[ANCHOR].weight,  # holds -B0
+        layer.scaling[ANCHOR],
+        dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0,
+    )
 
 
 def _set_adapter(model: PeftModel, adapter_name: str, *args: Any, **kwargs: Any) -> None:

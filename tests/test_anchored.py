@@ -1,0 +1,165 @@
+"""The fused layer is two LoRA layers: same output, same gradients, and exact where they cancel."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import KINDS, TARGETS
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from milora import adapter
+from milora.anchored import anchored
+from milora.errors import UserError
+from milora.matrices import adapted_matrices
+
+Load = Callable[..., PreTrainedModel]
+
+
+def drawn(seed: int, m: int, n: int, r: int, *lead: int) -> dict[str, Tensor]:
+    """A layer's output, input and factors in fp64; A, B have moved away from A0, B0."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    A0, B0 = normal(r, n), normal(m, r)
+    leaves = {
+        "result": normal(*lead, m), "x": normal(*lead, n),
+        "A": A0 + 0.1 * normal(r, n), "B": B0 + 0.1 * normal(m, r),
+    }  # fmt: skip
+    return {k: v.requires_grad_() for k, v in leaves.items()} | {"A0": A0, "minus_B0": -B0}
+
+
+def apart(
+    result: Tensor, x: Tensor, A: Tensor, B: Tensor, A0: Tensor, minus_B0: Tensor, s: float,
+    dropped: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Two LoRAs, one after the other."""
+    inner = x if dropped is None else dropped
+    return result + s * (inner @ A.T @ B.T) + s * (x @ A0.T @ minus_B0.T)
+
+
+def gradients(out: Tensor, given: dict[str, Tensor]) -> list[Tensor]:
+    weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
+    return list(torch.autograd.grad((out * weight).sum(), [given[k] for k in ("x", "A", "B")]))
+
+
+shapes = st.tuples(*(st.integers(1, 9) for _ in range(2)), st.integers(1, 5))
+
+
+@given(shapes, st.lists(st.integers(1, 4), max_size=3), st.floats(0.1, 4), st.integers(0, 99))
+def test_as_two_adapters(shape: tuple[int, int, int], lead: list[int], s: float, seed: int) -> None:
+    given = drawn(seed, *shape, *lead)
+    ours, theirs = anchored(**given, scaling=s), apart(**given, s=s)
+    torch.testing.assert_close(ours, theirs, atol=1e-11, rtol=1e-11)
+    for a, b in zip(gradients(ours, given), gradients(theirs, given), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-11, rtol=1e-11)
+
+
+@given(shapes, st.floats(0.1, 0.9), st.integers(0, 99))
+def test_as_two_adapters_with_dropout(shape: tuple[int, int, int], p: float, seed: int) -> None:
+    given = drawn(seed, *shape, 3, 4)
+    torch.manual_seed(seed)
+    ours = anchored(**given, scaling=0.7, dropout=p)
+    torch.manual_seed(seed)
+    mask = torch.native_dropout(torch.ones(12, shape[1], dtype=torch.float64), p, True)[0]
+    theirs = apart(**given, s=0.7, dropped=given["x"] * mask.view(3, 4, -1))
+    torch.testing.assert_close(ours, theirs, atol=1e-11, rtol=1e-11)
+    for a, b in zip(gradients(ours, given), gradients(theirs, given), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-11, rtol=1e-11)
+
+
+@pytest.mark.parametrize("cast", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("factors", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16, torch.float16])
+def test_nothing_at_all_at_step_0(
+    base: torch.dtype, factors: torch.dtype, cast: torch.dtype | None
+) -> None:
+    given = {k: v.detach().to(factors) for k, v in drawn(0, 48, 80, 24, 33).items()}
+    given |= {"A": given["A0"], "B": -given["minus_B0"]}
+    given |= {k: given[k].to(base) for k in ("result", "x")}
+    with torch.autocast("cpu", cast or torch.bfloat16, enabled=cast is not None):
+        out = anchored(**given, scaling=1.3)
+    assert torch.equal(out, given["result"])
+    assert out.dtype == base
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_what_is_kept_for_the_backward(dropout: float) -> None:
+    """Beside x and the factors, which are there anyway: A x, and of the dropout a byte an entry."""
+    given = drawn(0, 40, 30, 2, 50)
+    kept: list[Tensor] = []
+    known = {t.untyped_storage().data_ptr() for t in given.values()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in known:
+            kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        anchored(**given, scaling=1.0, dropout=dropout)
+    product = 50 * 2 * 8
+    assert sum(t.untyped_storage().nbytes() for t in kept) == product + (50 * 30 if dropout else 0)
+
+
+def losses(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    loss = model(**batch, labels=batch["input_ids"]).loss
+    loss.backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    return loss.detach(), found
+
+
+def moved(load: Load, kind: str) -> Any:
+    options = {"r": 4, "lora_alpha": 6, "target_modules": TARGETS[kind]}
+    model, _ = adapter.add_adapter(
+        load(kind, torch.float64), adapter.lora_config(options), "milora"
+    )
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.05 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_trains_as_with_two_adapters_of_peft(
+    kind: str, load: Load, batch: dict[str, Tensor]
+) -> None:
+    model = moved(load, kind)
+    ours = losses(model, batch)
+    for matrix in adapted_matrices(model).values():
+        del matrix.layer.forward
+    torch.testing.assert_close(ours, losses(model, batch), atol=1e-10, rtol=1e-9)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_with_gradient_checkpointing(reentrant: bool, load: Load, batch: dict[str, Tensor]) -> None:
+    model = moved(load, "llama").train()
+    plain = losses(model, batch)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    torch.testing.assert_close(losses(model, batch), plain, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.slow
+def test_compiled(load: Load, batch: dict[str, Tensor]) -> None:
+    model = moved(load, "llama")
+    plain = losses(model, batch)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    loss, found = losses(compiled, batch)
+    found = {name.removeprefix("_orig_mod."): value for name, value in found.items()}
+    torch.testing.assert_close((loss, found), plain, atol=1e-10, rtol=1e-9)
+
+
+def test_two_trained_adapters_at_once_are_refused(load: Load, batch: dict[str, Tensor]) -> None:
+    model = moved(load, "llama")
+    model.add_adapter("other", adapter.lora_config({"r": 4, "target_modules": TARGETS["llama"]}))
+    model.base_model.set_adapter([adapter.TRAINED, "other", adapter.ANCHOR])
+    with pytest.raises(UserError, match="default, other are active at once"):
+        model(**batch)
