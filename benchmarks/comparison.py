@@ -106,18 +106,18 @@ KEEP, INPUTS, BALANCED = "milora.keep.weight", "milora.protect_inputs=64", "milo
 FRONTS = (
     "lora",
     "lora:training.weight_decay=3",
-    "lora:milora.protect=64",
     f"lora:{INPUTS}",
     f"lora:{KEEP}=1",
     "milora",
     "milora:training.weight_decay=3",
     f"milora:{BALANCED}",
-    f"milora:{BALANCED}:{INPUTS}",
     f"milora:{BALANCED}:{KEEP}=1",
     f"milora:milora.protect=64:{BALANCED}:{INPUTS}:{KEEP}=1",
 )
 MINILM_FRONTS = (
     *(arm.replace("decay=3", "decay=1").replace("weight=1", "weight=10") for arm in FRONTS),
+    "lora:milora.protect=64",
+    f"milora:{BALANCED}:{INPUTS}",
     "milora:milora.start=directions",
     "lora:lora.use_dora=true",
     "lora:lora.init_lora_weights=mica",
