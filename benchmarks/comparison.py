@@ -24,7 +24,7 @@ from small_llama import HELD_OUT, MODEL
 from tasks import ROOT, graded, kept_tasks, require_data, task_files, text_file
 
 from milora.compare import Arm, compare, grid, measure_of, parse_arm, run_name, summary, write
-from milora.compare_page import Table, markdown, plus_minus, scores, tables
+from milora.compare_page import Table, equal_score, markdown, plus_minus, scores, tables
 from milora.files import read_json, write_json, write_text
 from milora.progress import Progress
 
@@ -157,7 +157,7 @@ def causal(
 
 
 def minilm(
-    name: str, arms: Sequence[str], rates: Sequence[float], every_rate: bool
+    name: str, arms: Sequence[str], rates: Sequence[float], seeds: Sequence[int], every_rate: bool
 ) -> dict[str, Any]:
     """The same grid, summary and page, over runs of sentence_classifier.py.
 
@@ -176,11 +176,11 @@ def minilm(
 
     untouched = home / "head.json"
     if not untouched.exists():
-        write_json(untouched, run(task, ["method=head"], 0.0, SEEDS[0]))
+        write_json(untouched, run(task, ["method=head"], 0.0, 0))
     with Progress() as progress:
         outcomes = grid(
             [parse_arm(arm) for arm in arms],
-            SEEDS,
+            seeds,
             rates,
             one,
             progress,
@@ -190,7 +190,7 @@ def minilm(
         head = read_json(untouched)["evaluation"]["tasks"][task]["tuned"]
         for outcome in outcomes.values():
             outcome["evaluation"]["tasks"][task]["base"] = head
-        result = summary(outcomes, SEEDS)
+        result = summary(outcomes, seeds)
         write(result, home, progress)
     return result
 
@@ -205,6 +205,9 @@ def docs() -> None:
     parts = {
         name: [*markdown(scores(result)), "", _notes(result)] for name, result in found.items()
     }
+    for name, result in found.items():
+        if equal := equal_score(result):
+            parts[f"{name}, equal score"] = markdown(equal)
     parts["comparison"] = markdown(against_lora(found))
     parts["equal rates"] = markdown(at_equal_rates())
     parts["short"] = markdown(short(found))
@@ -297,6 +300,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", choices=[*NAMES, "docs"])
     parser.add_argument("--arms", help="comma-separated, some of those of the comparison")
+    parser.add_argument("--seeds", default=",".join(map(str, SEEDS)), help="the first are enough")
     given = parser.parse_args()
     name = given.name
     os.chdir(ROOT)
@@ -308,14 +312,15 @@ def main() -> None:
     arms, rates, _ = COMPARISONS[model]
     if given.arms:
         arms = tuple(arm for arm in arms if arm in given.arms.split(","))
+    seeds = [int(seed) for seed in given.seeds.split(",")]
+    seeds = seeds[:1] if model in ONE_SEED else seeds
     if model.startswith("minilm"):
-        result = minilm(name, arms, rates, model in EVERY_RATE)
+        result = minilm(name, arms, rates, seeds, model in EVERY_RATE)
     else:
         of = {
             "smollm2": smollm2, "smollm2held": smollm2held, "smollm2fronts": smollm2fronts,
             "llama": llama, "held": held,
         }  # fmt: skip
-        seeds = SEEDS[:1] if model in ONE_SEED else SEEDS
         result = causal(of[model](task), arms, rates, seeds, model in EVERY_RATE)
     print(tables(result))
 

@@ -180,7 +180,9 @@ def _plot(result: Mapping[str, Any]) -> str:
 
     names = list(next(iter(result["arms"].values()))["tasks"])
     kept = next(_measures(result))
-    sheet = Figure(figsize=(3.4 + 4.2 * max(len(names), 1), 4.2), layout="constrained")
+    arms, across = len(result["arms"]), max(len(names), 1)
+    size = (max(7.6, 4.6 * across), 4.0 + 0.19 * -(-arms // across))
+    sheet = Figure(figsize=size, layout="constrained")
     panels = sheet.subplots(1, max(len(names), 1), squeeze=False)[0]
     for panel, name in zip(panels, names, strict=False):
         base = result["base"]["tasks"][name]["accuracy"]
@@ -201,7 +203,7 @@ def _plot(result: Mapping[str, Any]) -> str:
             own.append((far["mean"], score["mean"]))
             panel.errorbar(
                 far["mean"], score["mean"], xerr=far["deviation"], yerr=score["deviation"],
-                fmt=mark, color=colour, capsize=3, label=f"{arm} at {found['learning_rate']:g}",
+                fmt=mark, color=colour, capsize=3, label=f"{label(arm)} at {found['learning_rate']:g}",
             )  # fmt: skip
         panel.set_xscale("log")
         heights = [score for _, score in own]
@@ -214,8 +216,14 @@ def _plot(result: Mapping[str, Any]) -> str:
         panel.set_xlabel(f"{kept[3]}, {short(result['base']['knowledge'][0]['text'])}: forgotten")
         panel.set_ylabel("accuracy: learned")
     handles, labels = panels[0].get_legend_handles_labels()
-    sheet.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=9)
+    sheet.legend(handles, labels, loc="outside lower left", frameon=False, fontsize=9, ncols=across)
     return svg(sheet)
+
+
+def label(arm: str) -> str:
+    """`milora:milora.start=balanced:milora.protect=64` as "milora, start=balanced, protect=64"."""
+    method, *others = arm.split(":")
+    return ", ".join([method, *(other.partition(".")[2] or other for other in others)])
 
 
 def plus_minus(found: Mapping[str, Any], digits: int) -> str:
