@@ -203,7 +203,8 @@ def _plot(result: Mapping[str, Any]) -> str:
             own.append((far["mean"], score["mean"]))
             panel.errorbar(
                 far["mean"], score["mean"], xerr=far["deviation"], yerr=score["deviation"],
-                fmt=mark, color=colour, capsize=3, label=f"{label(arm)} at {found['learning_rate']:g}",
+                fmt=mark, color=colour, capsize=3,
+                label=f"{label(arm)} at {found['learning_rate']:g}",
             )  # fmt: skip
         panel.set_xscale("log")
         heights = [score for _, score in own]
