@@ -17,7 +17,7 @@ SOURCE = ROOT / "src" / "milora"
 LAYERS = (
     {"errors", "files", "svd", "spectra", "progress", "pages", "matrices", "anchored"},
     {"grade", "adapter", "data", "pretrained", "config", "card", "gates"},
-    {"choices", "harness", "answers", "protect", "ranks", "keep"},
+    {"choices", "harness", "answers", "protect", "ranks", "keep", "tokens"},
     {"export", "evaluate", "loop", "verify", "preview", "chat", "checkpoint"},
     {"store"},
     {"artefacts", "train", "inspection"},
@@ -91,10 +91,11 @@ def test_the_documents_name_every_configuration_key() -> None:
         KeepText,
         Milora,
         TaskFile,
+        Tokenizer,
     )
 
     page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
-    for model in (Config, Data, Evaluate, Interference, KeepText, Milora, TaskFile):
+    for model in (Config, Data, Evaluate, Interference, KeepText, Milora, TaskFile, Tokenizer):
         for key in model.model_fields:
             assert f"`{key}`" in page, key
 

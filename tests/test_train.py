@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from milora.artefacts import export_run
 from milora.data import IGNORED, encode, read_rows, split_rows
 from milora.errors import UserError
-from milora.evaluate import answer_loss
+from milora.evaluate import Pair, answer_loss
 from milora.files import sha256
 from milora.verify import open_adapter, verify
 
@@ -390,9 +390,9 @@ def test_chat_answers_from_both(finished: Path) -> None:
     from milora.chat import replies
 
     opened = open_adapter(finished)
-    said = list(replies(opened.model, opened.base.tokenizer, ["1 + 1 =", "2 + 2 ="], 4))
+    said = list(replies(Pair(opened.model), opened.base.tokenizer, ["1 + 1 =", "2 + 2 ="], 4))
     assert len(said) == 2
-    assert said == list(replies(opened.model, opened.base.tokenizer, ["1 + 1 =", "2 + 2 ="], 4))
+    assert said == list(replies(Pair(opened.model), opened.base.tokenizer, ["1 + 1 =", "2 + 2 ="], 4))
 
 
 def test_a_dry_run_writes_nothing_and_shows_what_is_trained(tiny: Tiny, tmp_path: Path) -> None:

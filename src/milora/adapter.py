@@ -16,7 +16,7 @@ import inspect
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MethodType
@@ -25,6 +25,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -40,6 +41,7 @@ from milora.matrices import (
     adapted_matrices,
     components_of_parts,
     is_suffix,
+    name_in_base,
     stacks,
     without_expert,
 )
@@ -59,7 +61,11 @@ FORMAT = "milora initial factors 1"
 LORA_OPTIONS = {
     "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_rslora",
     "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "target_parameters",
+    "modules_to_save",
 }  # fmt: skip
+
+# Others that a user may look for, and what does it here.
+INSTEAD = {"trainable_token_indices": "name the tokens in tokenizer.tokens"}
 
 
 class Factors(NamedTuple):
@@ -125,6 +131,8 @@ def lora_config(options: Mapping[str, Any]) -> LoraConfig:
             near = difflib.get_close_matches(key, sorted(LORA_OPTIONS), 1)
             hint = f": did you mean {near[0]}?" if near else ""
             raise UserError(f"lora.{key} is not an option of peft.LoraConfig{hint}")
+        if key in INSTEAD:
+            raise UserError(f"lora.{key}: {INSTEAD[key]}")
         if key not in LORA_OPTIONS:
             raise UserError(
                 f"lora.{key} is not supported, since the result must be a plain LoRA on the "
@@ -192,6 +200,9 @@ def add_adapter(
     if method in COMPONENT:
         frozen = copy.deepcopy(config)
         frozen.lora_dropout = 0.0
+        # What trains in full has its start in the base: nothing is to be taken away from it.
+        frozen.modules_to_save = frozen.trainable_token_indices = None
+        frozen.ensure_weight_tying, frozen.modules_to_tie = False, None  # type: ignore[attr-defined]
         peft_model.add_adapter(ANCHOR, frozen)
         for layer in adapted_layers(peft_model).values():
             for linear in (layer.lora_A[ANCHOR], layer.lora_B[ANCHOR]):
@@ -239,17 +250,32 @@ def _inject(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     if isinstance(model, PeftModel) or any(isinstance(m, LoraLayer) for m in model.modules()):
         raise UserError("the model has an adapter already: load the base again")
     _check_targets(model, config)
+    _check_whole(model, config)
     config.fan_in_fan_out = any(isinstance(module, Conv1D) for module in model.modules())
+    embedding: Any = model.get_input_embeddings().weight  # type: ignore[operator]
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    linear = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head
+    ]
+    asked = config.target_modules  # PEFT writes the names that it found over it
     try:
         peft_model = get_peft_model(model, config, adapter_name=TRAINED)
     except ValueError as error:
         raise UserError(f"lora.target_modules: {error}") from error
+    except TypeError as error:
+        if not config.trainable_token_indices:
+            raise
+        raise UserError(
+            "lora.target_modules: the head gets rows for the new tokens (tokenizer.tokens), so that "
+            "it cannot have an adapter too: leave it out"
+        ) from error
     matrices = adapted_matrices(peft_model)
-    _check_patterns(config, list(matrices))
-    embedding: Any = model.get_input_embeddings().weight  # type: ignore[operator]
+    _check_covered(asked, config, model, list(matrices), linear)
     names: dict[int, list[str]] = {}
     for path, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(path.replace(".base_layer", ""))
+        names.setdefault(id(parameter), []).append(name_in_base(path))
     for name, matrix in matrices.items():
         base = matrix.layer.get_base_layer()
         if matrix.expert is None:
@@ -276,6 +302,39 @@ def _inject(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
                 f"at most {min(m, n)} fits (lora.rank_pattern sets it per module)"
             )
     return peft_model
+
+
+def _check_whole(model: PreTrainedModel, config: LoraConfig) -> None:
+    """lora.modules_to_save: embedding and head by their full names, a tied pair as the one weight."""
+    if not config.modules_to_save:
+        return
+    layers = {"embedding": model.get_input_embeddings(), "head": model.get_output_embeddings()}
+    names = {
+        what: name
+        for name, module in model.named_modules()
+        for what, layer in layers.items()
+        if module is layer
+    }
+    tied = "head" in names and layers["head"].weight is layers["embedding"].weight
+    chosen = set()
+    for entry in config.modules_to_save:
+        found = [what for what, name in names.items() if is_suffix(entry, name)]
+        if not found:
+            raise UserError(
+                f"lora.modules_to_save: {entry!r} is neither the embedding nor the head "
+                f"({', '.join(names.values())}), the two that can train in full: adapt it by "
+                "lora.target_modules, or use method: full"
+            )
+        chosen |= set(found)
+    if tied and chosen == {"head"}:
+        raise UserError(
+            f"lora.modules_to_save: {names['head']} shares its weight with {names['embedding']} "
+            f"(tied), so that both would train: name {names['embedding']} if that is meant"
+        )
+    if tied:
+        chosen, config.ensure_weight_tying = {"embedding"}, True
+        config.modules_to_tie = None
+    config.modules_to_save = [names[what] for what in sorted(chosen)]
 
 
 def targets(model: PreTrainedModel, config: LoraConfig) -> dict[str, Target]:
@@ -376,6 +435,11 @@ def _refuse_bare_pair(*args: Any, **kwargs: Any) -> None:
 
 def _check_targets(model: PreTrainedModel, config: LoraConfig) -> None:
     # PEFT refuses a list of which nothing matches, and ignores an entry that matches nothing.
+    excluded = config.exclude_modules or ()
+    for entry in [excluded] if isinstance(excluded, str) else sorted(excluded):
+        only = entry if isinstance(excluded, str) else [entry]
+        if entry and not any(_excluded(only, name) for name, _ in model.named_modules()):
+            raise UserError(f"lora.exclude_modules: {entry!r} matches no module of this model")
     stacked = stacks(model)
     for entry in sorted(config.target_parameters or ()):
         if not any(is_suffix(entry, name) for name in stacked):
@@ -416,8 +480,15 @@ def selects(pattern: str, name: str) -> bool:
     return re.match(rf"(.*\.)?({pattern})$", without_expert(name)) is not None
 
 
-def _check_patterns(config: LoraConfig, names: Sequence[str]) -> None:
-    # PEFT passes over a key or a layer that selects nothing.
+def _check_covered(
+    asked: str | Collection[str] | None, config: LoraConfig, model: nn.Module,
+    names: Sequence[str], linear: Sequence[str],
+) -> None:  # fmt: skip
+    """Raise UserError where what is adapted is not what was asked for; PEFT passes over it.
+
+    `asked` is lora.target_modules as the user wrote it, `names` are the adapted weights, `linear` the
+    linear layers of the base but for its head.
+    """
     patterns = {"rank_pattern": config.rank_pattern, "alpha_pattern": config.alpha_pattern}
     for option, pattern in patterns.items():
         for key in pattern or {}:
@@ -426,10 +497,61 @@ def _check_patterns(config: LoraConfig, names: Sequence[str]) -> None:
                     f"lora.{option}: {key!r} matches none of the {len(names)} adapted weights, "
                     f"of which one is {names[0]}"
                 )
+    if asked == "all-linear":
+        left = [
+            name
+            for name in set(linear) - set(names)
+            if not _excluded(config.exclude_modules or (), name)
+            and not isinstance(model.get_submodule(name), AuxiliaryTrainingWrapper)
+        ]
+        if left:
+            raise UserError(
+                f"lora.target_modules: all-linear, but {len(left)} linear layers have no adapter, the "
+                f"first is {min(left)}: name those to leave out in lora.exclude_modules"
+            )
+    entries = [] if asked is None or isinstance(asked, str) else sorted(asked)
+    for entry in entries:
+        if not any(is_suffix(entry, name) for name in names):
+            kept_out = "lora.layers_to_transform, lora.exclude_modules or lora.modules_to_save"
+            raise UserError(
+                f"lora.target_modules: {entry!r} is adapted nowhere, since {kept_out} leaves it out"
+            )
     layers = config.layers_to_transform
-    for index in [layers] if isinstance(layers, int) else layers or []:
-        if not any(f".{index}." in name for name in names):
+    if layers is None or layers == []:
+        return
+    layers = [layers] if isinstance(layers, int) else layers
+    for index in layers:
+        here = [name for name in names if _layer_of(config, name) == index]
+        if not here:
             raise UserError(f"lora.layers_to_transform: no adapted weight is in layer {index}")
+        for entry in entries:
+            if not any(is_suffix(entry, name) for name in here):
+                raise UserError(
+                    f"lora.target_modules: {entry!r} is in other layers, but not in layer {index} of "
+                    "lora.layers_to_transform: leave that layer out, or name the weights one by one"
+                )
+    for name in names:
+        if _layer_of(config, name) not in layers:
+            raise UserError(
+                f"lora.layers_to_transform is {layers}, but {name} is adapted too: PEFT does not "
+                "apply it to lora.target_parameters nor to a target named in full"
+            )
+
+
+def _excluded(excluded: str | Collection[str], name: str) -> bool:
+    """PEFT's rule for lora.exclude_modules."""
+    if isinstance(excluded, str):
+        return re.fullmatch(excluded, name) is not None
+    return any(is_suffix(entry, name) for entry in excluded)
+
+
+def _layer_of(config: LoraConfig, name: str) -> int | None:
+    """PEFT's rule for the number of the layer that `name` is in."""
+    patterns = config.layers_pattern or "[^.]*"
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        if found := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name):
+            return int(found[1])
+    return None
 
 
 def _linear_names(model: nn.Module) -> list[str]:
@@ -447,6 +569,29 @@ def base_only(model: nn.Module) -> Iterator[None]:
         return
     with model.disable_adapter():
         yield
+
+
+class Rows(NamedTuple):
+    """Rows of an embedding or a head that train."""
+
+    ids: Tensor  # (k,) int64
+    values: Tensor  # (k, n) of them; (k,) of a bias
+
+
+def trained_rows(model: nn.Module) -> dict[str, Rows]:
+    """What trains beside the factors, by parameter name in the base: rows of new tokens, and all
+    rows of what lora.modules_to_save names. A plain LoRA cannot hold it."""
+    inner: Any = model.base_model.model if isinstance(model, PeftModel) else model
+    found = {}
+    for name, module in inner.named_modules():
+        if isinstance(module, TrainableTokensWrapper) and not module.token_adapter.tied_adapter:
+            adapter = module.token_adapter
+            ids = torch.tensor(adapter.token_indices[TRAINED])
+            found[f"{name}.weight"] = Rows(ids, adapter.trainable_tokens_delta[TRAINED].detach())
+        elif isinstance(module, ModulesToSaveWrapper):
+            for own, parameter in module.modules_to_save[TRAINED].named_parameters():
+                found[f"{name}.{own}"] = Rows(torch.arange(len(parameter)), parameter.detach())
+    return found
 
 
 def trained_factors(model: PeftModel) -> dict[str, Factors]:
@@ -497,9 +642,9 @@ def base_sha256(model: nn.Module) -> str:
     digest = hashlib.sha256()
     inner: Any = model.base_model.model if isinstance(model, PeftModel) else model
     own = {
-        name.replace(".base_layer", ""): tensor
+        name_in_base(name): tensor
         for name, tensor in inner.state_dict().items()
-        if ".lora_" not in name
+        if not any(part in name for part in (".lora_", ".modules_to_save.", ".trainable_tokens_"))
     }
     for name, tensor in sorted(own.items()):
         digest.update(f"{name} {tensor_sha256(tensor)}\n".encode())

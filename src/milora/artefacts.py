@@ -14,7 +14,7 @@ from milora.errors import UserError
 from milora.export import merge, plain_lora, save_plain_lora
 from milora.files import new_folder, read_json, write_json, write_text
 from milora.matrices import adapted_matrices
-from milora.verify import find_adapter, make_probes, open_adapter
+from milora.verify import find_adapter, make_probes, open_adapter, why_whole
 
 
 def export_run(
@@ -31,6 +31,14 @@ def export_run(
         raise UserError(f"--out {out} exists already: choose a new folder")
     if to == "merged" and rank is not None:
         raise UserError("--rank goes with --to lora; merged weights hold the whole update")
+    if (run / "model").is_dir():
+        if to == "lora":
+            raise UserError(
+                f"--to lora: {why_whole(run)}: use {run / 'model'} as it is, or --to merged for a copy"
+            )
+        with new_folder(out) as folder:
+            shutil.copytree(run / "model", folder, dirs_exist_ok=True)
+        return f"{out}: whole weights, a copy of {run / 'model'}"
     source = find_adapter(run)
     start, tensors = _run_files(run)
     opened = open_adapter(run, trust_remote_code=trust_remote_code)

@@ -24,14 +24,15 @@ def model_card(
     """README.md of adapter/, from run.json, the configuration and evaluation.json."""
     base, data = record["base"], record["data"]
     rank = record.get("adapter", {}).get("rank") or asked["lora"]["r"]
+    merged = record.get("merged")
     license_named = harmless(base["license"])
     if base["license"] == "unknown":
         license_named = "see the card of the base"
     head: dict[str, Any] = {
         "base_model": base["name"],
-        "library_name": "peft",
+        "library_name": "transformers" if merged else "peft",
         "pipeline_tag": "text-generation",
-        "tags": ["lora", "transformers", "milora"],
+        "tags": ["milora"] if merged else ["lora", "transformers", "milora"],
     }
     if base["license"] != "unknown":
         head["license"] = base["license"]
@@ -49,40 +50,14 @@ def model_card(
         yaml.safe_dump(head, sort_keys=False).strip(),
         "---",
         "",
-        f"# LoRA adapter for {harmless(base['name'])}",
-        "",
-        f"A plain LoRA of rank {rank} for the untouched base `{harmless(base['name'])}`, trained "
-        "with [milora](https://arxiv.org/abs/2406.09044) (Wang et al., NAACL 2025).",
-        "",
-        "## Load it",
-        "",
-        "```python",
-        "from peft import PeftModel",
-        "from transformers import AutoModelForCausalLM",
-        "",
-        'base = AutoModelForCausalLM.from_pretrained("path/of/the/base")',
-        'model = PeftModel.from_pretrained(base, "this/folder")',
-        "```",
-        "",
-        *BASE_NOTE.get(base["name"], ()),
-        f"vLLM: `--enable-lora --max-lora-rank {server_rank(rank)}`. Use the chat template that "
-        "lies beside the weights, if there is one: the model was trained with it.",
-        "",
+        *(_whole_head(record) if merged else _adapter_head(record, asked, rank)),
     ]
-    if record["method"] != "lora":
-        lines += [
-            f"**Why rank {rank}:** training started at the initial factors (A0, B0), not at zero, "
-            "and the base was left as it is. The update is s(BA - B0A0), which as one ordinary "
-            f"LoRA has twice the trained rank {asked['lora']['r']}. `milora export --rank K` gives "
-            "the best approximation of a lower rank and states its error.",
-            "",
-        ]
     lines += [
         "## Base",
         "",
         f"- {harmless(base['name'])}, {base['dtype']}, sha256 `{base['sha256'][:16]}`; licence: "
         f"{license_named}. The "
-        "licence of the base holds for the adapter used with it.",
+        "licence of the base holds for what is made from it.",
         "",
         "## Data",
         "",
@@ -113,6 +88,64 @@ def model_card(
             lines.append(f"- {held}: {harmless(gate['gate'])} ({gate['said']})")
         lines.append("")
     return "\n".join(lines)
+
+
+def _adapter_head(record: Mapping[str, Any], asked: Mapping[str, Any], rank: int) -> list[str]:
+    base = record["base"]
+    lines = [
+        f"# LoRA adapter for {harmless(base['name'])}",
+        "",
+        f"A plain LoRA of rank {rank} for the untouched base `{harmless(base['name'])}`, trained "
+        "with [milora](https://arxiv.org/abs/2406.09044) (Wang et al., NAACL 2025).",
+        "",
+        "## Load it",
+        "",
+        "```python",
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        'base = AutoModelForCausalLM.from_pretrained("path/of/the/base")',
+        'model = PeftModel.from_pretrained(base, "this/folder")',
+        "```",
+        "",
+        *BASE_NOTE.get(base["name"], ()),
+        f"vLLM: `--enable-lora --max-lora-rank {server_rank(rank)}`. Use the chat template that "
+        "lies beside the weights, if there is one: the model was trained with it.",
+        "",
+    ]
+    if record["method"] != "lora":
+        lines += [
+            f"**Why rank {rank}:** training started at the initial factors (A0, B0), not at zero, "
+            "and the base was left as it is. The update is s(BA - B0A0), which as one ordinary "
+            f"LoRA has twice the trained rank {asked['lora']['r']}. `milora export --rank K` gives "
+            "the best approximation of a lower rank and states its error.",
+            "",
+        ]
+    return lines
+
+
+def _whole_head(record: Mapping[str, Any]) -> list[str]:
+    base, layers = record["base"], " and ".join(map(harmless, record["merged"]["rows_of"]))
+    tokens = [harmless(token) for token in record.get("tokens", {}).get("added", ())]
+    return [
+        f"# {harmless(base['name'])}, fine-tuned",
+        "",
+        "Whole weights: an adapter trained with [milora](https://arxiv.org/abs/2406.09044) (Wang et al., "
+        f"NAACL 2025) merged into the base `{harmless(base['name'])}`. Rows of {layers} were trained "
+        "too, which no plain LoRA can hold, so that there is no adapter."
+        + f" Tokens added to the base's: {', '.join(tokens)}." * bool(tokens),
+        "",
+        "## Load it",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained("this/folder")',
+        "```",
+        "",
+        "Use the tokenizer and the chat template that lie beside the weights.",
+        "",
+    ]
 
 
 # What is shown of a task beside its accuracy; the last two only where there are any.

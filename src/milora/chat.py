@@ -2,16 +2,14 @@
 
 from collections.abc import Iterable, Iterator
 
-from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from milora.adapter import base_only
 from milora.data import Message, prompt_ids
-from milora.evaluate import generate
+from milora.evaluate import Pair, generate
 
 
 def replies(
-    model: PeftModel,
+    pair: Pair,
     tokenizer: PreTrainedTokenizerBase,
     questions: Iterable[str],
     max_new_tokens: int = 256,
@@ -23,11 +21,8 @@ def replies(
         for state, messages in heard.items():
             messages.append({"role": "user", "content": question})
             prompt = [prompt_ids(tokenizer, messages)]
-            if state == "base":
-                with base_only(model):
-                    (answer,) = generate(model, tokenizer, prompt, max_new_tokens)  # type: ignore[arg-type]
-            else:
-                (answer,) = generate(model, tokenizer, prompt, max_new_tokens)  # type: ignore[arg-type]
+            with (pair.base if state == "base" else pair.tuned)() as model:
+                (answer,) = generate(model, tokenizer, prompt, max_new_tokens)
             messages.append({"role": "assistant", "content": answer.text})
             said[state] = answer.text
         yield said["base"], said["tuned"]

@@ -232,7 +232,7 @@ def evaluate(
     )
     from milora.pretrained import load_pretrained
     from milora.progress import Progress
-    from milora.verify import open_adapter
+    from milora.verify import open_run
 
     if not (source / "milora.json").exists() and not (source / "run.json").exists():
         # A plain model has nothing to be compared with: base and tuned are the same.
@@ -243,11 +243,10 @@ def evaluate(
             "batch_size": 16,
         }
         loaded = load_pretrained(str(source), trust_remote_code=trust_remote_code)
-        pair = Pair(loaded.model)
+        pair, tokenizer = Pair(loaded.model), loaded.tokenizer
     else:
-        opened = open_adapter(source, trust_remote_code=trust_remote_code)
-        asked = opened.provenance["configuration"]["evaluate"]
-        loaded, pair = opened.base, Pair(opened.model)
+        pair, tokenizer, configuration = open_run(source, trust_remote_code)
+        asked = configuration["evaluate"]
     chosen = [name for name in tasks.split(",") if name] or asked["tasks"]
     by_name = {
         str(t.get("name") or t.get("harness") or Path(t["file"]).stem): t
@@ -261,7 +260,7 @@ def evaluate(
     with Progress() as progress:
         result, samples = evaluate_all(
             pair,
-            loaded.tokenizer,
+            tokenizer,
             loaded_tasks,
             texts,
             asked["chunks"],
@@ -408,9 +407,9 @@ def chat(
     """Talk to base and tuned side by side; an empty line or Ctrl-D ends it."""
     _quiet()
     from milora.chat import replies
-    from milora.verify import open_adapter
+    from milora.verify import open_run
 
-    opened = open_adapter(run, trust_remote_code=trust_remote_code)
+    opened = open_run(run, trust_remote_code)
 
     def questions() -> Any:
         while True:
@@ -421,7 +420,7 @@ def chat(
                 return
             yield line
 
-    for base, tuned in replies(opened.model, opened.base.tokenizer, questions(), max_new_tokens):
+    for base, tuned in replies(opened.pair, opened.tokenizer, questions(), max_new_tokens):
         typer.echo(f"base:  {base}\ntuned: {tuned}\n")
 
 
@@ -436,6 +435,9 @@ def _print_plan(plan: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.text import Text
 
+    from milora.compare_page import Table
+    from milora.preview import covered_lines
+
     console = Console(highlight=False)
     for number, pieces in enumerate(plan["samples"], 1):
         console.print(f"--- sample {number} (trained tokens are marked)", markup=False)
@@ -445,15 +447,16 @@ def _print_plan(plan: dict[str, Any]) -> None:
                 piece = f"⟦{piece}⟧"
             text.append(piece, style="black on green" if trained else "dim")
         console.print(text)
-    for key, label in (("adapted", "adapted"), ("not_adapted", "not adapted")):
-        kinds = plan["coverage"].get(key, {})
-        listed = ", ".join(
-            f"{k} ({v['weights']} weights, {v['parameters']:,})" for k, v in kinds.items()
-        )
+    covered = plan["coverage"]
+    if covered:
+        rows = covered_lines(covered)
+        head = ["kind", "weights adapted", "parameters adapted", "share"]
+        _print_table(Table(head, rows))
+        console.print(f"coverage: {covered['share']:.1%} of the parameters that can be adapted")
+    for key, label in (("trained", "trained in full"), ("others", "never adapted")):
+        listed = ", ".join(f"{k} ({v['parameters']:,})" for k, v in covered.get(key, {}).items())
         if listed:
             console.print(f"{label}: {listed}", markup=False)
-    if plan["coverage"]:
-        console.print(f"coverage: {plan['coverage']['share']:.1%} of the matrices' parameters")
     console.print(f"trained parameters: {plan['parameters']['trainable']:,}")
     console.print(f"estimate: {plan['estimate']}", markup=False)
 

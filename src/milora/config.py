@@ -30,6 +30,11 @@ data:
   columns: {}                  # our column: the one in the file, for example {prompt: question}
   max_length: 512              # tokens; longer rows are cut at the end and counted
   on_bad_row: fail             # fail | skip
+tokenizer:
+  tokens: []                   # texts that become one token each, with a row that trains; the result
+  special_tokens: []           # is then merged weights (model/). Special: left out of decoded answers
+  chat_template: null          # a Jinja file, or its text, in place of the model's own
+  eos_token: null              # the token that ends an answer, in place of the tokenizer's own
 lora:                          # handed to peft.LoraConfig as it stands
   r: 32
   lora_alpha: 32
@@ -75,6 +80,13 @@ class Data(Strict):
     columns: dict[str, str] = {}
     max_length: int = Field(default=512, ge=2)
     on_bad_row: Literal["fail", "skip"] = "fail"
+
+
+class Tokenizer(Strict):
+    tokens: list[str] = []
+    special_tokens: list[str] = []
+    chat_template: str | None = None
+    eos_token: str | None = None
 
 
 class Lora(BaseModel):
@@ -150,6 +162,7 @@ class Config(Strict):
     trust_remote_code: bool = False
     early_stopping_patience: int = Field(0, ge=0)
     data: Data
+    tokenizer: Tokenizer = Tokenizer()
     lora: Lora = Lora()
     milora: Milora = Milora()
     training: dict[str, Any] = {}
@@ -190,7 +203,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold keys and values; see `milora train --print-default`")
-    for block in ("data", "lora", "milora", "training", "evaluate"):
+    for block in ("data", "tokenizer", "lora", "milora", "training", "evaluate"):
         if block in values and values[block] is None:  # all its keys are commented out
             values[block] = {}
     for override in overrides:
@@ -266,6 +279,7 @@ def _nearest(where: Sequence[str]) -> str | None:
     """The known key that `where` may have meant: in its own block, else in another."""
     blocks: dict[str, list[str]] = {
         "data": list(Data.model_fields),
+        "tokenizer": list(Tokenizer.model_fields),
         "lora": ["r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora"],
         "milora": [*Milora.model_fields, *Interference.model_fields, *KeepText.model_fields],
         "evaluate": list(Evaluate.model_fields),

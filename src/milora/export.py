@@ -10,7 +10,7 @@ import copy
 import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from types import MethodType
+from types import MappingProxyType, MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from milora.adapter import Factors, Start, add_adapter, trained_factors
+from milora.adapter import Factors, Rows, Start, add_adapter, trained_factors, trained_rows
 from milora.errors import UserError
 from milora.files import read_json, write_bytes, write_json
 from milora.matrices import adapted_matrices, base_modules, is_suffix, matrix_in, without_expert
@@ -179,8 +179,17 @@ def target_names(there: Collection[str], adapted: Collection[str], words: int = 
     return short if selected == set(adapted) else sorted(adapted)
 
 
-def merge(base: PreTrainedModel, plain: PlainLora) -> None:
-    """W + dW into the weights of `base`, in place: added in fp64 and rounded once to its dtype."""
+def merge(
+    base: PreTrainedModel, plain: PlainLora, rows: Mapping[str, Rows] = MappingProxyType({})
+) -> None:
+    """W + dW into the weights of `base`, in place: added in fp64 and rounded once to its dtype.
+
+    `rows`, of `trained_rows`, take the place of those that are there.
+    """
+    for name, (ids, values) in rows.items():
+        with torch.no_grad():
+            parameter = base.get_parameter(name)
+            parameter[ids.to(parameter.device)] = values.to(parameter)
     for name, (A, B) in plain.factors.items():
         try:
             weight = matrix_in(base, name)
@@ -203,6 +212,12 @@ def get_milora_model(
     interrupted and resumed there is `milora train`.
     """
     live, start = add_adapter(model, config, method, **options)
+    if rows := trained_rows(live):
+        raise UserError(
+            f"{', '.join(rows)} would train, which no plain LoRA holds, and that is what this model "
+            "saves: use `milora train`, which writes merged weights, or milora.adapter.add_adapter "
+            "and, when it is trained, merge_and_unload()"
+        )
     # A bound method and an attribute, so that copy.deepcopy takes them along.
     live.start = start  # type: ignore[assignment]
     live.save_pretrained = MethodType(_save_plain, live)  # type: ignore[method-assign]

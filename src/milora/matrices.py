@@ -167,13 +167,19 @@ def components_of_parts(
     )  # fmt: skip
 
 
+def name_in_base(name: str) -> str:
+    """Of a module or parameter of the base that PEFT has wrapped: its name before."""
+    return re.sub(r"\.(base_layer|token_adapter|original_module)(?=\.|$)", "", name)
+
+
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The modules of a model, or of the base of a PEFT model, by their names in the base."""
     inner: Any = model.base_model.model if isinstance(model, PeftModel) else model
     found = {}
     for name, module in inner.named_modules():
-        if ".lora_" not in name and not isinstance(module, LoraLayer):
-            found[name.replace(".base_layer", "")] = module
+        own = ".lora_" not in name and ".modules_to_save" not in name
+        if own and not isinstance(module, LoraLayer):
+            found[name_in_base(name)] = module
     return found
 
 

@@ -32,14 +32,21 @@ class Pretrained(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     name: str  # for people and for adapter_config.json
     license: str  # as the base's card states it, or "unknown"
+    notes: tuple[str, ...] = ()  # what had to be chosen, for people
 
 
-def load_pretrained(model: str, dtype: str = "auto", trust_remote_code: bool = False) -> Pretrained:
+def load_pretrained(
+    model: str,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    eos_token: str | None = None,
+) -> Pretrained:
     """The base model in eval mode, frozen, on the best device, with its tokenizer.
 
     `model` is "smollm2-135m", a hub id, a folder or a .gguf file; `dtype` is "float32",
     "bfloat16", "float16", or "auto": bfloat16 on a GPU that has it, else float32. (On a CPU
-    bfloat16 pays only where the processor multiplies it in hardware.)
+    bfloat16 pays only where the processor multiplies it in hardware.) `eos_token` takes the place of
+    the tokenizer's own end of an answer.
 
     Raises UserError when the model is not there or cannot be loaded.
     """
@@ -65,14 +72,45 @@ def load_pretrained(model: str, dtype: str = "auto", trust_remote_code: bool = F
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"model: {model} cannot be loaded: {reason}") from error
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"model: the tokenizer of {model} has no end-of-sequence token")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # only fills batches; masks go by length
+    embedding: Any = loaded.get_input_embeddings()
+    notes = complete(tokenizer, model, eos_token, len(embedding.weight))
     loaded.to(device)  # type: ignore[arg-type]
     loaded.eval()
     loaded.requires_grad_(False)
-    return Pretrained(loaded, tokenizer, model, license_ or "unknown")
+    return Pretrained(loaded, tokenizer, model, license_ or "unknown", notes)
+
+
+def complete(
+    tokenizer: PreTrainedTokenizerBase, model: str, eos_token: str | None, rows: int
+) -> tuple[str, ...]:
+    """Give the tokenizer the end and the padding that it lacks; returns what was chosen.
+
+    `rows` are those of the model's embedding. Raises UserError where nothing ends an answer.
+    """
+    if eos_token is not None:
+        if eos_token not in tokenizer.get_vocab():
+            raise UserError(
+                f"tokenizer.eos_token: {eos_token!r} is no token of {model}; it has "
+                f"{', '.join(map(repr, _special(tokenizer))) or 'no special tokens'}"
+            )
+        tokenizer.eos_token = eos_token
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"model: the tokenizer of {model} has no end-of-sequence token, without which no answer "
+            "ends: set tokenizer.eos_token to the one that does"
+            + f" (its special tokens are {', '.join(_special(tokenizer))})" * bool(_special(tokenizer))
+        )
+    pad = tokenizer.pad_token_id
+    if pad is not None and int(pad) < rows:  # type: ignore[call-overload]
+        return ()
+    # It only fills batches: attention masks and labels go by length, so that the end is learned.
+    tokenizer.pad_token = tokenizer.eos_token
+    why = "has no padding token" if pad is None else f"pads with id {pad}, of {rows} rows"
+    return (f"the tokenizer {why}: batches are filled with {tokenizer.eos_token}, masked by length",)
+
+
+def _special(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    return [str(one) for one in tokenizer.added_tokens_decoder.values() if one.special]
 
 
 def check_hub_id(model: str) -> None:

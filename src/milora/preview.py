@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from milora import adapter
 from milora.data import IGNORED, Collator, Prepared
-from milora.matrices import Matrix, adapted_matrices, kind_of
+from milora.matrices import Matrix, adapted_matrices, base_modules, kind_of
 from milora.pretrained import Pretrained
 from milora.progress import duration
 from milora.svd import Component, components
@@ -102,32 +102,58 @@ def marked(
 
 
 def coverage(live: PeftModel) -> dict[str, Any]:
-    """Which weights are adapted and which are not, by kind, with their numbers of parameters."""
-    adapted: dict[str, list[int]] = {}
-    left: dict[str, list[int]] = {}
+    """What is adapted of what can be, by kind, with numbers of weights and of parameters.
+
+    `adapted` and `not_adapted` are linear layers and stacks of experts, of which `share` is the part
+    that is adapted, in parameters. `trained` are rows of embedding and head that train in full.
+    `others` have more than one dimension too, but no adapter goes on them here: embeddings, routers,
+    convolutions. A weight that two layers share counts once.
+    """
+    found: dict[str, dict[str, list[int]]] = {
+        part: {} for part in ("adapted", "not_adapted", "trained", "others")
+    }
     matrices = adapted_matrices(live)
-    owned = {matrix.weight.data_ptr() for matrix in matrices.values()}
-    owned.add(live.get_input_embeddings().weight.data_ptr())  # a tied head is no weight of its own
+    seen = set()
     for name, matrix in matrices.items():
-        adapted.setdefault(kind_of(name), []).append(matrix.weight.numel())
-    inner: Any = live.base_model.model
-    for name, module in inner.named_modules():
+        found["adapted"].setdefault(kind_of(name), []).append(matrix.weight.numel())
+        seen.add(matrix.weight.data_ptr())
+    for name, rows in adapter.trained_rows(live).items():
+        kind = kind_of(name.rpartition(".")[0])
+        found["trained"].setdefault(kind, []).append(rows.values.numel())
+    modules = base_modules(live).items()
+    # An embedding and the head that is tied to it are an embedding.
+    for name, module in sorted(modules, key=lambda pair: isinstance(pair[1], nn.Linear)):
         for key, parameter in module.named_parameters(recurse=False):
-            # Stacked experts are one parameter of three dimensions.
-            matrices_here = isinstance(module, nn.Linear | Conv1D) or parameter.ndim == 3
-            if parameter.ndim < 2 or not matrices_here or ".lora_" in name:
+            if parameter.ndim < 2 or parameter.data_ptr() in seen:
                 continue
-            if parameter.data_ptr() in owned:
-                continue
-            kind = key if parameter.ndim == 3 else name.rpartition(".")[2]
-            for part in parameter if parameter.ndim == 3 else (parameter,):
-                left.setdefault(kind, []).append(part.numel())
-    inside, outside = (sum(sum(v) for v in part.values()) for part in (adapted, left))
+            seen.add(parameter.data_ptr())
+            stacked = parameter.ndim == 3 and not isinstance(module, nn.Conv1d)
+            part = "not_adapted" if stacked or isinstance(module, nn.Linear | Conv1D) else "others"
+            kind = kind_of(name) if key == "weight" else key
+            for one in parameter if stacked else (parameter,):
+                found[part].setdefault(kind, []).append(one.numel())
+    inside, outside = (sum(sum(v) for v in found[part].values()) for part in ("adapted", "not_adapted"))
     return {
-        "adapted": {k: {"weights": len(v), "parameters": sum(v)} for k, v in adapted.items()},
-        "not_adapted": {k: {"weights": len(v), "parameters": sum(v)} for k, v in left.items()},
+        **{
+            part: {k: {"weights": len(v), "parameters": sum(v)} for k, v in kinds.items()}
+            for part, kinds in found.items()
+        },
         "share": inside / (inside + outside),
     }
+
+
+def covered_lines(covered: Mapping[str, Any]) -> list[list[str]]:
+    """The same as rows of a table: kind, weights, parameters, share of the kind."""
+    adapted, left = covered["adapted"], covered["not_adapted"]
+    rows = []
+    for kind in dict.fromkeys((*adapted, *left)):
+        mine, rest = ({"weights": 0, "parameters": 0} | part.get(kind, {}) for part in (adapted, left))
+        every = {key: mine[key] + rest[key] for key in mine}
+        share = mine["parameters"] / every["parameters"]
+        rows.append(
+            [kind, *(f"{mine[key]:,} of {every[key]:,}" for key in every), f"{share:.1%}"]
+        )
+    return rows
 
 
 def peak_memory() -> int:

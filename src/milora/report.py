@@ -69,7 +69,10 @@ def _lead(record: Mapping[str, Any], rank: int | None, words: Mapping[str, str])
         "method": record["method"], "base": record["base"]["name"], "rank": rank,
         "rows": f"{record['data']['train']['kept']:,}",
     }  # fmt: skip
-    lead = [words["lead" if rank else "lead_full"].format(**values)]
+    key = "lead" if rank else "lead_full"
+    if merged := record.get("merged"):
+        key, values["layers"] = "lead_merged", ", ".join(merged["rows_of"])
+    lead = [words[key].format(**values)]
     if "stopped" in record:
         stopped = record["stopped"]
         lead.append(

@@ -7,7 +7,8 @@ one whole artefact in the run folder, and `resume` continues after the last one 
     init/factors.safetensors        initial factors, computed once
     checkpoints/checkpoint-N/       the trainer's resumable states
     checkpoints/trained.safetensors the trained factors
-    adapter/                        the result (model/ for full fine-tuning)
+    adapter/                        the result; model/ where no plain LoRA can hold it: full
+                                    fine-tuning, and rows of embedding or head that were trained
     evaluation.json, samples.jsonl  base against tuned
 """
 
@@ -18,6 +19,7 @@ import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -66,7 +68,7 @@ from milora.loop import (
     load_state,
     save_state,
 )
-from milora.matrices import adapted_matrices, kind_of, matrix_in
+from milora.matrices import adapted_matrices, is_suffix, kind_of, matrix_in
 from milora.pretrained import Pretrained, load_pretrained
 from milora.preview import coverage, peak_memory, plan
 from milora.progress import Progress
@@ -88,6 +90,7 @@ from milora.ranks import ranks, with_ranks
 from milora.spectra import thinned
 from milora.store import Store
 from milora.svd import components
+from milora.tokens import Named, load_with_tokens
 from milora.verify import make_probes
 
 # Below LoRA's: at s = 1 the best rate of MiLoRA was a third and that of PiSSA a tenth of LoRA's
@@ -129,6 +132,8 @@ class Material(NamedTuple):
     texts: list[tuple[str, str]]  # (text, where it comes from)
     general: list[list[int]]  # pieces of milora.text
     files: dict[str, str]  # name -> sha256
+    base_sha256: str  # of the base as it came
+    named: Named  # tokens of the user's own
 
 
 def train(
@@ -141,6 +146,7 @@ def train(
     dtype: str = "auto",
     trust_remote_code: bool = False,
     early_stopping_patience: int = 0,
+    tokenizer: Mapping[str, Any] = MappingProxyType({}),
     lora: Mapping[str, Any],
     milora: Mapping[str, Any],
     training: Mapping[str, Any],
@@ -161,6 +167,8 @@ def train(
         "data": dict(data), "lora": dict(lora), "milora": dict(milora), "training": dict(training),
         "evaluate": dict(evaluate), "gates": list(gates),
     }  # fmt: skip
+    if any(tokenizer.values()):
+        asked["tokenizer"] = dict(tokenizer)
     run = Path(output_dir)
     resumed = _check_folder(run, asked, resume)
     arguments = _training_arguments(method, training, run, seed, early_stopping_patience)
@@ -171,16 +179,15 @@ def train(
         raise UserError("milora.rank: full fine-tuning has no rank: use an adapter")
     check_protect(milora["protect"], method)
     _check_general(milora, method, progress)
-    if method == "full" and dtype == "auto":
+    if (method == "full" or lora.get("modules_to_save")) and dtype == "auto":
         dtype = "float32"  # most steps of a small rate round to nothing in 16 bit
     set_seed(seed)
     material = _read(
-        model, dtype, trust_remote_code, data, evaluate, milora["text"], seed, progress
+        model, dtype, trust_remote_code, data, evaluate, milora["text"], seed, tokenizer, progress
     )
     parsed = [parse_gate(gate) for gate in gates]
     check_subjects(parsed, [task.name for task in material.tasks])
-    base = material.base
-    base_sha = adapter.base_sha256(base.model)
+    base, base_sha = material.base, material.base_sha256
     parameters = sum(p.numel() for p in base.model.parameters())
     init = run / "init" / "factors.safetensors"
     start = adapter.load_start(init) if method != "full" and init.exists() else None
@@ -191,6 +198,13 @@ def train(
     if milora["rank"]:
         found = _ranks(base, names, milora["rank"], start, progress)
         lora_config = adapter.lora_config(with_ranks(lora, found))
+    if lora_config is not None:
+        whole = lora_config.modules_to_save or ()
+        lora_config.trainable_token_indices = {
+            layer: ids
+            for layer, ids in material.named.rows.items()
+            if not any(is_suffix(entry, layer) for entry in whole)
+        } or None
     if dry_run:
         return plan(base, material.train, lora_config, method, arguments)
 
@@ -208,6 +222,8 @@ def train(
                 "another output_dir"
             )
     live: nn.Module = base.model
+    # With rows for new tokens it is no longer the one that came.
+    live_sha = adapter.base_sha256(live) if material.named.ids else base_sha
     if lora_config is not None:
         store = None
         if start is None and method in adapter.COMPONENT:
@@ -257,6 +273,8 @@ def train(
         "coverage": coverage(live) if isinstance(live, PeftModel) else {},
         "seconds": {},
     }  # fmt: skip
+    if material.named.ids:
+        record["tokens"] = {"ids": material.named.ids, "added": material.named.added}
     if "step0" not in record and isinstance(live, PeftModel):
         difference = adapter.step0_difference(live, probe)
         bound = adapter.step0_bound(base.model.dtype)
@@ -318,20 +336,22 @@ def train(
         plain = export.plain_lora(start, adapter.trained_factors(live))
         if "spectra" not in record:
             record["spectra"] = _spectra(live, plain)
-        live = _export(live, plain, start, record, material, run, probe, asked, progress)
-        unchanged = adapter.base_sha256(live) == base_sha
+        if adapter.trained_rows(live):
+            pair = _export_merged(live, plain, record, run, probe, asked, progress)
+        else:
+            pair = Pair(_export(live, plain, start, record, material, run, probe, asked, progress))
+        unchanged = adapter.base_sha256(pair.other_base or pair.model) == live_sha
         record["base"]["unchanged"] = unchanged
         if not unchanged:
             raise RuntimeError("the base changed during the run, which must never be: report this")
-        pair = Pair(live)
     else:
         if not (run / "model").exists():
             with new_folder(run / "model") as folder:
                 live.save_pretrained(folder)  # type: ignore[operator]
                 base.tokenizer.save_pretrained(folder)
-        other = load_pretrained(model, dtype, trust_remote_code).model
+        other = load_with_tokens(model, dtype, trust_remote_code, tokenizer).base.model
         pair = Pair(live, other)
-    live.eval()
+    pair.model.eval()
     record["seconds"]["export"] = time.monotonic() - began
     if not (run / "evaluation.json").exists():
         began = time.monotonic()
@@ -343,9 +363,9 @@ def train(
         record["seconds"]["evaluation"] = time.monotonic() - began
     evaluation = read_json(run / "evaluation.json")
     record["gates"] = [verdict._asdict() for verdict in judge(parsed, evaluation, record)]
-    if (run / "adapter").exists():
-        card = model_card(record, asked, evaluation)
-        write_text(run / "adapter" / "README.md", card)
+    if method != "full":
+        result = run / ("adapter" if (run / "adapter").exists() else "model")
+        write_text(result / "README.md", model_card(record, asked, evaluation))
     record["state"] = "done"
     write_json(run / "run.json", record)
     return record
@@ -452,6 +472,7 @@ def _read(
     evaluate: Mapping[str, Any],
     general: str | Sequence[str] | None,
     seed: int,
+    tokenizer: Mapping[str, Any],
     progress: Progress,
 ) -> Material:
     read = {key: data[key] for key in ("format", "columns", "on_bad_row")}
@@ -482,7 +503,20 @@ def _read(
     used = [source, held_out, *(text_source for _, text_source in [*texts, *asked])]
     used += [_task_file(task) for task in evaluate["tasks"]]
     files = {f: sha256(Path(f)) for f in used if isinstance(f, str) and Path(f).is_file()}
-    base = load_pretrained(model, dtype, trust_remote_code)
+    base, base_sha, named, template = load_with_tokens(
+        model, dtype, trust_remote_code, tokenizer
+    )
+    if template:
+        files[template] = sha256(Path(template))
+    for note in base.notes:
+        progress.say(note)
+    if named.ids:
+        known = [text for text in named.ids if text not in named.added]
+        progress.say(
+            f"tokens: {len(named.added)} added, {len(known)} known already"
+            + f" ({', '.join(known)})" * bool(known)
+            + f"; their rows train in {' and '.join(named.rows)}"
+        )
     longest = positions(base.model)
     if data["max_length"] > longest:
         raise UserError(
@@ -494,6 +528,13 @@ def _read(
     prepared = prepare(base.tokenizer, train_rows, data["max_length"], source)
     name = held_out if isinstance(held_out, str) else f"{source} (held out)"
     prepared_held = prepare(base.tokenizer, held_rows, data["max_length"], name)
+    rows_there = len(base.model.get_input_embeddings().weight)  # type: ignore[operator]
+    for example in (*prepared.examples, *prepared_held.examples):
+        if (largest := max(example["input_ids"])) >= rows_there:
+            raise UserError(
+                f"model: {base.tokenizer.convert_ids_to_tokens(largest)!r} has id {largest}, but the "
+                f"embedding of {model} has {rows_there} rows: name it in tokenizer.tokens"
+            )
     common = overlap(train_rows, held_rows)
     for what, part in (("train", prepared), ("eval", prepared_held)):
         progress.say(
@@ -506,7 +547,9 @@ def _read(
     if common:
         progress.say(f"warning: {common} held-out questions also stand in the training rows")
     pieces = cut(base.tokenizer, (text for text, _ in asked), longest) if asked else []
-    return Material(base, rows, prepared, prepared_held, common, tasks, texts, pieces, files)
+    return Material(
+        base, rows, prepared, prepared_held, common, tasks, texts, pieces, files, base_sha, named
+    )
 
 
 def _task_file(task: Any) -> str | None:
@@ -738,6 +781,51 @@ def _export(
     record["state"] = "exported"
     write_json(run / "run.json", record)
     return PeftModel.from_pretrained(base, run / "adapter")
+
+
+def _export_merged(
+    live: PeftModel,
+    plain: export.PlainLora,
+    record: dict[str, Any],
+    run: Path,
+    probe: Mapping[str, Tensor],
+    asked: Mapping[str, Any],
+    progress: Progress,
+) -> Pair:
+    """Write model/, whole weights, since no plain LoRA holds rows of embedding or head.
+
+    Returns what the folder gives and, with its adapter off, the base.
+    """
+    live.eval()
+    keep, dtype = probe["attention_mask"].bool(), record["base"]["dtype"]
+    with torch.no_grad():
+        trained_logits = live(**probe).logits[keep].float()
+    rows = adapter.trained_rows(live)
+    layers = sorted({name.rpartition(".")[0] for name in rows})
+    record["merged"] = {"rows_of": layers}
+    if not (run / "model").exists():
+        fresh = load_with_tokens(
+            asked["model"], dtype, asked["trust_remote_code"], asked.get("tokenizer", {})
+        ).base
+        export.merge(fresh.model, plain, rows)
+        with new_folder(run / "model") as folder:
+            fresh.model.save_pretrained(folder)
+            fresh.tokenizer.save_pretrained(folder)
+            write_text(folder / "README.md", model_card(record, asked, None))
+        del fresh
+    tuned = load_pretrained(str(run / "model"), dtype, asked["trust_remote_code"]).model
+    with torch.no_grad():
+        logits = tuned(**probe).logits[keep].float()
+    difference = float((logits - trained_logits).abs().max() / trained_logits.abs().max())
+    record["merged"]["exported_against_trained"] = difference
+    record["state"] = "exported"
+    write_json(run / "run.json", record)
+    progress.say(
+        f"{run / 'model'}: merged weights, since {' and '.join(layers)} had rows to train, which no "
+        f"plain LoRA holds; logits as trained to {difference:.1e}"
+    )
+    live.base_model.disable_adapter_layers()  # type: ignore[operator]
+    return Pair(tuned, live)
 
 
 def _data_record(material: Material) -> dict[str, Any]:

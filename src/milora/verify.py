@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import yaml
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from milora.adapter import base_only, tensor_sha256
 from milora.errors import UserError
+from milora.evaluate import Pair
 from milora.files import read_json
 from milora.matrices import matrix_in
-from milora.pretrained import Pretrained, load_pretrained
+from milora.pretrained import Pretrained, complete, load_pretrained
+from milora.tokens import load_with_tokens
 
 PROBES = (
     "The capital of France is",
@@ -38,13 +41,52 @@ class Opened(NamedTuple):
     provenance: dict[str, Any]
 
 
+class OpenedRun(NamedTuple):
+    """Base and tuned of whatever a run has as its result."""
+
+    pair: Pair
+    tokenizer: PreTrainedTokenizerBase
+    configuration: dict[str, Any]
+
+
 def find_adapter(path: Path) -> Path:
     """The adapter folder of a run folder, or the folder itself."""
     folder = path / "adapter" if (path / "adapter").is_dir() else path
+    if (path / "run.json").is_file() and (path / "model").is_dir():
+        raise UserError(f"{path} has no adapter: {why_whole(path)}, so that its result is {path}/model")
     if not (folder / "milora.json").is_file():
         what = "a finished run" if path.is_dir() else "there"
         raise UserError(f"{path} is not {what}: it has no adapter/ made by milora")
     return folder
+
+
+def why_whole(run: Path) -> str:
+    """Why the result of a run is in model/ and not in adapter/."""
+    layers = read_json(run / "run.json").get("merged", {}).get("rows_of")
+    if not layers:
+        return "it was trained in full"
+    return f"rows of {' and '.join(layers)} were trained, which no plain LoRA can hold"
+
+
+def open_run(path: Path, trust_remote_code: bool = False) -> OpenedRun:
+    """Base and tuned of a run, or of an adapter folder made by milora."""
+    if not (path / "run.json").is_file() or not (path / "model").is_dir():
+        opened = open_adapter(path, trust_remote_code=trust_remote_code)
+        return OpenedRun(
+            Pair(opened.model), opened.base.tokenizer, opened.provenance["configuration"]
+        )
+    asked = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+    recorded = read_json(path / "run.json")["base"]
+    loaded = load_with_tokens(
+        recorded["model"], recorded["dtype"], trust_remote_code, asked.get("tokenizer", {})
+    )
+    if loaded.sha256 != recorded["sha256"]:
+        raise UserError(
+            f"wrong base: {recorded['model']} has sha256 {loaded.sha256[:12]}, but {path} was trained "
+            f"from {recorded['sha256'][:12]}: put that model back"
+        )
+    tuned = load_pretrained(str(path / "model"), recorded["dtype"], trust_remote_code)
+    return OpenedRun(Pair(tuned.model, loaded.base.model), tuned.tokenizer, asked)
 
 
 def open_adapter(path: Path, base: str | None = None, trust_remote_code: bool = False) -> Opened:
@@ -55,7 +97,10 @@ def open_adapter(path: Path, base: str | None = None, trust_remote_code: bool = 
     folder = find_adapter(path)
     provenance = read_json(folder / "milora.json")
     recorded = provenance["base"]
-    loaded = load_pretrained(base or recorded["model"], recorded["dtype"], trust_remote_code)
+    loaded = load_pretrained(
+        base or recorded["model"], recorded["dtype"], trust_remote_code,
+        provenance["configuration"].get("tokenizer", {}).get("eos_token"),
+    )  # fmt: skip
     wrong = _wrong_weights(loaded.model, provenance["weights_sha256"])
     if wrong:
         raise UserError(
@@ -63,6 +108,11 @@ def open_adapter(path: Path, base: str | None = None, trust_remote_code: bool = 
             f"{len(wrong)} weights, the first is {wrong[0]}: give the model that the adapter was "
             f"trained on ({recorded['name']})"
         )
+    # The one it was trained with, chat template included, wherever the base came from.
+    if (folder / "tokenizer_config.json").is_file():
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        complete(tokenizer, str(folder), None, len(loaded.model.get_input_embeddings().weight))  # type: ignore[operator]
+        loaded = loaded._replace(tokenizer=tokenizer)
     return Opened(PeftModel.from_pretrained(loaded.model, folder), loaded, provenance)
 
 
