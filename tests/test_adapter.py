@@ -314,7 +314,6 @@ def test_a_second_adapter_is_refused(load: Load) -> None:
         ({"rank": 4}, "lora.rank is not an option of peft.LoraConfig"),
         ({"lora_alpah": 4}, "did you mean lora_alpha?"),
         ({"use_dora": True}, "lora.use_dora is not supported"),
-        ({"modules_to_save": ["lm_head"]}, "lora.modules_to_save is not supported"),
         ({"bias": "all"}, "lora.bias is not supported"),
         ({"init_lora_weights": "pissa"}, "use `method`"),
         ({"r": 0}, "lora.r is 0"),

@@ -20,6 +20,7 @@ from milora.adapter import add_adapter, lora_config
 from milora.artefacts import export_run
 from milora.errors import UserError
 from milora.matrices import adapted_matrices, fused_rows, matrix_in
+from milora.preview import coverage, covered_lines
 from milora.progress import Progress
 from milora.store import Store, decompose_checkpoint
 
@@ -332,3 +333,120 @@ def test_a_weight_of_two_layers_is_refused(what: str, folder: Callable[[str], Pa
     config = lora_config({"r": 2, "lora_alpha": 2, "target_modules": ["up_proj"]})
     with pytest.raises(UserError, match=r"0\.mlp\.up_proj shares its weight with model\.layers\.1"):
         add_adapter(model, config, "milora")
+
+
+@pytest.mark.parametrize(
+    ("lora", "said"),
+    [
+        (
+            {"target_modules": ["q_proj", "up_proj"], "exclude_modules": ["up_proj"]},
+            "'up_proj' is adapted nowhere, since .*exclude_modules",
+        ),
+        ({"exclude_modules": ["lm_hed"]}, "exclude_modules: 'lm_hed' matches no module"),
+        ({"exclude_modules": ".*vision.*"}, r"exclude_modules: '\.\*vision\.\*' matches no module"),
+        ({"layers_to_transform": [0, 5]}, "no adapted weight is in layer 5"),
+        (
+            {"target_modules": ["model.layers.0.self_attn.q_proj", "k_proj"],
+             "layers_to_transform": [1]},
+            "model.layers.0.self_attn.q_proj' is in other layers, but not in layer 1",
+        ),
+        (
+            {"target_modules": ["model.layers.0.self_attn.q_proj", "self_attn.q_proj"],
+             "layers_to_transform": [1]},
+            "model.layers.0.self_attn.q_proj",
+        ),
+        ({"layers_to_transform": [0], "layers_pattern": "blocks"}, "not found in the base model"),
+    ],
+)  # fmt: skip
+def test_what_is_not_covered_is_said(
+    lora: dict[str, Any], said: str, folder: Callable[[str], Path]
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder("llama"))
+    config = lora_config({"r": 2, "lora_alpha": 2, "target_modules": ["q_proj", "k_proj"]} | lora)
+    with pytest.raises(UserError, match=said):
+        add_adapter(model, config, "milora")
+
+
+def test_a_target_that_only_some_layers_have(folder: Callable[[str], Path]) -> None:
+    """Layer 1 has no gate of its own; asked for by name and layer, that is said."""
+
+    def made() -> PreTrainedModel:
+        model = AutoModelForCausalLM.from_pretrained(folder("llama"))
+        model.model.layers[0].extra_proj = torch.nn.Linear(4, 4)
+        return model
+
+    options = {"r": 2, "lora_alpha": 2, "target_modules": ["q_proj", "extra_proj"]}
+    live, _ = add_adapter(made(), lora_config(options), "lora")
+    assert coverage(live)["adapted"]["extra_proj"]["weights"] == 1
+    with pytest.raises(UserError, match="'extra_proj' is in other layers, but not in layer 1"):
+        add_adapter(made(), lora_config(options | {"layers_to_transform": [0, 1]}), "lora")
+    with pytest.raises(UserError, match="'extra_proj' is adapted nowhere"):
+        add_adapter(made(), lora_config(options | {"layers_to_transform": [1]}), "lora")
+
+
+def test_layers_do_not_hold_for_experts(folder: Callable[[str], Path]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder("mixtral"))
+    options = {"r": 2, "lora_alpha": 2, "target_modules": ["q_proj"], "layers_to_transform": [0]}
+    config = lora_config(options | {"target_parameters": EXPERTS})
+    with pytest.raises(
+        UserError, match=r"layers_to_transform is \[0\], but model.layers.1.mlp.exp"
+    ):
+        add_adapter(model, config, "lora")
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "gemma3"])
+def test_every_matrix_is_counted_once(name: str, folder: Callable[[str], Path]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder(name))
+    wanted = sum(p.numel() for p in model.parameters() if p.ndim > 1)
+    _, _, targets, parameters = ARCHITECTURES[name]
+    config = lora_config(
+        {"r": 2, "lora_alpha": 2, "target_modules": targets[:1],
+         "target_parameters": parameters[:1] or None}
+    )  # fmt: skip
+    live, _ = add_adapter(model, config, "lora")
+    found = coverage(live)
+    parts = ("adapted", "not_adapted", "others")
+    assert sum(kind["parameters"] for p in parts for kind in found[p].values()) == wanted
+    assert set(found["adapted"]) == {targets[0], *(p.rpartition(".")[2] for p in parameters[:1])}
+    assert ("gate" in found["others"]) == (name == "mixtral")  # its router is no linear layer
+    assert ("lm_head" in found["not_adapted"]) == (name in ("llama", "mixtral"))
+    rows = covered_lines(found)
+    assert len(rows) == len({*found["adapted"], *found["not_adapted"]})
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, one in ARCHITECTURES.items() if not one.parameters]
+)
+def test_all_linear_means_all(name: str, folder: Callable[[str], Path]) -> None:
+    options = {"r": 2, "lora_alpha": 2, "target_modules": "all-linear"}
+    live, _ = add_adapter(
+        AutoModelForCausalLM.from_pretrained(folder(name)), lora_config(options), "lora"
+    )
+    # But for the head, as PEFT has it.
+    assert set(coverage(live)["not_adapted"]) <= {"lm_head", "embed_out"}
+
+
+def test_a_damaged_weight_that_is_not_adapted(
+    folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder("llama"))
+    with torch.no_grad():
+        model.get_parameter("model.layers.1.mlp.gate_proj.weight")[3, 0] = torch.nan
+    model.save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.gate_proj\.weight holds NaN"):
+        run(settings(tmp_path / "model", tmp_path, lora={"target_modules": ["q_proj"]}))
+
+
+def test_a_weight_of_zeros_learns(folder: Callable[[str], Path], tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder("llama"))
+    with torch.no_grad():
+        model.get_parameter("model.layers.0.mlp.down_proj.weight").zero_()
+    model.save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    run(settings(tmp_path / "model", tmp_path, lora={"target_modules": ["down_proj"]}))
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    tuned = PeftModel.from_pretrained(base, tmp_path / "run" / "adapter").merge_and_unload()
+    learned = tuned.get_parameter("model.layers.0.mlp.down_proj.weight")
+    assert learned.isfinite().all()
+    assert learned.abs().max() > 0

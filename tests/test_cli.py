@@ -82,8 +82,10 @@ def test_a_whole_run_and_what_follows(command: Command) -> None:
     code, out, err = command("train", config, "--dry-run")
     assert code == 0
     assert "⟦0</s>⟧" in out
-    assert "adapted: q_proj (2 weights" in out
-    assert "not adapted: k_proj (2 weights" in out
+    shown = [line.split() for line in out.splitlines()]
+    assert ["q_proj", *"2 of 2 2,048 of 2,048 100.0%".split()] in shown
+    assert ["k_proj", *"0 of 2 0 of 1,024 0.0%".split()] in shown
+    assert "never adapted: embed_tokens (8,256)" in out
     assert "19 rows kept, 0 shortened to 64 tokens, 0 refused" in err
     assert not Path("run").exists()
     code, out, err = command("train", config, "training.learning_rate=1e-3")

@@ -35,6 +35,10 @@ TOKENS = ["<tool>", "検索"]
 TARGETS = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "c_fc"], "tied": ["q_proj"]}
 
 
+def slow(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def marked_rows(path: Path) -> Path:
     """Rows in which the new tokens are the answer."""
     rows = [
@@ -58,6 +62,7 @@ def asked_for(model: Path, folder: Path, **changes: Any) -> dict[str, Any]:
     return settings(model, folder, **values | changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "tied", "gpt2"])
 def test_new_tokens_from_the_base_to_the_merged_model(
     kind: str, tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -113,7 +118,10 @@ def head(model: PreTrainedModel) -> torch.Tensor:
 def test_what_a_run_with_new_tokens_can_be_asked(
     tiny: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    run(asked_for(tiny("tied"), tmp_path))
+    record = run(asked_for(tiny("tied"), tmp_path))
+    assert record["base"]["unchanged"]
+    assert record["step0"]["difference"] <= record["step0"]["bound"]
+    assert record["merged"]["exported_against_trained"] <= 1e-5
     ran = tmp_path / "run"
     with pytest.raises(UserError, match=r"rows of model.embed_tokens were trained, which no plain"):
         export_run(ran, tmp_path / "lora", "lora", None)
@@ -130,6 +138,7 @@ def test_what_a_run_with_new_tokens_can_be_asked(
     assert len(said) == 1
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_with_new_tokens(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     record = run(asked_for(tiny("llama"), tmp_path, method="full"))
     assert record["tokens"]["added"] == TOKENS
@@ -232,6 +241,7 @@ def test_a_head_cannot_have_both(tiny: Callable[[str], Path], tmp_path: Path) ->
         run(asked)
 
 
+@pytest.mark.slow
 def test_tokens_without_a_row_are_said(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     model = tmp_path / "model"
     AutoModelForCausalLM.from_pretrained(tiny("llama")).save_pretrained(model)
@@ -249,10 +259,10 @@ def test_tokens_without_a_row_are_said(tiny: Callable[[str], Path], tmp_path: Pa
 @pytest.mark.parametrize(
     ("kind", "entries", "trained"),
     [
-        ("llama", ["embed_tokens", "lm_head"], {"model.embed_tokens", "lm_head"}),
-        ("llama", ["lm_head"], {"lm_head"}),
-        ("tied", ["embed_tokens", "lm_head"], {"model.embed_tokens", "lm_head"}),
-        ("tied", ["embed_tokens"], {"model.embed_tokens", "lm_head"}),
+        slow("llama", ["embed_tokens", "lm_head"], {"model.embed_tokens", "lm_head"}),
+        slow("llama", ["lm_head"], {"lm_head"}),
+        slow("tied", ["embed_tokens", "lm_head"], {"model.embed_tokens", "lm_head"}),
+        slow("tied", ["embed_tokens"], {"model.embed_tokens", "lm_head"}),
     ],
 )
 def test_modules_to_save(
@@ -272,7 +282,6 @@ def test_modules_to_save(
         if not torch.equal(layer(base), layer(tuned))
     }
     assert moved == trained
-    assert (head(tuned) is embedding(tuned)) == (kind == "tied") or kind == "tied"
     if kind == "tied":
         assert tuned.lm_head.weight is tuned.model.embed_tokens.weight
 
@@ -282,7 +291,11 @@ def test_modules_to_save(
     [
         ("llama", {"modules_to_save": ["norm"]}, "'norm' is neither the embedding nor the head"),
         ("tied", {"modules_to_save": ["lm_head"]}, r"lm_head shares its weight with model.embed_"),
-        ("tied", {"target_modules": ["q_proj", "lm_head"]}, "lm_head shares its weight with the in"),
+        (
+            "tied",
+            {"target_modules": ["q_proj", "lm_head"]},
+            "lm_head shares its weight with the in",
+        ),
         ("llama", {"trainable_token_indices": [1]}, "name the tokens in tokenizer.tokens"),
     ],
 )
@@ -293,6 +306,7 @@ def test_what_cannot_train_in_full(
         run(settings(tiny(kind), tmp_path, lora={"target_modules": ["q_proj"]} | lora))
 
 
+@pytest.mark.slow
 def test_an_untied_head_is_adapted_and_the_embedding_stays(
     tiny: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -301,16 +315,14 @@ def test_an_untied_head_is_adapted_and_the_embedding_stays(
     before = tensor_sha256(embedding(base))
     tuned = PeftModel.from_pretrained(base, tmp_path / "run" / "adapter").merge_and_unload()
     assert tensor_sha256(embedding(tuned)) == before
-    assert not torch.equal(
-        head(tuned), head(AutoModelForCausalLM.from_pretrained(tiny("llama")))
-    )
+    assert not torch.equal(head(tuned), head(AutoModelForCausalLM.from_pretrained(tiny("llama"))))
 
 
 def test_from_python_it_is_refused_before_it_is_lost(load: Callable[..., PreTrainedModel]) -> None:
     config = LoraConfig(
         r=2, lora_alpha=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"]
     )
-    with pytest.raises(UserError, match="embed_tokens.weight would train, which no plain LoRA"):
+    with pytest.raises(UserError, match=r"embed_tokens.weight would train, which no plain LoRA"):
         get_milora_model(load("llama"), config)
 
 
@@ -321,6 +333,7 @@ PLAIN = (
 )
 
 
+@pytest.mark.slow
 def test_a_template_of_the_users_own(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     file = tmp_path / "mine.jinja"
     file.write_text(PLAIN, encoding="utf-8")
@@ -332,7 +345,7 @@ def test_a_template_of_the_users_own(tiny: Callable[[str], Path], tmp_path: Path
     assert AutoTokenizer.from_pretrained(tmp_path / "run" / "adapter").chat_template == PLAIN
     assert AutoTokenizer.from_pretrained(tiny("llama")).chat_template == CHAT
     file.write_text(PLAIN.replace("[", "("), encoding="utf-8")
-    with pytest.raises(UserError, match="mine.jinja has changed since the run"):
+    with pytest.raises(UserError, match=r"mine.jinja has changed since the run"):
         run(asked, resume=True)
 
 
@@ -369,9 +382,10 @@ def bare(tiny: Path, folder: Path, **special: Any) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_without_an_end_or_padding(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     model = bare(tiny("llama"), tmp_path / "model")
-    with pytest.raises(UserError, match="no end-of-sequence token.*set tokenizer.eos_token"):
+    with pytest.raises(UserError, match=r"no end-of-sequence token.*set tokenizer.eos_token"):
         load_pretrained(str(model))
     with pytest.raises(UserError, match="'<end>' is no token of"):
         load_pretrained(str(model), eos_token="<end>")
@@ -379,7 +393,9 @@ def test_without_an_end_or_padding(tiny: Callable[[str], Path], tmp_path: Path) 
     assert loaded.notes == (
         "the tokenizer has no padding token: batches are filled with </s>, masked by length",
     )
-    record = run(settings(model, tmp_path, tokenizer={"eos_token": "</s>"}, data={"max_length": 256}))
+    record = run(
+        settings(model, tmp_path, tokenizer={"eos_token": "</s>"}, data={"max_length": 256})
+    )
     assert record["state"] == "done"
     assert open_run(tmp_path / "run").tokenizer.eos_token == "</s>"
 

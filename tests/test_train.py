@@ -392,7 +392,9 @@ def test_chat_answers_from_both(finished: Path) -> None:
     opened = open_adapter(finished)
     said = list(replies(Pair(opened.model), opened.base.tokenizer, ["1 + 1 =", "2 + 2 ="], 4))
     assert len(said) == 2
-    assert said == list(replies(Pair(opened.model), opened.base.tokenizer, ["1 + 1 =", "2 + 2 ="], 4))
+    assert said == list(
+        replies(Pair(opened.model), opened.base.tokenizer, ["1 + 1 =", "2 + 2 ="], 4)
+    )
 
 
 def test_a_dry_run_writes_nothing_and_shows_what_is_trained(tiny: Tiny, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
+from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -253,12 +253,6 @@ def _inject(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     _check_whole(model, config)
     config.fan_in_fan_out = any(isinstance(module, Conv1D) for module in model.modules())
     embedding: Any = model.get_input_embeddings().weight  # type: ignore[operator]
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    linear = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not head
-    ]
     asked = config.target_modules  # PEFT writes the names that it found over it
     try:
         peft_model = get_peft_model(model, config, adapter_name=TRAINED)
@@ -268,11 +262,11 @@ def _inject(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
         if not config.trainable_token_indices:
             raise
         raise UserError(
-            "lora.target_modules: the head gets rows for the new tokens (tokenizer.tokens), so that "
-            "it cannot have an adapter too: leave it out"
+            "lora.target_modules: the head gets rows for the new tokens (tokenizer.tokens), so "
+            "that it cannot have an adapter too: leave it out"
         ) from error
     matrices = adapted_matrices(peft_model)
-    _check_covered(asked, config, model, list(matrices), linear)
+    _check_covered(asked, config, list(matrices))
     names: dict[int, list[str]] = {}
     for path, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name_in_base(path))
@@ -305,7 +299,7 @@ def _inject(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
 
 
 def _check_whole(model: PreTrainedModel, config: LoraConfig) -> None:
-    """lora.modules_to_save: embedding and head by their full names, a tied pair as the one weight."""
+    """Put embedding and head by their full names; a tied pair is one weight."""
     if not config.modules_to_save:
         return
     layers = {"embedding": model.get_input_embeddings(), "head": model.get_output_embeddings()}
@@ -481,13 +475,11 @@ def selects(pattern: str, name: str) -> bool:
 
 
 def _check_covered(
-    asked: str | Collection[str] | None, config: LoraConfig, model: nn.Module,
-    names: Sequence[str], linear: Sequence[str],
-) -> None:  # fmt: skip
+    asked: str | Collection[str] | None, config: LoraConfig, names: Sequence[str]
+) -> None:
     """Raise UserError where what is adapted is not what was asked for; PEFT passes over it.
 
-    `asked` is lora.target_modules as the user wrote it, `names` are the adapted weights, `linear` the
-    linear layers of the base but for its head.
+    `asked` is lora.target_modules as the user wrote it, `names` are the adapted weights.
     """
     patterns = {"rank_pattern": config.rank_pattern, "alpha_pattern": config.alpha_pattern}
     for option, pattern in patterns.items():
@@ -497,24 +489,13 @@ def _check_covered(
                     f"lora.{option}: {key!r} matches none of the {len(names)} adapted weights, "
                     f"of which one is {names[0]}"
                 )
-    if asked == "all-linear":
-        left = [
-            name
-            for name in set(linear) - set(names)
-            if not _excluded(config.exclude_modules or (), name)
-            and not isinstance(model.get_submodule(name), AuxiliaryTrainingWrapper)
-        ]
-        if left:
-            raise UserError(
-                f"lora.target_modules: all-linear, but {len(left)} linear layers have no adapter, the "
-                f"first is {min(left)}: name those to leave out in lora.exclude_modules"
-            )
     entries = [] if asked is None or isinstance(asked, str) else sorted(asked)
     for entry in entries:
         if not any(is_suffix(entry, name) for name in names):
-            kept_out = "lora.layers_to_transform, lora.exclude_modules or lora.modules_to_save"
+            options = "exclude_modules", "layers_to_transform", "modules_to_save"
+            why = " or ".join(f"lora.{key}" for key in options if getattr(config, key))
             raise UserError(
-                f"lora.target_modules: {entry!r} is adapted nowhere, since {kept_out} leaves it out"
+                f"lora.target_modules: {entry!r} is adapted nowhere, since {why} leaves it out"
             )
     layers = config.layers_to_transform
     if layers is None or layers == []:
@@ -527,8 +508,8 @@ def _check_covered(
         for entry in entries:
             if not any(is_suffix(entry, name) for name in here):
                 raise UserError(
-                    f"lora.target_modules: {entry!r} is in other layers, but not in layer {index} of "
-                    "lora.layers_to_transform: leave that layer out, or name the weights one by one"
+                    f"lora.target_modules: {entry!r} is in other layers, but not in layer {index} "
+                    "of lora.layers_to_transform: leave that layer out, or name the weights in full"
                 )
     for name in names:
         if _layer_of(config, name) not in layers:
@@ -637,16 +618,20 @@ def tensor_sha256(tensor: Tensor) -> str:
     return digest.hexdigest()
 
 
-def base_sha256(model: nn.Module) -> str:
-    """One hash over every tensor of the base, adapters left out, by the base's own names."""
-    digest = hashlib.sha256()
+def base_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Every tensor of the base by the base's own names, whatever adapters are on it."""
     inner: Any = model.base_model.model if isinstance(model, PeftModel) else model
-    own = {
+    return {
         name_in_base(name): tensor
         for name, tensor in inner.state_dict().items()
         if not any(part in name for part in (".lora_", ".modules_to_save.", ".trainable_tokens_"))
     }
-    for name, tensor in sorted(own.items()):
+
+
+def base_sha256(model: nn.Module) -> str:
+    """One hash over every tensor of the base, adapters left out, by the base's own names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(base_weights(model).items()):
         digest.update(f"{name} {tensor_sha256(tensor)}\n".encode())
     return digest.hexdigest()
 

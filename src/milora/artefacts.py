@@ -34,7 +34,8 @@ def export_run(
     if (run / "model").is_dir():
         if to == "lora":
             raise UserError(
-                f"--to lora: {why_whole(run)}: use {run / 'model'} as it is, or --to merged for a copy"
+                f"--to lora: {why_whole(run)}: use {run / 'model'} as it is, or --to merged for a "
+                "copy"
             )
         with new_folder(out) as folder:
             shutil.copytree(run / "model", folder, dirs_exist_ok=True)

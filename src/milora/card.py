@@ -130,10 +130,11 @@ def _whole_head(record: Mapping[str, Any]) -> list[str]:
     return [
         f"# {harmless(base['name'])}, fine-tuned",
         "",
-        "Whole weights: an adapter trained with [milora](https://arxiv.org/abs/2406.09044) (Wang et al., "
-        f"NAACL 2025) merged into the base `{harmless(base['name'])}`. Rows of {layers} were trained "
-        "too, which no plain LoRA can hold, so that there is no adapter."
-        + f" Tokens added to the base's: {', '.join(tokens)}." * bool(tokens),
+        "Whole weights: an adapter trained with [milora](https://arxiv.org/abs/2406.09044) (Wang "
+        f"et al., NAACL 2025) merged into the base `{harmless(base['name'])}`. Rows of {layers} "
+        "were trained too, which no plain LoRA can hold, so that there is no adapter."
+        + f" Tokens added to the base's: {', '.join(tokens)}."
+        * bool(tokens),
         "",
         "## Load it",
         "",

@@ -31,8 +31,9 @@ data:
   max_length: 512              # tokens; longer rows are cut at the end and counted
   on_bad_row: fail             # fail | skip
 tokenizer:
-  tokens: []                   # texts that become one token each, with a row that trains; the result
-  special_tokens: []           # is then merged weights (model/). Special: left out of decoded answers
+  tokens: []                   # texts that become one token each, with a row that trains; the
+                               # result is then merged weights, in model/
+  special_tokens: []           # the same, left out of decoded answers
   chat_template: null          # a Jinja file, or its text, in place of the model's own
   eos_token: null              # the token that ends an answer, in place of the tokenizer's own
 lora:                          # handed to peft.LoraConfig as it stands

@@ -214,9 +214,9 @@ def get_milora_model(
     live, start = add_adapter(model, config, method, **options)
     if rows := trained_rows(live):
         raise UserError(
-            f"{', '.join(rows)} would train, which no plain LoRA holds, and that is what this model "
-            "saves: use `milora train`, which writes merged weights, or milora.adapter.add_adapter "
-            "and, when it is trained, merge_and_unload()"
+            f"{', '.join(rows)} would train, which no plain LoRA holds, and that is what this "
+            "model saves: use `milora train`, which writes merged weights, or "
+            "milora.adapter.add_adapter and, when it is trained, merge_and_unload()"
         )
     # A bound method and an attribute, so that copy.deepcopy takes them along.
     live.start = start  # type: ignore[assignment]

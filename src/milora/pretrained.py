@@ -45,8 +45,8 @@ def load_pretrained(
 
     `model` is "smollm2-135m", a hub id, a folder or a .gguf file; `dtype` is "float32",
     "bfloat16", "float16", or "auto": bfloat16 on a GPU that has it, else float32. (On a CPU
-    bfloat16 pays only where the processor multiplies it in hardware.) `eos_token` takes the place of
-    the tokenizer's own end of an answer.
+    bfloat16 pays only where the processor multiplies it in hardware.) `eos_token` takes the place
+    of the tokenizer's own end of an answer.
 
     Raises UserError when the model is not there or cannot be loaded.
     """
@@ -95,10 +95,11 @@ def complete(
             )
         tokenizer.eos_token = eos_token
     if tokenizer.eos_token_id is None:
+        there = ", ".join(_special(tokenizer)) or "none"
         raise UserError(
-            f"model: the tokenizer of {model} has no end-of-sequence token, without which no answer "
-            "ends: set tokenizer.eos_token to the one that does"
-            + f" (its special tokens are {', '.join(_special(tokenizer))})" * bool(_special(tokenizer))
+            f"model: the tokenizer of {model} has no end-of-sequence token, without which no "
+            "answer ends: set tokenizer.eos_token to the one that does (its special tokens are "
+            f"{there})"
         )
     pad = tokenizer.pad_token_id
     if pad is not None and int(pad) < rows:  # type: ignore[call-overload]
@@ -106,7 +107,9 @@ def complete(
     # It only fills batches: attention masks and labels go by length, so that the end is learned.
     tokenizer.pad_token = tokenizer.eos_token
     why = "has no padding token" if pad is None else f"pads with id {pad}, of {rows} rows"
-    return (f"the tokenizer {why}: batches are filled with {tokenizer.eos_token}, masked by length",)
+    return (
+        f"the tokenizer {why}: batches are filled with {tokenizer.eos_token}, masked by length",
+    )
 
 
 def _special(tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -104,9 +104,9 @@ def marked(
 def coverage(live: PeftModel) -> dict[str, Any]:
     """What is adapted of what can be, by kind, with numbers of weights and of parameters.
 
-    `adapted` and `not_adapted` are linear layers and stacks of experts, of which `share` is the part
-    that is adapted, in parameters. `trained` are rows of embedding and head that train in full.
-    `others` have more than one dimension too, but no adapter goes on them here: embeddings, routers,
+    `adapted` and `not_adapted` are linear layers and stacks of experts; `share` is the part of
+    their parameters that is adapted. `trained` are rows of embedding and head that train in full.
+    `others` have more than one dimension too, but no adapter goes on them: embeddings, routers,
     convolutions. A weight that two layers share counts once.
     """
     found: dict[str, dict[str, list[int]]] = {
@@ -132,13 +132,13 @@ def coverage(live: PeftModel) -> dict[str, Any]:
             kind = kind_of(name) if key == "weight" else key
             for one in parameter if stacked else (parameter,):
                 found[part].setdefault(kind, []).append(one.numel())
-    inside, outside = (sum(sum(v) for v in found[part].values()) for part in ("adapted", "not_adapted"))
+    sizes = {part: sum(map(sum, kinds.values())) for part, kinds in found.items()}
     return {
         **{
             part: {k: {"weights": len(v), "parameters": sum(v)} for k, v in kinds.items()}
             for part, kinds in found.items()
         },
-        "share": inside / (inside + outside),
+        "share": sizes["adapted"] / (sizes["adapted"] + sizes["not_adapted"]),
     }
 
 
@@ -147,12 +147,12 @@ def covered_lines(covered: Mapping[str, Any]) -> list[list[str]]:
     adapted, left = covered["adapted"], covered["not_adapted"]
     rows = []
     for kind in dict.fromkeys((*adapted, *left)):
-        mine, rest = ({"weights": 0, "parameters": 0} | part.get(kind, {}) for part in (adapted, left))
+        mine, rest = (
+            {"weights": 0, "parameters": 0} | part.get(kind, {}) for part in (adapted, left)
+        )
         every = {key: mine[key] + rest[key] for key in mine}
         share = mine["parameters"] / every["parameters"]
-        rows.append(
-            [kind, *(f"{mine[key]:,} of {every[key]:,}" for key in every), f"{share:.1%}"]
-        )
+        rows.append([kind, *(f"{mine[key]:,} of {every[key]:,}" for key in every), f"{share:.1%}"])
     return rows
 
 

@@ -137,7 +137,9 @@ def add_tokens(
     for layer in _layers(model):
         for text in added:
             if ids[text] not in pieces[text] and pieces[text]:
-                layer.weight[ids[text]] = layer.weight[pieces[text]].float().mean(0).to(layer.weight)
+                layer.weight[ids[text]] = (
+                    layer.weight[pieces[text]].float().mean(0).to(layer.weight)
+                )
     modules = {id(module): name for name, module in model.named_modules()}
     rows = sorted(ids.values())
     return Named(ids, added, {modules[id(layer)]: rows for layer in _layers(model)} if ids else {})

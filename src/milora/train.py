@@ -14,6 +14,7 @@ one whole artefact in the run folder, and `resume` continues after the last one 
 
 import dataclasses
 import difflib
+import math
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -278,6 +279,8 @@ def train(
     if "step0" not in record and isinstance(live, PeftModel):
         difference = adapter.step0_difference(live, probe)
         bound = adapter.step0_bound(base.model.dtype)
+        if not math.isfinite(difference):
+            raise UserError(f"model: {model} gives logits that are no numbers{_damaged(live)}")
         progress.say(f"step 0: adapted and base logits differ by {difference:.1e} (bound {bound})")
         if not difference <= bound:
             raise RuntimeError(
@@ -364,8 +367,8 @@ def train(
     evaluation = read_json(run / "evaluation.json")
     record["gates"] = [verdict._asdict() for verdict in judge(parsed, evaluation, record)]
     if method != "full":
-        result = run / ("adapter" if (run / "adapter").exists() else "model")
-        write_text(result / "README.md", model_card(record, asked, evaluation))
+        kind = "adapter" if (run / "adapter").exists() else "model"
+        write_text(run / kind / "README.md", model_card(record, asked, evaluation))
     record["state"] = "done"
     write_json(run / "run.json", record)
     return record
@@ -503,9 +506,7 @@ def _read(
     used = [source, held_out, *(text_source for _, text_source in [*texts, *asked])]
     used += [_task_file(task) for task in evaluate["tasks"]]
     files = {f: sha256(Path(f)) for f in used if isinstance(f, str) and Path(f).is_file()}
-    base, base_sha, named, template = load_with_tokens(
-        model, dtype, trust_remote_code, tokenizer
-    )
+    base, base_sha, named, template = load_with_tokens(model, dtype, trust_remote_code, tokenizer)
     if template:
         files[template] = sha256(Path(template))
     for note in base.notes:
@@ -528,12 +529,13 @@ def _read(
     prepared = prepare(base.tokenizer, train_rows, data["max_length"], source)
     name = held_out if isinstance(held_out, str) else f"{source} (held out)"
     prepared_held = prepare(base.tokenizer, held_rows, data["max_length"], name)
-    rows_there = len(base.model.get_input_embeddings().weight)  # type: ignore[operator]
+    embedding: Any = base.model.get_input_embeddings()
+    rows_there = len(embedding.weight)
     for example in (*prepared.examples, *prepared_held.examples):
         if (largest := max(example["input_ids"])) >= rows_there:
             raise UserError(
-                f"model: {base.tokenizer.convert_ids_to_tokens(largest)!r} has id {largest}, but the "
-                f"embedding of {model} has {rows_there} rows: name it in tokenizer.tokens"
+                f"model: {base.tokenizer.convert_ids_to_tokens(largest)!r} has id {largest}, but "
+                f"the embedding of {model} has {rows_there} rows: name it in tokenizer.tokens"
             )
     common = overlap(train_rows, held_rows)
     for what, part in (("train", prepared), ("eval", prepared_held)):
@@ -602,6 +604,14 @@ def _fit(
             )
         progress.say(f"stopped at step {watch.passed}; the result is that of {good.name}")
         load_state(good / STATE, live)
+
+
+def _damaged(model: nn.Module) -> str:
+    """The first weight with a NaN or an infinity, which explains what the model gives."""
+    for name, weight in adapter.base_weights(model).items():
+        if not torch.isfinite(weight).all():
+            return f": {name} holds NaN or infinite values, so that the base is damaged"
+    return " on your rows, though all its weights are: use dtype: float32"
 
 
 def _targets(base: Pretrained, lora: Mapping[str, Any]) -> dict[str, adapter.Target]:
@@ -821,9 +831,11 @@ def _export_merged(
     record["state"] = "exported"
     write_json(run / "run.json", record)
     progress.say(
-        f"{run / 'model'}: merged weights, since {' and '.join(layers)} had rows to train, which no "
-        f"plain LoRA holds; logits as trained to {difference:.1e}"
+        f"{run / 'model'}: merged weights, since {' and '.join(layers)} had rows to train, which "
+        f"no plain LoRA holds; logits as trained to {difference:.1e}"
     )
+    if dtype == "float32" and not difference <= 1e-3:
+        raise RuntimeError("the merged weights are not what was trained: please report this")
     live.base_model.disable_adapter_layers()  # type: ignore[operator]
     return Pair(tuned, live)
 

@@ -53,7 +53,9 @@ def find_adapter(path: Path) -> Path:
     """The adapter folder of a run folder, or the folder itself."""
     folder = path / "adapter" if (path / "adapter").is_dir() else path
     if (path / "run.json").is_file() and (path / "model").is_dir():
-        raise UserError(f"{path} has no adapter: {why_whole(path)}, so that its result is {path}/model")
+        raise UserError(
+            f"{path} has no adapter: {why_whole(path)}, so that its result is {path}/model"
+        )
     if not (folder / "milora.json").is_file():
         what = "a finished run" if path.is_dir() else "there"
         raise UserError(f"{path} is not {what}: it has no adapter/ made by milora")
@@ -82,8 +84,8 @@ def open_run(path: Path, trust_remote_code: bool = False) -> OpenedRun:
     )
     if loaded.sha256 != recorded["sha256"]:
         raise UserError(
-            f"wrong base: {recorded['model']} has sha256 {loaded.sha256[:12]}, but {path} was trained "
-            f"from {recorded['sha256'][:12]}: put that model back"
+            f"wrong base: {recorded['model']} has sha256 {loaded.sha256[:12]}, but {path} was "
+            f"trained from {recorded['sha256'][:12]}: put that model back"
         )
     tuned = load_pretrained(str(path / "model"), recorded["dtype"], trust_remote_code)
     return OpenedRun(Pair(tuned.model, loaded.base.model), tuned.tokenizer, asked)
@@ -111,7 +113,8 @@ def open_adapter(path: Path, base: str | None = None, trust_remote_code: bool = 
     # The one it was trained with, chat template included, wherever the base came from.
     if (folder / "tokenizer_config.json").is_file():
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        complete(tokenizer, str(folder), None, len(loaded.model.get_input_embeddings().weight))  # type: ignore[operator]
+        embedding: Any = loaded.model.get_input_embeddings()
+        complete(tokenizer, str(folder), None, len(embedding.weight))
         loaded = loaded._replace(tokenizer=tokenizer)
     return Opened(PeftModel.from_pretrained(loaded.model, folder), loaded, provenance)
 
