@@ -80,6 +80,7 @@ def who_answers(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> str:
     parts = [
         base_sha256(model), str(parameter.dtype), parameter.device.type,
         str(getattr(tokenizer, "chat_template", None)), len(tokenizer), type(tokenizer).__name__,
+        str(tokenizer.eos_token),
         *(version(package) for package in ("milora", "torch", "transformers", "peft")),
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -115,6 +115,7 @@ def _asked(record: Mapping[str, Any], asked: Mapping[str, Any]) -> list[tuple[st
         chosen += [(f"lora.{key}", value) for key, value in asked["lora"].items()]
         milora = asked.get("milora", {})
         chosen += [(f"milora.{key}", milora[key]) for key in ("protect", "rank") if milora.get(key)]
+    chosen += [(f"tokenizer.{key}", v) for key, v in asked.get("tokenizer", {}).items() if v]
     chosen += [(f"training.{key}", value) for key, value in asked["training"].items()]
     chosen += [("seed", asked["seed"]), ("data.max_length", asked["data"]["max_length"])]
     return [(key, _plain(value)) for key, value in chosen]

@@ -106,6 +106,8 @@ def add_tokens(
     is decoded. Raises UserError for a text that cannot be one token.
     """
     every = [*tokens, *special]
+    if not every:
+        return Named({}, [], {})
     for text in every:
         if not text.strip():
             raise UserError(f"tokenizer.tokens: {text!r} is empty")
@@ -125,15 +127,12 @@ def add_tokens(
                 f"{len(read)} tokens: give it as it stands in text"
             )
         ids[text] = int(read[0])
-    embedding: Any = model.get_input_embeddings()
-    head: Any = model.get_output_embeddings()
-    tied = head is None or head.weight is embedding.weight
-    if not tied and head.bias is not None:
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
         raise UserError(
             "tokenizer.tokens: the output head of this model has a bias, which PEFT's trained rows "
-            "leave out: use tokens that the tokenizer has, or another base"
+            "leave out: write these marks as ordinary text, or use another base"
         )
-    _grow(model, max(ids.values(), default=0) + 1)
+    _grow(model, max(ids.values()) + 1)
     for layer in _layers(model):
         for text in added:
             if ids[text] not in pieces[text] and pieces[text]:
@@ -142,7 +141,7 @@ def add_tokens(
                 )
     modules = {id(module): name for name, module in model.named_modules()}
     rows = sorted(ids.values())
-    return Named(ids, added, {modules[id(layer)]: rows for layer in _layers(model)} if ids else {})
+    return Named(ids, added, {modules[id(layer)]: rows for layer in _layers(model)})
 
 
 def _layers(model: PreTrainedModel) -> list[Any]:
