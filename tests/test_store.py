@@ -401,7 +401,7 @@ def test_what_is_no_model(tmp_path: Path) -> None:
     for model, said in (
         (f"{tmp_path}/none", "is not a folder, a .gguf file or a hub id"),
         (f"{tmp_path}/none.gguf", "does not exist"),
-        (str(tmp_path), "cannot be opened"),
+        (str(tmp_path), "cannot be loaded"),
     ):
         with pytest.raises(UserError, match=said):
             open_checkpoint(model)

@@ -15,10 +15,10 @@ SOURCE = ROOT / "src" / "milora"
 
 # Each module may import those of earlier lines only.
 LAYERS = (
-    {"errors", "files", "svd", "spectra", "progress", "pages", "matrices", "anchored"},
+    {"errors", "files", "svd", "spectra", "progress", "pages", "quantised", "matrices", "anchored"},
     {"grade", "adapter", "data", "pretrained", "config", "card", "gates"},
-    {"choices", "harness", "answers", "protect", "ranks", "keep", "tokens"},
-    {"export", "evaluate", "loop", "verify", "preview", "chat", "checkpoint"},
+    {"choices", "harness", "answers", "protect", "ranks", "keep", "tokens", "checkpoint"},
+    {"export", "evaluate", "loop", "verify", "preview", "chat"},
     {"store"},
     {"artefacts", "train", "inspection"},
     {"compare_page", "fronts"},
@@ -30,7 +30,7 @@ LAYERS = (
 )
 SAME_LAYER = {
     ("verify", "evaluate"), ("chat", "evaluate"), ("config", "grade"), ("config", "gates"),
-    ("gates", "card"), ("matrices", "svd"),
+    ("gates", "card"), ("matrices", "svd"), ("matrices", "quantised"), ("quantised", "errors"),
 }  # fmt: skip
 
 

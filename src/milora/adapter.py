@@ -37,13 +37,24 @@ from milora.errors import UserError
 from milora.files import write_bytes
 from milora.matrices import (
     Matrix,
+    Weights,
     adapted_layers,
     adapted_matrices,
+    base_modules,
     components_of_parts,
     is_suffix,
+    kind_of,
     name_in_base,
     stacks,
     without_expert,
+)
+from milora.quantised import (
+    check_alike,
+    check_trainable,
+    is_packed,
+    keep_packing,
+    linear_shape,
+    plain_tensors,
 )
 from milora.svd import Component, Components, Decompose, components
 
@@ -173,6 +184,7 @@ def add_adapter(
     start: Start | None = None,
     begin: Begin = "published",
     decompose: Decompose = components,
+    weights: Weights | None = None,
     progress: Callable[[str, int, int], None] = lambda name, done, total: None,
 ) -> tuple[PeftModel, Start]:
     """The model with the adapter of `method` in its starting state, and that state.
@@ -183,16 +195,19 @@ def add_adapter(
     svd.components or Store.components; `begin` as in initial_factors; `progress(name, done, total)`
     is called before each.
 
+    On a quantised base `weights` reads the full-precision matrices (checkpoint.full_weights): the
+    factors come from them, and so do the hashes. Method lora does without.
+
     Raises UserError, before any decomposition, for targets that match nothing, embeddings, a tied
-    output head, a rank that a weight does not allow, NaN weights, or a `start` of another base.
+    output head, a rank that a weight does not allow, NaN weights, a `start` of another base, or a
+    packed weight without `weights`.
     """
     torch.manual_seed(seed)  # PEFT draws A from the global generator
+    check_trainable(model)
+    keep_packing(model)
     peft_model = _inject(model, config)
-    matrices = adapted_matrices(peft_model)
-    for name, matrix in matrices.items():
-        if not torch.isfinite(matrix.weight).all():
-            raise UserError(f"{name}.weight holds NaN or infinite values: the base is damaged")
-    hashes = {name: tensor_sha256(matrix.weight) for name, matrix in matrices.items()}
+    matrices = adapted_matrices(peft_model, weights)
+    hashes = _hashes(matrices, method)
     if start is None:
         start = _start(matrices, method, hashes, seed, begin, decompose, progress)
     else:
@@ -217,6 +232,40 @@ def add_adapter(
     place(matrices, start)
     peft_model.set_adapter(TRAINED)
     return peft_model, start
+
+
+def _hashes(matrices: Mapping[str, Matrix], method: str) -> dict[str, str]:
+    """Of every weight, once it is known to be whole: of W, or of the packed one where there is no
+    W to be had and none is needed."""
+    found, kinds = {}, set[str]()
+    for name, matrix in matrices.items():
+        if matrix.packed and matrix.source is None:
+            if method in COMPONENT:
+                raise UserError(
+                    f"{name} is quantised, and its components must come from full precision: name "
+                    "the checkpoint that it was made from (milora.factors_from, or factors_from=)"
+                )
+            found[name] = packed_sha256(matrix.layer.get_base_layer())
+            continue
+        weight = matrix.weight
+        if tuple(weight.shape) != matrix.shape:
+            raise UserError(
+                f"{name} is {matrix.shape} in the model and {tuple(weight.shape)} in the "
+                "full-precision file: they do not belong together"
+            )
+        if not torch.isfinite(weight).all():
+            raise UserError(f"{name}.weight holds NaN or infinite values: the base is damaged")
+        if matrix.packed and kind_of(name) not in kinds:  # one of each, and the first at once
+            check_alike(name, matrix.layer.get_base_layer(), weight)
+            kinds.add(kind_of(name))
+        found[name] = tensor_sha256(weight)
+    return found
+
+
+def packed_hashes(base: nn.Module, names: Collection[str]) -> dict[str, str]:
+    """Of those of the modules `names` that are packed, as packed_sha256 gives them."""
+    modules = base_modules(base)
+    return {n: packed_sha256(modules[n]) for n in names if n in modules and is_packed(modules[n])}
 
 
 @torch.no_grad()
@@ -273,23 +322,24 @@ def _inject(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     for name, matrix in matrices.items():
         base = matrix.layer.get_base_layer()
         if matrix.expert is None:
-            if not isinstance(base, nn.Linear | Conv1D):
+            if linear_shape(base) is None:
                 raise UserError(
                     f"lora.target_modules: {name} is a {type(base).__name__}; only linear layers "
                     f"can be adapted: {', '.join(_linear_names(model))}"
                 )
-            if base.weight is embedding:
+            weight = getattr(base, "weight", None)  # some packed layers call theirs otherwise
+            if weight is embedding:
                 raise UserError(
                     f"lora.target_modules: {name} shares its weight with the input embedding "
                     "(tied), so that merging would change the embedding too: leave it out"
                 )
-            others = [one for one in names[id(base.weight)] if one != f"{name}.weight"]
+            others = [one for one in names.get(id(weight), []) if one != f"{name}.weight"]
             if others:
                 raise UserError(
                     f"lora.target_modules: {name} shares its weight with {', '.join(others)}, so "
                     "that merging would change that too: leave it out"
                 )
-        m, n = matrix.weight.shape
+        m, n = matrix.shape
         if matrix.rank(TRAINED) > min(m, n):
             raise UserError(
                 f"lora.r is {matrix.rank(TRAINED)}, but {name} is {m} x {n}: "
@@ -338,7 +388,7 @@ def targets(model: PreTrainedModel, config: LoraConfig) -> dict[str, Target]:
     """
     return {
         name: Target(
-            tuple(matrix.weight.shape),
+            matrix.shape,
             matrix.rank(TRAINED),
             isinstance(matrix.layer.get_base_layer(), Conv1D),
             matrix.parts,
@@ -536,9 +586,7 @@ def _layer_of(config: LoraConfig, name: str) -> int | None:
 
 
 def _linear_names(model: nn.Module) -> list[str]:
-    found = {
-        n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)
-    }
+    found = {n.rpartition(".")[2] for n, m in model.named_modules() if linear_shape(m) is not None}
     return sorted(found - {"base_layer", TRAINED})
 
 
@@ -613,8 +661,21 @@ def step0_bound(dtype: torch.dtype) -> float:
 def tensor_sha256(tensor: Tensor) -> str:
     """Hash of dtype, shape and bytes of a tensor, so that equal means bitwise equal."""
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    data = tensor.detach().cpu().contiguous().flatten()  # a column can seem contiguous
-    digest.update(data.view(torch.uint8).numpy().data if data.numel() else b"")
+    for plain in plain_tensors(tensor.detach()):
+        data = plain.cpu().contiguous().flatten()  # a column can seem contiguous
+        digest.update(data.view(torch.uint8).numpy().data if data.numel() else b"")
+    return digest.hexdigest()
+
+
+def packed_sha256(module: nn.Module) -> str:
+    """Hash of all that a packed layer is made of: the packed numbers and their scales."""
+    return _sha256_of(module.state_dict())
+
+
+def _sha256_of(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor_sha256(tensor)}\n".encode())
     return digest.hexdigest()
 
 
@@ -630,10 +691,7 @@ def base_weights(model: nn.Module) -> dict[str, Tensor]:
 
 def base_sha256(model: nn.Module) -> str:
     """One hash over every tensor of the base, adapters left out, by the base's own names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(base_weights(model).items()):
-        digest.update(f"{name} {tensor_sha256(tensor)}\n".encode())
-    return digest.hexdigest()
+    return _sha256_of(base_weights(model))
 
 
 def check_base(stored: Mapping[str, str], hashes: Mapping[str, str]) -> None:

@@ -18,12 +18,20 @@ from milora.verify import find_adapter, make_probes, open_adapter, why_whole
 
 
 def export_run(
-    run: Path, out: Path, to: str, rank: int | None, trust_remote_code: bool = False
+    run: Path,
+    out: Path,
+    to: str,
+    rank: int | None,
+    trust_remote_code: bool = False,
+    base: str | None = None,
 ) -> str:
     """Write a plain LoRA ("lora", of rank 2r or the best of `rank`) or merged weights ("merged").
 
-    Returns a sentence that says what was written and the error it makes. Raises UserError for an
-    unfinished run, an existing `out`, or a rank that is no approximation.
+    `base` is where the base is now, if not where the run had it; merging into the original of a
+    quantised base needs it. Returns a sentence that says what was written and the error it makes.
+
+    Raises UserError for an unfinished run, an existing `out`, a rank that is no approximation, or
+    merging into a quantised base.
     """
     if to not in ("lora", "merged"):
         raise UserError(f"--to {to}: use lora or merged")
@@ -42,25 +50,37 @@ def export_run(
         return f"{out}: whole weights, a copy of {run / 'model'}"
     source = find_adapter(run)
     start, tensors = _run_files(run)
-    opened = open_adapter(run, trust_remote_code=trust_remote_code)
+    recorded = read_json(source / "milora.json")["base"]
+    into_original = to == "merged" and "quantization" in recorded
+    if into_original and base is None:
+        original = recorded["original"] or "the checkpoint that it was made from"
+        raise UserError(
+            f"--to merged: the base of {run} is quantised ({recorded['label']}), and merging into "
+            "packed numbers would round the update away: either merge into the full-precision base "
+            f"(--base {original}), or serve {source}, a plain LoRA, on the quantised base"
+        )
+    opened = open_adapter(run, base, trust_remote_code, packed=not into_original)
     trained = _trained(tensors, opened.model)
     largest = opened.provenance["rank"]
     if rank is not None and rank > largest:
         raise UserError(f"--rank {rank}: the update has rank {largest}, choose at most that")
     plain = plain_lora(start, trained, rank)
-    base = opened.model.unload()
+    unloaded = opened.model.unload()
     if to == "merged":
-        merge(base, plain)
+        merge(unloaded, plain)
         with new_folder(out) as folder:
-            base.save_pretrained(folder)
+            unloaded.save_pretrained(folder)
             opened.base.tokenizer.save_pretrained(folder)
-        return f"{out}: merged weights, {opened.provenance['base']['dtype']} safetensors"
+        said = f"{out}: merged weights, {opened.provenance['base']['dtype']} safetensors"
+        if into_original:
+            said += f", on the full-precision base; the update was trained on {recorded['label']}"
+        return said
     with new_folder(out) as folder:
         for file in source.iterdir():  # tokenizer and chat template
             if file.name not in ("adapter_config.json", "adapter_model.safetensors", "milora.json"):
                 shutil.copy(file, folder)
-        written = save_plain_lora(folder, plain, base, opened.base.name)
-        loaded = PeftModel.from_pretrained(base, folder)
+        written = save_plain_lora(folder, plain, unloaded, opened.base.name)
+        loaded = PeftModel.from_pretrained(unloaded, folder)
         provenance: dict[str, Any] = opened.provenance | {
             "rank": written,
             "approximation_error": plain.error,

@@ -58,6 +58,7 @@ def model_card(
         f"- {harmless(base['name'])}, {base['dtype']}, sha256 `{base['sha256'][:16]}`; licence: "
         f"{license_named}. The "
         "licence of the base holds for what is made from it.",
+        *_quantised(base),
         "",
         "## Data",
         "",
@@ -147,6 +148,17 @@ def _whole_head(record: Mapping[str, Any]) -> list[str]:
         "Use the tokenizer and the chat template that lie beside the weights.",
         "",
     ]
+
+
+def _quantised(base: Mapping[str, Any]) -> Iterator[str]:
+    if "quantization" in base:
+        keys = base["quantization"] if isinstance(base["quantization"], dict) else {}
+        how = ", ".join([base["label"], *(f"{key} {value}" for key, value in keys.items())])
+        yield (
+            f"- It was quantised ({harmless(how)}) while the adapter was trained. The adapter fits "
+            "the base so quantised, and the full-precision one with the difference that quantising "
+            "makes. Merge it into the full-precision base only."
+        )
 
 
 # What is shown of a task beside its accuracy; the last two only where there are any.

@@ -6,7 +6,7 @@ first weight is read), and GGUF files, whose weights are dequantised one by one.
 
 import json
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,10 +14,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils.hub import cached_file
 
 from milora.errors import UserError
-from milora.pretrained import BUNDLED, bundled, check_hub_id, refuse_quantised
+from milora.matrices import Weights
+from milora.pretrained import BUNDLED, bundled, check_hub_id, dtype_of, refuse_quantised
+from milora.quantised import base_bytes, method_of, packing
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -37,6 +41,21 @@ def open_checkpoint(model: str, trust_remote_code: bool = False) -> Checkpoint:
     Raises UserError when there is no model, when it has no safetensors, or when it is quantised:
     singular components must come from full-precision weights, never from packed ones.
     """
+    source, config = _configuration(model, trust_remote_code)
+    if not model.endswith(".gguf"):
+        refuse_quantised(model, config)
+    try:
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise _unopened(model, error) from error
+    if model.endswith(".gguf"):
+        return _gguf(Path(model), skeleton)
+    return _safetensors(source, skeleton)
+
+
+def _configuration(model: str, trust_remote_code: bool) -> tuple[str, Any]:
+    """Where the files of `model` are (of a GGUF file, its folder), and its configuration."""
     source, options = model, dict[str, Any]()
     if model == BUNDLED:
         source = str(bundled())
@@ -48,16 +67,91 @@ def open_checkpoint(model: str, trust_remote_code: bool = False) -> Checkpoint:
         check_hub_id(model)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
-        if not model.endswith(".gguf"):
-            refuse_quantised(model, config)
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, IndexError, struct.error) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"model: {model} cannot be opened: {reason}") from error
-    if model.endswith(".gguf"):
-        return _gguf(Path(model), skeleton)
-    return _safetensors(source, skeleton)
+        raise _unopened(model, error) from error
+    return source, config
+
+
+def _unopened(model: str, error: Exception) -> UserError:
+    return UserError(f"model: {model} cannot be loaded: {' '.join(str(error).split())}")
+
+
+class Original(NamedTuple):
+    """The full-precision checkpoint behind a quantised base."""
+
+    name: str | None
+    weights: Weights | None  # its matrices; None where none was named and none is needed
+    label: str  # nf4, int8 or the method
+    full_bytes: int  # what the base would take in the run's dtype
+    packed_bytes: int | None  # what it takes quantised, where the method says that beforehand
+
+
+def original_of(
+    model: str,
+    quantization: str | Mapping[str, Any] | None,
+    factors_from: str | None,
+    *,
+    dtype: str = "auto",
+    needed: bool = True,
+    trust_remote_code: bool = False,
+) -> Original | None:
+    """What a quantised base was made from, or will be; None when the base is not quantised.
+
+    `model`, `dtype` and `quantization` are those of load_pretrained. Nothing is loaded. A
+    checkpoint that comes packed needs `factors_from`, unless no weight is `needed`.
+
+    Raises UserError when it is missing, quantised itself, or named for a base in full precision.
+    """
+    _, config = _configuration(model, trust_remote_code)
+    # The weights of a GGUF file are dequantised, once, before anything is done with them.
+    packed = None if model.endswith(".gguf") else config
+    method = method_of(packed)
+    if method is None and not quantization:
+        if factors_from:
+            raise UserError(
+                f"milora.factors_from: {model} is not quantised, its own weights give the factors: "
+                "remove it, or set quantization"
+            )
+        return None
+    settings = packing(model, packed, quantization, dtype_of(dtype), "cpu").get(
+        "quantization_config"
+    ) or AutoQuantizationConfig.from_dict(_as_dict(config.quantization_config))
+    label = quantization if isinstance(quantization, str) else settings.quant_method.value
+    name = factors_from or (model if quantization else None)
+    if name is None and needed:
+        refuse_quantised(model, config)
+    weights = full_weights(open_checkpoint(name, trust_remote_code), name) if name else None
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    return Original(name, weights, label, *base_bytes(skeleton, settings, dtype_of(dtype)))
+
+
+def _as_dict(settings: Any) -> dict[str, Any]:
+    return dict(settings) if isinstance(settings, dict) else settings.to_dict()
+
+
+def full_weights(checkpoint: Checkpoint, name: str) -> Weights:
+    """The matrices of a checkpoint, read anew each time: (m, n), in the dtype of its files.
+
+    They come on the device that decomposes. `checkpoint.skeleton` is without adapters as yet.
+
+    Raises UserError for a module that the files lack.
+    """
+    transposed = {n for n, m in checkpoint.skeleton.named_modules() if isinstance(m, Conv1D)}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def weight(module: str) -> Tensor:
+        if not checkpoint.has(module):
+            raise UserError(
+                f"milora.factors_from: the files of {name} hold no weight for {module}: they are "
+                "of another model, or the library renames it when it loads the model"
+            )
+        found = checkpoint.read(module)
+        if module in transposed and not checkpoint.gguf:
+            found = found.T
+        return found.to(device)
+
+    return weight
 
 
 def _safetensors(source: str, skeleton: PreTrainedModel) -> Checkpoint:

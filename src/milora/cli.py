@@ -107,8 +107,11 @@ def init(
             include={"model", "method", "lora", "seed", "dtype", "trust_remote_code"}
         )
         milora = settings.model_dump()["milora"]
+        quantised = bool(settings.quantization or milora["factors_from"])
+        asked["model"] = milora["factors_from"] or asked["model"]
         done = decompose_checkpoint(
             **asked,
+            quantised=quantised,
             ranked=milora["rank"],
             protect=milora["protect"],
             watched=milora["interference"]["top"],
@@ -326,13 +329,16 @@ def export(
     rank: Annotated[
         int | None, typer.Option(min=1, help="Best approximation of this rank, with its error.")
     ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Where the base is now; of a quantised one, its original.")
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Write the result for other tools: a plain LoRA of some rank, or merged weights."""
     _quiet()
     from milora.artefacts import export_run
 
-    typer.echo(export_run(run, out, to, rank, trust_remote_code))
+    typer.echo(export_run(run, out, to, rank, trust_remote_code, base))
 
 
 @app.command(epilog="Example: milora verify runs/first/adapter --base smollm2-135m")
@@ -478,6 +484,7 @@ def _quiet() -> None:
     """transformers' own bars and hints would drown ours."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import warnings
+    from logging import ERROR, getLogger
 
     from transformers.utils import logging
 
@@ -485,6 +492,8 @@ def _quiet() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    for library in ("bitsandbytes", "torchao"):  # of kernels they miss, and of every single cast
+        getLogger(library).setLevel(ERROR)
 
 
 def main() -> None:

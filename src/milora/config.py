@@ -21,6 +21,7 @@ method: milora                 # milora | pissa | middle | random | lora | full
 output_dir: runs/first         # the run folder; it must not hold another run
 seed: 0
 dtype: auto                    # auto | float32 | bfloat16 | float16: of the base; adapters are fp32
+quantization: null             # nf4 | int8, or {load_in_4bit: true, ...}: the base packed in memory
 trust_remote_code: false       # true runs code that comes with the model
 early_stopping_patience: 0     # evaluations without a better loss before the run stops; 0 never
 data:
@@ -41,6 +42,7 @@ lora:                          # handed to peft.LoraConfig as it stands
   lora_alpha: 32
   target_modules: [q_proj, k_proj, v_proj, up_proj, down_proj]
 milora:
+  factors_from: null           # the full-precision checkpoint behind a model that comes quantised
   rank: null                   # by layer: {energy: 0.001}, {parameters: 2000000}; else lora.r
   protect: 0                   # top-k singular directions held fixed; {energy: 0.5}; or by pattern
   interference:                # how much of the update acts in the top directions, as it trains
@@ -125,6 +127,7 @@ class KeepText(Strict):
 
 
 class Milora(Strict):
+    factors_from: str | None = None
     rank: Energy | Parameters | None = None
     protect: Number | Energy | dict[str, Number | Energy] = 0
     interference: Interference = Interference()
@@ -160,6 +163,7 @@ class Config(Strict):
     output_dir: str
     seed: int = Field(0, ge=0)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantization: Literal["nf4", "int8"] | dict[str, Any] | None = None
     trust_remote_code: bool = False
     early_stopping_patience: int = Field(0, ge=0)
     data: Data

@@ -20,10 +20,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from milora.adapter import Factors, Rows, Start, add_adapter, trained_factors, trained_rows
+from milora.adapter import (
+    COMPONENT,
+    Factors,
+    Rows,
+    Start,
+    add_adapter,
+    trained_factors,
+    trained_rows,
+)
+from milora.checkpoint import full_weights, open_checkpoint
 from milora.errors import UserError
 from milora.files import read_json, write_bytes, write_json
 from milora.matrices import adapted_matrices, base_modules, is_suffix, matrix_in, without_expert
+from milora.quantised import is_packed, linear_shape
 
 
 class PlainLora(NamedTuple):
@@ -201,7 +211,11 @@ def merge(
 
 
 def get_milora_model(
-    model: PreTrainedModel, config: LoraConfig, method: str = "milora", **options: Any
+    model: PreTrainedModel,
+    config: LoraConfig,
+    method: str = "milora",
+    factors_from: str | None = None,
+    **options: Any,
 ) -> PeftModel:
     """As peft.get_peft_model: a PeftModel for your own loop, transformers' Trainer or TRL's.
 
@@ -209,8 +223,12 @@ def get_milora_model(
     disabled the model is the base, which makes it the reference model of TRL's DPOTrainer.
     `save_pretrained(folder)`, a trainer's checkpoint too, writes the plain LoRA of rank 2r, which
     loads with stock PEFT and is a result, not a state to train on from: for runs that can be
-    interrupted and resumed there is `milora train`.
+    interrupted and resumed there is `milora train`. On a quantised model the factors come from the
+    full-precision checkpoint `factors_from`, by default the one that it was loaded from.
     """
+    if method in COMPONENT and any(linear_shape(m) and is_packed(m) for m in model.modules()):
+        name = factors_from or str(model.name_or_path)
+        options["weights"] = full_weights(open_checkpoint(name), name)
     live, start = add_adapter(model, config, method, **options)
     if rows := trained_rows(live):
         raise UserError(

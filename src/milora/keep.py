@@ -89,7 +89,7 @@ def input_directions(
     experts, to which inputs are routed.
     """
     for name, matrix in matrices.items():
-        m, n = matrix.weight.shape
+        m, n = matrix.shape
         if matrix.expert is not None:
             raise UserError(
                 f"milora.protect_inputs: {name} is an expert, which sees some tokens only: leave "
@@ -106,9 +106,7 @@ def input_directions(
     training = model.training
     model.eval()
     for names in _groups(matrices):
-        sums = {
-            name: torch.zeros([matrices[name].weight.shape[1]] * 2, device=device) for name in names
-        }
+        sums = {name: torch.zeros([matrices[name].shape[1]] * 2, device=device) for name in names}
         with ExitStack() as stack, base_only(model):
             for name in names:
                 hook = matrices[name].layer.register_forward_pre_hook(_adding(sums[name]))
@@ -127,7 +125,7 @@ def _groups(matrices: Mapping[str, Matrix]) -> Iterator[list[str]]:
     group: list[str] = []
     size = 0
     for name, matrix in matrices.items():
-        own = 4 * matrix.weight.shape[1] ** 2
+        own = 4 * matrix.shape[1] ** 2
         if group and size + own > AT_ONCE:
             yield group
             group, size = [], 0

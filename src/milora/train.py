@@ -41,6 +41,7 @@ from transformers.integrations import (  # type: ignore[attr-defined]
 
 from milora import adapter, export
 from milora.card import model_card
+from milora.checkpoint import Original, original_of
 from milora.data import Collator, Prepared, Rows, overlap, prepare, read_rows, split_rows
 from milora.errors import DivergedError, UserError
 from milora.evaluate import (
@@ -69,8 +70,8 @@ from milora.loop import (
     load_state,
     save_state,
 )
-from milora.matrices import adapted_matrices, is_suffix, kind_of, matrix_in
-from milora.pretrained import Pretrained, load_pretrained
+from milora.matrices import Matrix, Weights, adapted_matrices, is_suffix, kind_of, matrix_in
+from milora.pretrained import Pretrained, dtype_of, load_pretrained
 from milora.preview import coverage, peak_memory, plan
 from milora.progress import Progress
 from milora.protect import (
@@ -87,6 +88,7 @@ from milora.protect import (
     top_vectors,
     worst,
 )
+from milora.quantised import loaded_bytes
 from milora.ranks import ranks, with_ranks
 from milora.spectra import thinned
 from milora.store import Store
@@ -145,6 +147,7 @@ def train(
     method: str = "milora",
     seed: int = 0,
     dtype: str = "auto",
+    quantization: str | Mapping[str, Any] | None = None,
     trust_remote_code: bool = False,
     early_stopping_patience: int = 0,
     tokenizer: Mapping[str, Any] = MappingProxyType({}),
@@ -164,6 +167,7 @@ def train(
     """
     asked = {
         "model": model, "method": method, "output_dir": output_dir, "seed": seed, "dtype": dtype,
+        "quantization": quantization,
         "trust_remote_code": trust_remote_code, "early_stopping_patience": early_stopping_patience,
         "data": dict(data), "lora": dict(lora), "milora": dict(milora), "training": dict(training),
         "evaluate": dict(evaluate), "gates": list(gates),
@@ -180,16 +184,37 @@ def train(
         raise UserError("milora.rank: full fine-tuning has no rank: use an adapter")
     check_protect(milora["protect"], method)
     _check_general(milora, method, progress)
+    if method == "full" and (quantization or milora["factors_from"]):
+        raise UserError(
+            "quantization: full fine-tuning cannot train packed numbers: use an adapter, or leave "
+            "quantization and milora.factors_from out"
+        )
     if (method == "full" or lora.get("modules_to_save")) and dtype == "auto":
         dtype = "float32"  # most steps of a small rate round to nothing in 16 bit
     set_seed(seed)
+    watched = milora["protect"] or milora["interference"]["top"]
+    original = original_of(
+        model, quantization, milora["factors_from"], dtype=dtype,
+        needed=bool(method in adapter.COMPONENT or watched or milora["rank"]),
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    weights = original.weights if original else None
+    if original:
+        progress.say(_memory(original, dtype))
     material = _read(
-        model, dtype, trust_remote_code, data, evaluate, milora["text"], seed, tokenizer, progress
-    )
+        model, dtype, trust_remote_code, quantization, data, evaluate, milora["text"], seed,
+        tokenizer, progress,
+    )  # fmt: skip
     parsed = [parse_gate(gate) for gate in gates]
     check_subjects(parsed, [task.name for task in material.tasks])
     base, base_sha = material.base, material.base_sha256
-    parameters = sum(p.numel() for p in base.model.parameters())
+    parameters = base.model.num_parameters()
+    packed: dict[str, Any] = {}
+    if original:
+        packed = {
+            "quantization": quantization, "label": original.label, "original": original.name,
+            "bytes": loaded_bytes(base.model), "full_precision_bytes": original.full_bytes,
+        }  # fmt: skip
     init = run / "init" / "factors.safetensors"
     start = adapter.load_start(init) if method != "full" and init.exists() else None
     names: dict[str, adapter.Target] = {}
@@ -197,7 +222,7 @@ def train(
         names = _targets(base, lora)
         check_patterns(milora["protect"], list(names))
     if milora["rank"]:
-        found = _ranks(base, names, milora["rank"], start, progress)
+        found = _ranks(base, names, milora["rank"], start, weights, progress)
         lora_config = adapter.lora_config(with_ranks(lora, found))
     if lora_config is not None:
         whole = lora_config.modules_to_save or ()
@@ -206,8 +231,15 @@ def train(
             for layer, ids in material.named.rows.items()
             if not any(is_suffix(entry, layer) for entry in whole)
         } or None
+        rows = [*(lora_config.trainable_token_indices or ()), *whole]
+        if original and rows:
+            raise UserError(
+                f"rows of {', '.join(rows)} would train, whose result is merged weights, and into "
+                f"packed numbers ({original.label}) nothing is merged: leave out quantization, or "
+                "the new tokens and lora.modules_to_save"
+            )
     if dry_run:
-        return plan(base, material.train, lora_config, method, arguments)
+        return plan(base, material.train, lora_config, method, arguments, weights)
 
     # --- initial factors, the anchor, and the check that step 0 is the base
     stored_base = resumed.get("base", {}).get("sha256", base_sha)
@@ -231,7 +263,7 @@ def train(
             store = Store(say=progress.say, optional=True)
         live, start = adapter.add_adapter(
             base.model, lora_config, method, seed=seed, start=start, begin=milora["start"],
-            decompose=store.components if store else components,
+            decompose=store.components if store else components, weights=weights,
             progress=lambda name, done, total: progress("decomposing", done, total, name),
         )  # fmt: skip
         if store and store.found:
@@ -252,7 +284,7 @@ def train(
     holds: dict[str, Held] = {}
     keep: Keep | None = None
     if isinstance(live, PeftModel) and start is not None:
-        tops, inputs = _tops(live, start, milora, material.general, init, seed, progress)
+        tops, inputs = _tops(live, weights, start, milora, material.general, init, seed, progress)
         holds = _hold(live, start, tops, inputs, init, progress)
         keep = Keep(material.general, **milora["keep"]) if milora["keep"] else None
     collate = Collator(base.tokenizer, base.model)
@@ -264,6 +296,7 @@ def train(
         "base": {
             "model": model, "name": base.name, "license": base.license, "sha256": base_sha,
             "dtype": str(base.model.dtype).removeprefix("torch."),
+            **packed,
         },
         "versions": _versions(),
         "data": _data_record(material),
@@ -338,7 +371,7 @@ def train(
     if isinstance(live, PeftModel) and start is not None:
         plain = export.plain_lora(start, adapter.trained_factors(live))
         if "spectra" not in record:
-            record["spectra"] = _spectra(live, plain)
+            record["spectra"] = _spectra(adapted_matrices(live, weights), plain)
         if adapter.trained_rows(live):
             pair = _export_merged(live, plain, record, run, probe, asked, progress)
         else:
@@ -471,6 +504,7 @@ def _read(
     model: str,
     dtype: str,
     trust_remote_code: bool,
+    quantization: str | Mapping[str, Any] | None,
     data: Mapping[str, Any],
     evaluate: Mapping[str, Any],
     general: str | Sequence[str] | None,
@@ -506,7 +540,9 @@ def _read(
     used = [source, held_out, *(text_source for _, text_source in [*texts, *asked])]
     used += [_task_file(task) for task in evaluate["tasks"]]
     files = {f: sha256(Path(f)) for f in used if isinstance(f, str) and Path(f).is_file()}
-    base, base_sha, named, template = load_with_tokens(model, dtype, trust_remote_code, tokenizer)
+    base, base_sha, named, template = load_with_tokens(
+        model, dtype, trust_remote_code, tokenizer, quantization
+    )
     if template:
         files[template] = sha256(Path(template))
     for note in base.notes:
@@ -623,7 +659,7 @@ def _targets(base: Pretrained, lora: Mapping[str, Any]) -> dict[str, adapter.Tar
 
 def _ranks(
     base: Pretrained, names: Mapping[str, adapter.Target], wanted: Mapping[str, float],
-    start: adapter.Start | None, progress: Progress,
+    start: adapter.Start | None, weights: Weights | None, progress: Progress,
 ) -> dict[str, int]:  # fmt: skip
     """The rank of every weight: of the stored factors, else from the spectra."""
     if start is not None:
@@ -632,7 +668,8 @@ def _ranks(
     spectra = {}
     for done, name in enumerate(names):
         progress("spectra", done, len(names), name)
-        spectra[name] = store.spectrum(matrix_in(base.model, name))
+        weight = weights(name) if weights else matrix_in(base.model, name)
+        spectra[name] = store.spectrum(weight)
     found = ranks(spectra, {name: target.shape for name, target in names.items()}, wanted)
     sizes = sorted(found.values())
     progress.say(
@@ -643,13 +680,13 @@ def _ranks(
 
 
 def _tops(
-    live: PeftModel, start: adapter.Start, milora: Mapping[str, Any],
+    live: PeftModel, weights: Weights | None, start: adapter.Start, milora: Mapping[str, Any],
     general: list[list[int]], init: Path, seed: int, progress: Progress,
 ) -> tuple[dict[str, Top], dict[str, Tensor]]:  # fmt: skip
     """The singular vectors to hold and to watch, from the run folder or the store, and the
     directions of inputs to hold, from the run folder or the text.
     """
-    matrices, stored = adapted_matrices(live), init.with_name("top.safetensors")
+    matrices, stored = adapted_matrices(live, weights), init.with_name("top.safetensors")
     if stored.exists():
         device = next(live.parameters()).device
         tops, inputs = load_tops(stored, start.sha256)
@@ -657,12 +694,13 @@ def _tops(
             name: top._replace(U=top.U.to(device), Vh=top.Vh.to(device))
             for name, top in tops.items()
         }, inputs
-    tops = top_vectors(
-        matrices, start, milora["protect"], milora["interference"]["top"], seed,
-        Store(say=progress.say, optional=True).components,
-        lambda name, done, total: progress("the largest components", done, total, name),
-    )  # fmt: skip
-    inputs = {}
+    tops, inputs = {}, {}
+    if milora["protect"] or milora["interference"]["top"]:
+        tops = top_vectors(
+            matrices, start, milora["protect"], milora["interference"]["top"], seed,
+            Store(say=progress.say, optional=True).components,
+            lambda name, done, total: progress("the largest components", done, total, name),
+        )  # fmt: skip
     if milora["protect_inputs"]:
         pieces = general[:CALIBRATION]
         progress.say(f"inputs: {sum(map(len, pieces))} tokens of milora.text run through the base")
@@ -710,13 +748,28 @@ def _interference(live: PeftModel, start: adapter.Start, tops: Mapping[str, Top]
     return {**worst(found), "layers": layers}
 
 
-def _spectra(live: PeftModel, plain: export.PlainLora) -> dict[str, Any]:
+def _memory(original: Original, dtype: str) -> str:
+    """How much the base takes, said before it is loaded."""
+    full = f"{_size(original.full_bytes)} in {str(dtype_of(dtype)).removeprefix('torch.')}"
+    if original.packed_bytes is None:
+        return f"the base, quantised ({original.label}), would take {full}"
+    packed = f"{_size(original.packed_bytes)} quantised ({original.label})"
+    return f"the base takes {packed}, and would take {full}"
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GB" if count >= 2**27 else f"{count / 2**20:.1f} MB"
+
+
+def _spectra(matrices: Mapping[str, Matrix], plain: export.PlainLora) -> dict[str, Any]:
     """Singular values before and after, of the first, middle and last weight of every kind.
 
     Weights with more than 2048 rows and columns are left out, since theirs would take minutes.
     """
-    matrices, kinds = adapted_matrices(live), dict[str, list[str]]()
-    for name in matrices:
+    kinds: dict[str, list[str]] = {}
+    for name, matrix in matrices.items():
+        if matrix.packed and matrix.source is None:
+            continue  # nothing to compare with
         kinds.setdefault(kind_of(name), []).append(name)
     found = {}
     for names in kinds.values():
@@ -765,6 +818,7 @@ def _export(
                 "format": "milora adapter 1",
                 "base": record["base"],
                 "weights_sha256": start.sha256,
+                "quantised_sha256": adapter.packed_hashes(base, start.sha256),
                 "method": record["method"],
                 "rank": rank,
                 "step0": record["step0"],

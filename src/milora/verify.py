@@ -13,7 +13,8 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from milora.adapter import base_only, tensor_sha256
+from milora.adapter import base_only, packed_hashes, tensor_sha256
+from milora.checkpoint import full_weights, open_checkpoint
 from milora.errors import UserError
 from milora.evaluate import Pair
 from milora.files import read_json
@@ -91,22 +92,30 @@ def open_run(path: Path, trust_remote_code: bool = False) -> OpenedRun:
     return OpenedRun(Pair(tuned.model, loaded.base.model), tuned.tokenizer, asked)
 
 
-def open_adapter(path: Path, base: str | None = None, trust_remote_code: bool = False) -> Opened:
+def open_adapter(
+    path: Path, base: str | None = None, trust_remote_code: bool = False, packed: bool = True
+) -> Opened:
     """The adapter of a run or folder on its base, by stock PEFT, after comparing the hashes.
 
-    `base` replaces the base's name as recorded. Raises UserError for a wrong base.
+    `base` replaces the base's name as recorded. A base that was quantised is quantised again; with
+    `packed` False it is its full-precision original, by default the one that the run had.
+
+    Raises UserError for a wrong base.
     """
     folder = find_adapter(path)
     provenance = read_json(folder / "milora.json")
     recorded = provenance["base"]
+    model, quantization = base or recorded["model"], recorded.get("quantization")
+    if not packed:
+        model, quantization = base or recorded.get("original") or model, None
     loaded = load_pretrained(
-        base or recorded["model"], recorded["dtype"], trust_remote_code,
-        provenance["configuration"].get("tokenizer", {}).get("eos_token"),
+        model, recorded["dtype"], trust_remote_code,
+        provenance["configuration"].get("tokenizer", {}).get("eos_token"), quantization,
     )  # fmt: skip
-    wrong = _wrong_weights(loaded.model, provenance["weights_sha256"])
+    wrong = _wrong_weights(loaded.model, provenance, model, trust_remote_code)
     if wrong:
         raise UserError(
-            f"wrong base: {base or recorded['model']} differs from the base of {folder} in "
+            f"wrong base: {model} differs from the base of {folder} in "
             f"{len(wrong)} weights, the first is {wrong[0]}: give the model that the adapter was "
             f"trained on ({recorded['name']})"
         )
@@ -119,14 +128,31 @@ def open_adapter(path: Path, base: str | None = None, trust_remote_code: bool = 
     return Opened(PeftModel.from_pretrained(loaded.model, folder), loaded, provenance)
 
 
-def _wrong_weights(model: nn.Module, stored: dict[str, str]) -> list[str]:
-    wrong = []
-    for name, digest in stored.items():
+def _wrong_weights(
+    model: nn.Module, provenance: dict[str, Any], name: str, trust_remote_code: bool
+) -> list[str]:
+    """Those of the adapted weights that are not the recorded ones.
+
+    Of a base that was quantised either the packed numbers must be those recorded, or, where they
+    were packed elsewhere or are not packed now, the full-precision weights in the files.
+    """
+    stored, packed = provenance["weights_sha256"], provenance.get("quantised_sha256", {})
+    if packed and packed_hashes(model, packed) == packed:
+        stored = {name: digest for name, digest in stored.items() if name not in packed}
+    read = None
+    if packed and stored.keys() & packed:
         try:
-            if tensor_sha256(matrix_in(model, name)) != digest:
-                wrong.append(name)
-        except KeyError:
-            wrong.append(f"{name} (not there)")
+            read = full_weights(open_checkpoint(name, trust_remote_code), name)
+        except UserError:  # a checkpoint that comes packed, in other numbers
+            return [f"{one} (quantised)" for one in packed]
+    wrong = []
+    for module, digest in stored.items():
+        try:
+            weight = read(module) if read and module in packed else matrix_in(model, module)
+            if tensor_sha256(weight) != digest:
+                wrong.append(module)
+        except (KeyError, UserError):
+            wrong.append(f"{module} (not there)")
     return wrong
 
 
