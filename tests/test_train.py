@@ -18,6 +18,7 @@ from milora.data import IGNORED, encode, read_rows, split_rows
 from milora.errors import UserError
 from milora.evaluate import Pair, answer_loss
 from milora.files import sha256
+from milora.progress import Progress
 from milora.verify import open_adapter, verify
 
 Tiny = Callable[[str], Path]
@@ -341,7 +342,7 @@ def test_resuming_on_a_changed_base_is_refused(tiny: Tiny, tmp_path: Path) -> No
 
 
 def test_exports_of_a_finished_run(finished: Path, tiny: Tiny, tmp_path: Path) -> None:
-    said = export_run(finished, tmp_path / "merged", "merged", None)
+    said = export_run(finished, tmp_path / "merged", "merged", None, Progress())
     assert "merged weights" in said
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     opened = open_adapter(finished)
@@ -350,21 +351,21 @@ def test_exports_of_a_finished_run(finished: Path, tiny: Tiny, tmp_path: Path) -
         wanted = opened.model.cpu()(input_ids=ids).logits
         found = merged(input_ids=ids).logits
     assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
-    said = export_run(finished, tmp_path / "exact", "lora", None)
+    said = export_run(finished, tmp_path / "exact", "lora", None, Progress())
     assert "rank 8, exact" in said
     assert all(check.holds for check in verify(tmp_path / "exact"))
-    said = export_run(finished, tmp_path / "small", "lora", 2)
+    said = export_run(finished, tmp_path / "small", "lora", 2, Progress())
     assert "rank 2; relative error of the update" in said
     assert all(check.holds for check in verify(tmp_path / "small"))
     assert "rank-2 approximation" in (tmp_path / "small" / "README.md").read_text()
     for arguments, reason in (
         ((tmp_path / "small", "lora", None), "exists already"),
         ((tmp_path / "new", "lora", 9), "has rank 8"),
-        ((tmp_path / "new", "gguf", None), "use lora or merged"),
+        ((tmp_path / "new", "zip", None), "use lora, merged, gguf or gguf-merged"),
         ((tmp_path / "new", "merged", 2), "--rank goes with"),
     ):
         with pytest.raises(UserError, match=reason):
-            export_run(finished, *arguments)
+            export_run(finished, *arguments, Progress())
     assert not (tmp_path / "new").exists()
 
 
@@ -373,7 +374,7 @@ def test_verify_sees_a_changed_adapter_and_a_wrong_base(
 ) -> None:
     from safetensors.torch import save_file
 
-    export_run(finished, tmp_path / "copy", "lora", None)
+    export_run(finished, tmp_path / "copy", "lora", None, Progress())
     path = tmp_path / "copy" / "adapter_model.safetensors"
     tensors = load_file(path)
     name = next(name for name in tensors if "lora_B" in name)

@@ -6,7 +6,7 @@ first weight is read), and GGUF files, whose weights are dequantised one by one.
 
 import json
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,11 +60,21 @@ def open_checkpoint(model: str, trust_remote_code: bool = False) -> Checkpoint:
     return _safetensors(source, skeleton)
 
 
-def _safetensors(source: str, skeleton: PreTrainedModel) -> Checkpoint:
+class Shards(NamedTuple):
+    """Where the tensors of a checkpoint are."""
+
+    files: dict[str, str]  # tensor -> the name of its file
+    path_of: Callable[[str], Path | None]  # that file, or another of the model, on this machine
+
+
+def open_shards(source: str) -> Shards:
+    """The safetensors files of a folder or a hub model; each is fetched when it is asked for.
+
+    Raises UserError when there are none, or their index is damaged.
+    """
     paths: dict[str, Path | None] = {}
 
     def path_of(file: str) -> Path | None:
-        """Where a file of a folder or a hub model is on this machine, fetched if need be."""
         if file not in paths:
             try:
                 # One that is not there gives None; a full disk or a lost network raises.
@@ -91,15 +101,24 @@ def _safetensors(source: str, skeleton: PreTrainedModel) -> Checkpoint:
             raise UserError(f"{index} is damaged (no weight_map of file names): fetch it again")
     else:
         raise UserError(f"model: {source} has neither {SINGLE} nor {INDEX}: convert it first")
-    prefix = f"{skeleton.base_model_prefix}."
+    return Shards(files, path_of)
 
-    def stored_name(module: str) -> str | None:
-        own = f"{module}.weight"
-        names = (own, own.removeprefix(prefix), prefix + own)
-        return next((name for name in names if name in files), None)
+
+def stored_name(skeleton: PreTrainedModel, parameter: str, files: Container[str]) -> str | None:
+    """The tensor that holds `parameter`, with the model's prefix or without, or None."""
+    prefix = f"{skeleton.base_model_prefix}."
+    names = (parameter, parameter.removeprefix(prefix), prefix + parameter)
+    return next((name for name in names if name in files), None)
+
+
+def _safetensors(source: str, skeleton: PreTrainedModel) -> Checkpoint:
+    files, path_of = open_shards(source)
+
+    def stored(module: str) -> str | None:
+        return stored_name(skeleton, f"{module}.weight", files)
 
     def read(module: str) -> Tensor:
-        name = stored_name(module)
+        name = stored(module)
         if name is None:
             raise KeyError(module)
         path = path_of(files[name])
@@ -117,7 +136,7 @@ def _safetensors(source: str, skeleton: PreTrainedModel) -> Checkpoint:
                 ) from error
         return tensor
 
-    return Checkpoint(skeleton, lambda module: stored_name(module) is not None, read, False)
+    return Checkpoint(skeleton, lambda module: stored(module) is not None, read, False)
 
 
 def _opened(path: Path) -> Any:
