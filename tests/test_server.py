@@ -77,8 +77,17 @@ def serving(model: Any, names: list[dict[str, Any]], style: str = "vllm") -> Ite
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("served")
-    base = make_base(folder / "base", "llama")
+    base = sure(make_base(folder / "base", "llama"))
     return base, make_adapter(folder / "adapter", base, "llama", scale=3.0)
+
+
+def sure(folder: Path) -> Path:
+    """A random model that has preferences, as trained ones do."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)
+    model.save_pretrained(folder)
+    return folder
 
 
 def load(pair: tuple[Path, Path]) -> Any:
@@ -132,9 +141,8 @@ def test_each_fault_is_named(
     torch.manual_seed(5)
     other = type(model.base_model.model)(model.base_model.model.config)
     other.save_pretrained(tmp_path / "other")
-    wrong = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(tmp_path / "other"), pair[1]
-    )
+    changed = AutoModelForCausalLM.from_pretrained(sure(tmp_path / "other"))
+    wrong = PeftModel.from_pretrained(changed, pair[1])
     assert "another base, another adapter or other weights" in failed(wrong)
 
 

@@ -74,7 +74,7 @@ def rounding_of(
     shares = {name: math.sqrt(lost[name]) / (norms[name] or 1.0) for name in lost}
     norm = math.sqrt(sum(one**2 for one in norms.values()))
     coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
-    worst = max(shares.items(), key=lambda pair: pair[1])
+    worst = max(shares.items(), key=lambda pair: pair[1], default=("", 0.0))
     name = str(coarsest).removeprefix("torch.")
     return Rounding(math.sqrt(sum(lost.values())) / (norm or 1.0), worst, name)
 

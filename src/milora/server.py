@@ -34,7 +34,7 @@ def verify_server(
     """
     folder = find_adapter(path)
     probes = read_json(folder / "milora.json")["probes"]
-    if not all("scaled" in probe for probe in probes):
+    if not probes or not all("scaled" in probe for probe in probes):
         raise UserError(f"{folder} has no probes for servers: write it anew with `milora export`")
     address = url.rstrip("/").removesuffix("/v1")
     if not address.startswith(("http://", "https://")):
