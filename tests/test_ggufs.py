@@ -21,7 +21,7 @@ from milora.errors import UserError
 from milora.export import load_plain_lora
 from milora.ggufs import _rope_factors
 
-KINDS = ("llama", "qwen2", "qwen3", "gemma3")
+KINDS = ("llama", "gemma3", *(pytest.param(x, marks=pytest.mark.slow) for x in ("qwen2", "qwen3")))
 
 
 # The library does not read how wide a head of Qwen 3 is, nor by what Gemma scales its queries.
@@ -82,6 +82,7 @@ def test_merged_and_read_back_by_the_library(kind: str, tmp_path: Path) -> None:
     assert fields["tokenizer.ggml.add_bos_token"].contents() is False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_lora_on_the_gguf_of_the_base_is_the_merged_gguf(kind: str, tmp_path: Path) -> None:
     """In the layout of GGUF: W' = W + B A for every adapted tensor, and no other changes."""
@@ -135,6 +136,7 @@ def test_queries_and_keys_of_llama_are_interleaved(tmp_path: Path) -> None:
         np.testing.assert_array_equal(found, B)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_dtype_of_the_files_is_kept(dtype: torch.dtype, tmp_path: Path) -> None:
     base = base_of(tmp_path / "base", "qwen2", dtype)
@@ -147,6 +149,7 @@ def test_the_dtype_of_the_files_is_kept(dtype: torch.dtype, tmp_path: Path) -> N
         assert torch.equal(found.state_dict()[name], value), name
 
 
+@pytest.mark.slow
 def test_a_base_given_as_gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trained on the dequantised copy; what the file says of model and tokenizer is kept."""
     monkeypatch.setenv("MILORA_CACHE", str(tmp_path / "cache"))
@@ -169,6 +172,7 @@ def test_a_base_given_as_gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert one == other
 
 
+@pytest.mark.slow
 def test_what_llama_cpp_would_compute_otherwise_is_refused(tmp_path: Path) -> None:
     def refused(kind: str, said: str, to: str = "gguf-merged", **changes: Any) -> None:
         place = tmp_path / str(len(list(tmp_path.iterdir())))

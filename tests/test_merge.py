@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from milora.adapter import add_adapter, lora_config, trained_factors
 from milora.artefacts import export_run
 from milora.errors import UserError
 from milora.export import plain_lora, save_plain_lora
-from milora.files import write_json
+from milora.files import read_json, write_json
 from milora.merge import merge_files
 from milora.progress import Progress
 from milora.verify import ADAPTER, make_probes, verify
@@ -164,10 +165,23 @@ def test_a_run_in_fp32_on_a_checkpoint_in_bf16(tmp_path: Path) -> None:
     assert config["dtype"] == "bfloat16"
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("made")
+    base = make_base(folder / "base", "llama", max_shard_size="40KB")
+    make_adapter(folder / "adapter", base, "llama")
+    return folder
+
+
 @pytest.fixture
-def pair(tmp_path: Path) -> tuple[Path, Path]:
-    base = make_base(tmp_path / "base", "llama", max_shard_size="40KB")
-    return base, make_adapter(tmp_path / "adapter", base, "llama")
+def pair(made: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """A base and an adapter that a test may spoil."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    shutil.copytree(made / "base", base)
+    shutil.copytree(made / "adapter", adapter)
+    about = read_json(adapter / "milora.json")
+    write_json(adapter / "milora.json", about | {"base": about["base"] | {"model": str(base)}})
+    return base, adapter
 
 
 def test_what_cannot_be_merged_is_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:
@@ -254,6 +268,7 @@ def test_it_is_worked_on_in_blocks(
         torch.testing.assert_close(other[key], value, atol=1e-7, rtol=0)
 
 
+@pytest.mark.slow
 def test_one_stack_on_disk(tmp_path: Path) -> None:
     """A checkpoint that keeps its experts stacked, as the library does in memory."""
     base = make_base(tmp_path / "base", "mixtral")

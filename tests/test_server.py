@@ -98,7 +98,7 @@ ONE = [{"id": "tiny", "parent": None}]
 TWO = [*ONE, {"id": "tuned", "parent": "tiny"}]
 
 
-@pytest.mark.parametrize("style", ["vllm", "llama.cpp"])
+@pytest.mark.parametrize("style", ["llama.cpp", pytest.param("vllm", marks=pytest.mark.slow)])
 def test_the_tuned_model_passes(style: str, pair: tuple[Path, Path], tmp_path: Path) -> None:
     with serving(load(pair), TWO, style) as url:
         checks = verify_server(pair[1], f"{url}/v1/")

@@ -29,7 +29,7 @@ PROBES = (
     "def add(a, b):\n    return",
     "Dear customer, thank you for your",
 )
-SCALES = (0.5, 1.5, 2, 4)  # at which a server may have the update by mistake
+SCALES = (0.5, 2, 4)  # at which a server may have the update by mistake
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}  # of a log-probability, in nats
 
 
