@@ -60,7 +60,7 @@ def make_adapter(folder: Path, base: Path, name: str, scale: float = 1.0) -> Pat
         folder / "milora.json",
         {
             "format": ADAPTER, "base": about, "weights_sha256": start.sha256, "method": "milora",
-            "rank": rank, "versions": {}, "probes": probes,
+            "rank": rank, "versions": {}, "probes": probes, "configuration": {},
             "step0": {"difference": 0.0, "bound": 1e-5},
         },
     )  # fmt: skip
