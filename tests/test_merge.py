@@ -211,6 +211,9 @@ def test_what_cannot_be_merged_is_refused(pair: tuple[Path, Path], tmp_path: Pat
     refused("though model.safetensors.index.json says so")
     file.unlink()
     refused(f"has no {file.name}")
+    index = base / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace(file.name, f"../{file.name}"))
+    refused("which is not a file beside it")
 
 
 def test_an_adapter_that_holds_more_is_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:

@@ -99,6 +99,8 @@ def open_shards(source: str) -> Shards:
             raise UserError(f"{index} is damaged ({error}): fetch it again") from error
         if not isinstance(files, dict) or not all(isinstance(f, str) for f in files.values()):
             raise UserError(f"{index} is damaged (no weight_map of file names): fetch it again")
+        if odd := [file for file in files.values() if Path(file).name != file]:
+            raise UserError(f"{index} names {odd[0]}, which is not a file beside it: not used")
     else:
         raise UserError(f"model: {source} has neither {SINGLE} nor {INDEX}: convert it first")
     return Shards(files, path_of)

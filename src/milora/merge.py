@@ -120,9 +120,9 @@ def _pieces(skeleton: PreTrainedModel, name: str, rows: int, shards: Shards) -> 
     layer = owner.removesuffix(".mlp.experts")
     files = [
         stored_name(skeleton, f"{layer}.{folder}.experts.{expert}.{part}.weight", shards.files)
-        for part in parts[parameter]
+        for part in parts.get(parameter, ())
     ]
-    size = rows // len(files)
+    size = rows // max(len(files), 1)
     return [
         Piece(file, None, slice(i * size, (i + 1) * size), False)
         for i, file in enumerate(files)
@@ -266,7 +266,7 @@ class TensorFile:
     def place(self, piece: Piece) -> tuple[int, int, str, int]:
         """Of a piece the first byte and the last in the file, the dtype and the width of its rows.
 
-        Raises UserError when they are not floating point.
+        Raises UserError when they are not floating point, or not as many as the shape says.
         """
         about = self.header[piece.tensor]
         if about["dtype"] not in DTYPES:
@@ -275,6 +275,8 @@ class TensorFile:
                 f"into {', '.join(DTYPES)}; serve the plain LoRA instead"
             )
         start, end = (self.begin + offset for offset in about["data_offsets"])
+        if end - start != math.prod(about["shape"]) * DTYPES[about["dtype"]].itemsize:
+            raise UserError(f"{self.path}: {piece.tensor} is not as long as its shape says")
         if piece.expert is not None:
             size = (end - start) // about["shape"][0]
             start, end = start + piece.expert * size, start + (piece.expert + 1) * size
