@@ -122,11 +122,12 @@ def _pieces(skeleton: PreTrainedModel, name: str, rows: int, shards: Shards) -> 
         stored_name(skeleton, f"{layer}.{folder}.experts.{expert}.{part}.weight", shards.files)
         for part in parts.get(parameter, ())
     ]
-    size = rows // max(len(files), 1)
+    found = [file for file in files if file]
+    if len(found) < len(files) or not files:
+        return []
+    size = rows // len(files)
     return [
-        Piece(file, None, slice(i * size, (i + 1) * size), False)
-        for i, file in enumerate(files)
-        if file
+        Piece(file, None, slice(i * size, (i + 1) * size), False) for i, file in enumerate(found)
     ]
 
 
