@@ -146,7 +146,7 @@ def test_from_the_base_to_the_artefacts(
         wanted = tuned(ids).logits
         with tuned.disable_adapter():
             assert torch.equal(tuned(ids).logits, plain)
-        export_run(ran, tmp_path / "merged", "merged", None, Progress())
+        export_run(ran, tmp_path / "merged", "merged", None)
         found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(ids).logits
     assert float((wanted - plain).abs().max()) > 1e-2 * float(plain.abs().max())
     assert float((found - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())

@@ -69,8 +69,7 @@ def make_adapter(folder: Path, base: Path, name: str, scale: float = 1.0) -> Pat
 
 
 def export(adapter: Path, out: Path, to: str = "merged", **options: Any) -> str:
-    with Progress() as progress:
-        return export_run(adapter, out, to, None, progress, **options)
+    return export_run(adapter, out, to, None, **options)
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:

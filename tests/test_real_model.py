@@ -25,7 +25,6 @@ from milora.export import plain_lora
 from milora.files import cache_folder
 from milora.matrices import adapted_matrices
 from milora.pretrained import BUNDLED, fetch_bundled, load_pretrained
-from milora.progress import Progress
 from milora.protect import held, measure, project, top_vectors, worst
 from milora.svd import components, minor_components
 from milora.verify import open_adapter, verify
@@ -184,7 +183,7 @@ print("same logits")
         [sys.executable, "-c", script, *arguments], capture_output=True, text=True
     )
     assert done.stdout == "same logits\n", done.stderr
-    export_run(finished / "run", tmp_path / "merged", "merged", None, Progress())
+    export_run(finished / "run", tmp_path / "merged", "merged", None)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     with torch.no_grad():
         error = (merged(**some_text()).logits - logits).abs().max() / logits.abs().max()

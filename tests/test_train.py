@@ -18,7 +18,6 @@ from milora.data import IGNORED, encode, read_rows, split_rows
 from milora.errors import UserError
 from milora.evaluate import Pair, answer_loss
 from milora.files import sha256
-from milora.progress import Progress
 from milora.verify import open_adapter, verify
 
 Tiny = Callable[[str], Path]
@@ -342,7 +341,7 @@ def test_resuming_on_a_changed_base_is_refused(tiny: Tiny, tmp_path: Path) -> No
 
 
 def test_exports_of_a_finished_run(finished: Path, tiny: Tiny, tmp_path: Path) -> None:
-    said = export_run(finished, tmp_path / "merged", "merged", None, Progress())
+    said = export_run(finished, tmp_path / "merged", "merged", None)
     assert "merged weights" in said
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     opened = open_adapter(finished)
@@ -351,10 +350,10 @@ def test_exports_of_a_finished_run(finished: Path, tiny: Tiny, tmp_path: Path) -
         wanted = opened.model.cpu()(input_ids=ids).logits
         found = merged(input_ids=ids).logits
     assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
-    said = export_run(finished, tmp_path / "exact", "lora", None, Progress())
+    said = export_run(finished, tmp_path / "exact", "lora", None)
     assert "rank 8, exact" in said
     assert all(check.holds for check in verify(tmp_path / "exact"))
-    said = export_run(finished, tmp_path / "small", "lora", 2, Progress())
+    said = export_run(finished, tmp_path / "small", "lora", 2)
     assert "rank 2; relative error of the update" in said
     assert all(check.holds for check in verify(tmp_path / "small"))
     assert "rank-2 approximation" in (tmp_path / "small" / "README.md").read_text()
@@ -365,7 +364,7 @@ def test_exports_of_a_finished_run(finished: Path, tiny: Tiny, tmp_path: Path) -
         ((tmp_path / "new", "merged", 2), "--rank goes with"),
     ):
         with pytest.raises(UserError, match=reason):
-            export_run(finished, *arguments, Progress())
+            export_run(finished, *arguments)
     assert not (tmp_path / "new").exists()
 
 
@@ -374,7 +373,7 @@ def test_verify_sees_a_changed_adapter_and_a_wrong_base(
 ) -> None:
     from safetensors.torch import save_file
 
-    export_run(finished, tmp_path / "copy", "lora", None, Progress())
+    export_run(finished, tmp_path / "copy", "lora", None)
     path = tmp_path / "copy" / "adapter_model.safetensors"
     tensors = load_file(path)
     name = next(name for name in tensors if "lora_B" in name)

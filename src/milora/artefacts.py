@@ -29,9 +29,9 @@ def export_run(
     out: Path,
     to: str,
     rank: int | None,
-    progress: Progress,
-    base: str | None = None,
     trust_remote_code: bool = False,
+    base: str | None = None,
+    progress: Progress | None = None,
 ) -> str:
     """Write one of KINDS from a run folder or the adapter in it: a plain LoRA (of rank 2r or the
     best of `rank`), merged weights, a GGUF LoRA for the GGUF of the base, or a merged GGUF.
@@ -70,7 +70,7 @@ def export_run(
         with new_folder(out) as folder:
             shutil.copytree(source, folder, dirs_exist_ok=True)
         return f"{out}: plain LoRA of rank {provenance['rank']}, exact"
-    recorded = provenance["base"]
+    recorded, progress = provenance["base"], progress or Progress()
     if to == "lora":
         return _smaller(source, out, rank or 0, base, trust_remote_code)
     model = base or recorded["model"]

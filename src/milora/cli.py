@@ -343,7 +343,7 @@ def export(
     from milora.progress import Progress
 
     with Progress() as progress:
-        said = export_run(run, out, to, rank, progress, base, trust_remote_code)
+        said = export_run(run, out, to, rank, trust_remote_code, base, progress)
     typer.echo(said)
 
 
