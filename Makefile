@@ -4,7 +4,7 @@ BIN := .venv/bin
 # A few matrices of a few hundred rows: spinning threads cost more than they give.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: setup demo check test test-fast format bench-compare bench-svd bench-checkpoint clean
+.PHONY: setup demo check test test-fast format bench-compare bench-svd bench-checkpoint bench-merge interop clean
 
 setup: .venv/ready
 
@@ -50,6 +50,17 @@ bench-svd: setup
 bench-checkpoint: setup
 	env -u OMP_WAIT_POLICY $(BIN)/python benchmarks/checkpoint.py build/seven
 	$(BIN)/python benchmarks/svd.py plot
+
+# The two servers are built in build/, once; then half an hour on two cores.
+interop: setup
+	$(BIN)/python benchmarks/interop.py build
+	$(BIN)/python benchmarks/interop.py run
+	$(BIN)/python benchmarks/interop.py docs
+
+# 27 GB of room for the time it takes.
+bench-merge: setup
+	$(BIN)/python benchmarks/merge.py run build/seven
+	$(BIN)/python benchmarks/merge.py docs
 
 clean:
 	rm -rf .venv build dist runs

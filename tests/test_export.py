@@ -19,8 +19,7 @@ from transformers import PreTrainedModel
 
 from milora import adapter
 from milora.adapter import Factors, Start
-from milora.errors import UserError
-from milora.export import check_loaded, merge, plain_lora, save_plain_lora, target_names
+from milora.export import check_loaded, plain_lora, save_plain_lora, target_names
 from milora.matrices import adapted_matrices
 
 Load = Callable[..., PreTrainedModel]
@@ -198,28 +197,6 @@ def test_truncation_is_the_best_and_states_its_error(
     made = float((update - B.double() @ A.double()).norm() / update.norm())
     assert made == pytest.approx(best, abs=1e-5)
     assert A.shape[0] <= rank
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", KINDS)
-def test_merged_weights(
-    kind: str, dtype: torch.dtype, load: Load, batch: dict[str, torch.Tensor]
-) -> None:
-    model, start = adapter.add_adapter(load(kind, dtype), config(kind), "milora")
-    perturb(model)
-    merged = load(kind, dtype)
-    merge(merged, plain_lora(start, adapter.trained_factors(model)))
-    assert merged.dtype == dtype
-    bound = 1e-5 if dtype == torch.float32 else 0.05
-    assert relative(logits(merged, batch), logits(model, batch)) <= bound
-    if kind == "tied":
-        assert torch.equal(merged.lm_head.weight, load(kind, dtype).model.embed_tokens.weight)
-
-
-def test_merging_into_another_architecture_is_refused(load: Load) -> None:
-    model, start = trained("llama", load)
-    with pytest.raises(UserError, match="wrong base"):
-        merge(load("gpt2"), plain_lora(start, adapter.trained_factors(model)))
 
 
 def test_two_adapters_on_one_base_do_not_touch_each_other(

@@ -360,7 +360,7 @@ def test_exports_of_a_finished_run(finished: Path, tiny: Tiny, tmp_path: Path) -
     for arguments, reason in (
         ((tmp_path / "small", "lora", None), "exists already"),
         ((tmp_path / "new", "lora", 9), "has rank 8"),
-        ((tmp_path / "new", "gguf", None), "use lora or merged"),
+        ((tmp_path / "new", "zip", None), "use lora, merged, gguf or gguf-merged"),
         ((tmp_path / "new", "merged", 2), "--rank goes with"),
     ):
         with pytest.raises(UserError, match=reason):

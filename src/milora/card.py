@@ -110,9 +110,7 @@ def _adapter_head(record: Mapping[str, Any], asked: Mapping[str, Any], rank: int
         "```",
         "",
         *BASE_NOTE.get(base["name"], ()),
-        f"vLLM: `--enable-lora --max-lora-rank {server_rank(rank)}`. Use the chat template that "
-        "lies beside the weights, if there is one: the model was trained with it.",
-        "",
+        *serving(rank),
     ]
     if record["method"] != "lora":
         lines += [
@@ -159,6 +157,82 @@ def _quantised(base: Mapping[str, Any]) -> Iterator[str]:
             "the base so quantised, and the full-precision one with the difference that quantising "
             "makes. Merge it into the full-precision base only."
         )
+
+
+def serving(rank: int) -> list[str]:
+    """How to serve an adapter of `rank`, and to see that it is served."""
+    return [
+        "## Serve it",
+        "",
+        "vLLM; the adapter is a model of its own there, called `tuned`:",
+        "",
+        "```",
+        "vllm serve path/of/the/base --enable-lora "
+        f"--max-lora-rank {server_rank(rank)} --lora-modules tuned=this/folder",
+        "milora verify this/folder --server http://localhost:8000 --model tuned",
+        "```",
+        "",
+        "llama.cpp, on a GGUF of the base (`--to gguf-merged` gives one file that needs no base):",
+        "",
+        "```",
+        "milora export this/folder --to gguf --out gguf",
+        "llama-server --model base.gguf --lora gguf/adapter.gguf",
+        "milora verify gguf --server http://localhost:8080",
+        "```",
+        "",
+        "`milora verify` asks the server a few prompts and compares its log-probabilities with "
+        "those that were measured here: an adapter that is ignored, scaled wrongly or put on "
+        "another base is found. Use the chat template that lies beside the weights, if there is "
+        "one: the model was trained with it.",
+        "",
+    ]
+
+
+def artefact_card(record: Mapping[str, Any]) -> str:
+    """README.md of merged weights or a GGUF, from what their milora.json says."""
+    base, file = record["base"], record.get("file")
+    name = harmless(base["name"])
+    head: dict[str, Any] = {
+        "base_model": base["name"],
+        "pipeline_tag": "text-generation",
+        "tags": ["milora", *(["gguf"] if file else ["transformers"])],
+    }
+    if base["license"] != "unknown":
+        head["license"] = base["license"]
+    if file == "adapter.gguf":
+        command = "llama-server --model base.gguf --lora adapter.gguf"
+        what = (
+            f"A LoRA of rank {record['rank']} for a GGUF of the untouched base `{name}`, whose "
+            "scale is 1. On a base that was quantised after training it is as good as that base."
+        )
+    else:
+        command = f"llama-server --model {file}" if file else "vllm serve this/folder"
+        rounding = record["rounding"]
+        what = (
+            f"`{name}` with what was learned added to its weights, in {rounding['dtype']}: of the "
+            f"update {rounding['all']:.1e} was lost to rounding, at most "
+            f"{rounding['worst'][1]:.1e} ({harmless(rounding['worst'][0])})."
+        )
+    port = 8080 if file else 8000
+    return "\n".join(
+        [
+            "---",
+            yaml.safe_dump(head, sort_keys=False).strip(),
+            "---",
+            "",
+            f"# {name}, tuned",
+            "",
+            f"{what} Trained with [milora](https://arxiv.org/abs/2406.09044), method "
+            f"{record['method']}; the adapter's own card has data, recipe and scores. The licence "
+            "of the base holds for it.",
+            "",
+            "```",
+            command,
+            f"milora verify this/folder --server http://localhost:{port}",
+            "```",
+            "",
+        ]
+    )
 
 
 # What is shown of a task beside its accuracy; the last two only where there are any.

@@ -6,7 +6,7 @@ first weight is read), and GGUF files, whose weights are dequantised one by one.
 
 import json
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -154,11 +154,21 @@ def full_weights(checkpoint: Checkpoint, name: str) -> Weights:
     return weight
 
 
-def _safetensors(source: str, skeleton: PreTrainedModel) -> Checkpoint:
+class Shards(NamedTuple):
+    """Where the tensors of a checkpoint are."""
+
+    files: dict[str, str]  # tensor -> the name of its file
+    path_of: Callable[[str], Path | None]  # that file, or another of the model, on this machine
+
+
+def open_shards(source: str) -> Shards:
+    """The safetensors files of a folder or a hub model; each is fetched when it is asked for.
+
+    Raises UserError when there are none, or their index is damaged.
+    """
     paths: dict[str, Path | None] = {}
 
     def path_of(file: str) -> Path | None:
-        """Where a file of a folder or a hub model is on this machine, fetched if need be."""
         if file not in paths:
             try:
                 # One that is not there gives None; a full disk or a lost network raises.
@@ -183,17 +193,28 @@ def _safetensors(source: str, skeleton: PreTrainedModel) -> Checkpoint:
             raise UserError(f"{index} is damaged ({error}): fetch it again") from error
         if not isinstance(files, dict) or not all(isinstance(f, str) for f in files.values()):
             raise UserError(f"{index} is damaged (no weight_map of file names): fetch it again")
+        if odd := [file for file in files.values() if Path(file).name != file]:
+            raise UserError(f"{index} names {odd[0]}, which is not a file beside it: not used")
     else:
         raise UserError(f"model: {source} has neither {SINGLE} nor {INDEX}: convert it first")
-    prefix = f"{skeleton.base_model_prefix}."
+    return Shards(files, path_of)
 
-    def stored_name(module: str) -> str | None:
-        own = f"{module}.weight"
-        names = (own, own.removeprefix(prefix), prefix + own)
-        return next((name for name in names if name in files), None)
+
+def stored_name(skeleton: PreTrainedModel, parameter: str, files: Container[str]) -> str | None:
+    """The tensor that holds `parameter`, with the model's prefix or without, or None."""
+    prefix = f"{skeleton.base_model_prefix}."
+    names = (parameter, parameter.removeprefix(prefix), prefix + parameter)
+    return next((name for name in names if name in files), None)
+
+
+def _safetensors(source: str, skeleton: PreTrainedModel) -> Checkpoint:
+    files, path_of = open_shards(source)
+
+    def stored(module: str) -> str | None:
+        return stored_name(skeleton, f"{module}.weight", files)
 
     def read(module: str) -> Tensor:
-        name = stored_name(module)
+        name = stored(module)
         if name is None:
             raise KeyError(module)
         path = path_of(files[name])
@@ -211,7 +232,7 @@ def _safetensors(source: str, skeleton: PreTrainedModel) -> Checkpoint:
                 ) from error
         return tensor
 
-    return Checkpoint(skeleton, lambda module: stored_name(module) is not None, read, False)
+    return Checkpoint(skeleton, lambda module: stored(module) is not None, read, False)
 
 
 def _opened(path: Path) -> Any:

@@ -321,41 +321,78 @@ def compare(
 
 @app.command(epilog="Example: milora export runs/first --to lora --rank 32 --out lora32")
 def export(
-    run: Annotated[Path, typer.Argument(help="The run folder.")],
+    run: Annotated[Path, typer.Argument(help="The run folder, or an adapter folder.")],
     out: Annotated[Path, typer.Option(help="A new folder for the artefact.")],
     to: Annotated[
-        str, typer.Option(help="lora (rank 2r, or --rank) or merged (safetensors).")
+        str,
+        typer.Option(
+            help="lora (rank 2r, or --rank), merged (safetensors), gguf (a LoRA for llama.cpp) or "
+            "gguf-merged."
+        ),
     ] = "lora",
     rank: Annotated[
         int | None, typer.Option(min=1, help="Best approximation of this rank, with its error.")
     ] = None,
-    base: Annotated[
-        str | None, typer.Option(help="Where the base is now; of a quantised one, its original.")
-    ] = None,
-    trust_remote_code: TrustRemoteCode = False,
-) -> None:
-    """Write the result for other tools: a plain LoRA of some rank, or merged weights."""
-    _quiet()
-    from milora.artefacts import export_run
-
-    typer.echo(export_run(run, out, to, rank, trust_remote_code, base))
-
-
-@app.command(epilog="Example: milora verify runs/first/adapter --base smollm2-135m")
-def verify(
-    adapter: Annotated[Path, typer.Argument(help="An adapter folder (or a run folder).")],
     base: Annotated[str | None, typer.Option(help="The base; default: as recorded.")] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Check an adapter against its base: fingerprint, step 0, format, probe prompts."""
+    """Write the result for other tools: a plain LoRA, merged weights, GGUF.
+
+    Merging reads and writes the files of the base a block at a time, in their dtype, and says what
+    of the update their rounding lost.
+    """
     _quiet()
+    from milora.artefacts import export_run
+    from milora.progress import Progress
+
+    with Progress() as progress:
+        said = export_run(run, out, to, rank, trust_remote_code, base, progress)
+    typer.echo(said)
+
+
+@app.command(
+    epilog="Example: milora verify runs/first/adapter --server http://localhost:8000 --model tuned"
+)
+def verify(
+    adapter: Annotated[
+        Path, typer.Argument(help="An adapter folder, a run folder, or what export wrote.")
+    ],
+    base: Annotated[str | None, typer.Option(help="The base; default: as recorded.")] = None,
+    server: Annotated[
+        str | None, typer.Option(help="Ask this OpenAI-compatible server; loads no model.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Its name on the server; default: the only adapter.")
+    ] = None,
+    tolerance: Annotated[
+        float, typer.Option(min=0, help="Mean difference a server may have, in nats.")
+    ] = 0.1,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Check an adapter against its base: fingerprint, step 0, format, probe prompts.
+
+    With --server the probes go to a running server: exit code 3 if it ignores the adapter, has it
+    at a wrong scale, or runs another base; 2 if it cannot be asked ($MILORA_SERVER_KEY is its key).
+    """
+    if server is None and model is not None:
+        raise UserError("--model is the name on a server: add --server, or leave it out")
+    if server is not None and base is not None:
+        raise UserError("--base is loaded here and --server runs elsewhere: give one of them")
+    _quiet()
+    from milora.server import verify_server
     from milora.verify import verify as run_checks
 
-    checks = run_checks(adapter, base, trust_remote_code)
+    if server is None:
+        checks = run_checks(adapter, base, trust_remote_code)
+    else:
+        checks = verify_server(adapter, server, model, tolerance)
     for check in checks:
         typer.echo(f"{'ok  ' if check.holds else 'FAIL'}  {check.name}: {check.detail}")
-    if not all(check.holds for check in checks):
-        raise UserError(f"{adapter} is not what it was when it was made: do not use it")
+    if all(check.holds for check in checks):
+        return
+    if server is not None:
+        raise GateError(f"{server} does not serve {adapter}: {checks[-1].detail}")
+    raise UserError(f"{adapter} is not what it was when it was made: do not use it")
 
 
 @app.command("report", epilog="Example: milora report runs/first --lang ja --out report-ja.html")

@@ -1,4 +1,4 @@
-"""From initial and trained factors to artefacts for other tools: plain LoRA, merged weights.
+"""From initial and trained factors to the artefact that other tools take: a plain LoRA.
 
     dW = s (B A - B0 A0) = s [B, -B0] [A; A0]
 
@@ -14,8 +14,8 @@ from types import MappingProxyType, MethodType
 from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import save
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -52,17 +52,23 @@ def plain_lora(start: Start, trained: Mapping[str, Factors], rank: int | None = 
     Young), from the factors alone, in fp64, with the error it makes.
     """
     factors: dict[str, Factors] = {}
-    lost, whole, worst = 0.0, 0.0, ("", 0.0)
     for name, (A, B) in trained.items():
         s = start.scaling[name]
         A0, B0 = start.factors[name]
         if start.method == "lora":
-            joined = Factors(A.float(), s * B.float())
+            factors[name] = Factors(A.float(), s * B.float())
         else:
-            joined = Factors(torch.cat([A, A0]).float(), s * torch.cat([B, -B0], dim=1).float())
-        if rank is None:
-            factors[name] = joined
-            continue
+            joined = torch.cat([A, A0]).float(), s * torch.cat([B, -B0], dim=1).float()
+            factors[name] = Factors(*joined)
+    plain = PlainLora(factors, 0.0, ("", 0.0))
+    return plain if rank is None else best_of_rank(plain, rank)
+
+
+def best_of_rank(plain: PlainLora, rank: int) -> PlainLora:
+    """The best approximation of `rank` of an exact update, with the error it makes."""
+    factors: dict[str, Factors] = {}
+    lost, whole, worst = 0.0, 0.0, ("", 0.0)
+    for name, joined in plain.factors.items():
         factors[name], S = _truncate(joined, rank)
         cut, total = float(S[rank:].square().sum()), float(S.square().sum())
         lost, whole = lost + cut, whole + total
@@ -124,6 +130,37 @@ def save_plain_lora(
     written["target_modules"] = sorted(written["target_modules"])  # PEFT writes a set's order
     write_json(folder / "adapter_config.json", written)
     return rank
+
+
+def load_plain_lora(folder: Path, skeleton: PreTrainedModel) -> PlainLora:
+    """What `save_plain_lora` wrote, matrix by matrix; `skeleton` is the base on the meta device.
+
+    Raises UserError for another base, and for a file that holds anything else, which would be
+    lost.
+    """
+    config: Any = PeftConfig.from_pretrained(str(folder))
+    tensors = load_file(folder / "adapter_model.safetensors")
+    if config.lora_alpha != config.r or config.use_rslora or config.alpha_pattern:
+        raise UserError(f"{folder} is not a plain LoRA as milora writes it: its scale is not 1")
+    try:
+        with torch.device("meta"):
+            model = get_peft_model(skeleton, config)
+    except ValueError as error:
+        raise UserError(f"wrong base: {folder} does not fit it: {error}") from error
+    factors, used = {}, set()
+    for name, matrix in adapted_matrices(model).items():
+        keys = [f"base_model.model.{matrix.path}.{which}.weight" for which in ("lora_A", "lora_B")]
+        try:
+            factors[name] = Factors(*matrix.part(*(tensors[key] for key in keys)))
+        except KeyError as error:
+            raise UserError(f"{folder} has no {error}: it is not the whole adapter") from None
+        used.update(keys)
+    if left := sorted(set(tensors) - used):
+        raise UserError(
+            f"{folder} also holds {left[0]} ({len(left)} in all), which is no LoRA of a linear "
+            "layer or a stack of experts: only PEFT can use it as it is"
+        )
+    return PlainLora(factors, 0.0, ("", 0.0))
 
 
 def _tensors(

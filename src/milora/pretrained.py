@@ -54,16 +54,11 @@ def load_pretrained(
 
     Raises UserError when the model is not there or cannot be loaded.
     """
-    source, license_ = model, None
+    source, license_ = source_of(model), None
     if model == BUNDLED:
-        source, license_ = str(bundled()), "apache-2.0"
-    elif model.endswith(".gguf"):
-        source = str(_converted(Path(model)))
-    elif Path(model).is_dir():
-        license_ = _license(Path(model) / "README.md")
-    else:
-        check_hub_id(model)
-        license_ = _license(model)
+        license_ = "apache-2.0"
+    elif not model.endswith(".gguf"):
+        license_ = _license(Path(model) / "README.md" if Path(model).is_dir() else model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:
@@ -121,6 +116,20 @@ def complete(
 
 def _special(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return [str(one) for one in tokenizer.added_tokens_decoder.values() if one.special]
+
+
+def source_of(model: str) -> str:
+    """The folder with the safetensors of `model`, which is as for `load_pretrained`, or its hub id.
+
+    Raises UserError for what is neither there nor a hub id.
+    """
+    if model == BUNDLED:
+        return str(bundled())
+    if model.endswith(".gguf"):
+        return str(_converted(Path(model)))
+    if not Path(model).is_dir():
+        check_hub_id(model)
+    return model
 
 
 def check_hub_id(model: str) -> None:

@@ -4,17 +4,20 @@ The provenance beside the weights (milora.json) holds a hash of every base weigh
 adapted, and probes: prompts with the log-probabilities that base and tuned gave them.
 """
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import yaml
 from peft import PeftModel
+from peft.helpers import rescale_adapter_scale
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from milora.adapter import base_only, packed_hashes, tensor_sha256
 from milora.checkpoint import full_weights, open_checkpoint
+from milora.data import prompt_ids, prompt_text
 from milora.errors import UserError
 from milora.evaluate import Pair
 from milora.files import read_json
@@ -27,7 +30,12 @@ PROBES = (
     "def add(a, b):\n    return",
     "Dear customer, thank you for your",
 )
+SCALES = (0.5, 2, 4)  # at which a server may have the update by mistake
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}  # of a log-probability, in nats
+
+
+ADAPTER, MERGED = "milora adapter 1", "milora merged weights 1"  # formats of milora.json
+GGUF = "milora GGUF 1"
 
 
 class Check(NamedTuple):
@@ -104,6 +112,8 @@ def open_adapter(
     """
     folder = find_adapter(path)
     provenance = read_json(folder / "milora.json")
+    if provenance["format"] != ADAPTER:
+        raise UserError(f"{folder} holds {provenance['format']}, not an adapter: name its run")
     recorded = provenance["base"]
     model, quantization = base or recorded["model"], recorded.get("quantization")
     if not packed:
@@ -157,41 +167,67 @@ def _wrong_weights(
 
 
 def make_probes(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
-    """For each prompt the five likeliest next tokens of the tuned model, with their
-    log-probabilities (nats) under tuned and base."""
-    probes = []
+    """For each prompt, as it is and as a question in the model's template, the five likeliest next
+    tokens of the tuned model, with their log-probabilities (nats) under tuned and base, and with
+    the update at the wrong scales of SCALES, by which a server's fault is known."""
+    prompts = [(text, tokenizer(text)["input_ids"]) for text in PROBES]
     for text in PROBES:
-        ids = tokenizer(text)["input_ids"]
-        tuned, base = _next_token(model, ids)
+        asked = [{"role": "user", "content": text}]
+        with suppress(UserError):  # a template may want more than one question
+            prompts.append((prompt_text(tokenizer, asked), prompt_ids(tokenizer, asked)))
+    probes = []
+    for text, ids in prompts:
+        tuned = next_token(model, ids)
+        with base_only(model):
+            base = next_token(model, ids)
         top = tuned.topk(min(5, len(tuned))).indices
+        scaled = {}
+        for scale in SCALES:
+            with rescale_adapter_scale(model, scale):
+                scaled[str(scale)] = _rounded(next_token(model, ids)[top])
         probes.append(
             {
                 "text": text,
                 "input_ids": list(ids),
                 "tokens": top.tolist(),
-                "tuned": [round(x, 5) for x in tuned[top].tolist()],
-                "base": [round(x, 5) for x in base[top].tolist()],
+                "pieces": [tokenizer.decode([token]) for token in top.tolist()],
+                "tuned": _rounded(tuned[top]),
+                "base": _rounded(base[top]),
+                "scaled": scaled,
             }
         )
     return probes
 
 
-def _next_token(model: PeftModel, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+def _rounded(values: torch.Tensor) -> list[float]:
+    return [round(x, 5) for x in values.tolist()]
+
+
+def next_token(model: nn.Module, ids: list[int]) -> torch.Tensor:
+    """Log-probabilities (vocabulary,) of what follows `ids`, fp32 on the CPU."""
     tokens = torch.tensor([ids], device=next(model.parameters()).device)
     with torch.no_grad():
-        tuned = model(input_ids=tokens).logits[0, -1].float().log_softmax(-1).cpu()
-        with base_only(model):
-            base = model(input_ids=tokens).logits[0, -1].float().log_softmax(-1).cpu()
-    return tuned, base
+        found: torch.Tensor = model(input_ids=tokens).logits[0, -1].float().log_softmax(-1).cpu()
+    return found
 
 
 def verify(path: Path, base: str | None = None, trust_remote_code: bool = False) -> list[Check]:
     """Fingerprint, step-0 identity as recorded, file format, and the probes, base and tuned.
 
-    Raises UserError for a wrong base, since nothing else can be checked then.
+    Of merged weights the probes alone. Raises UserError for a wrong base, since nothing else can
+    be checked then, and for GGUF, which only a server can run (see server.verify_server).
     """
+    folder = find_adapter(path)
+    stored = read_json(folder / "milora.json")
+    if stored["format"] == GGUF:
+        raise UserError(f"{folder} is GGUF: serve it, and use `milora verify {path} --server URL`")
+    if stored["format"] == MERGED:
+        if base:
+            raise UserError(f"{folder} holds merged weights, which need no --base: leave it out")
+        dtype = stored["rounding"]["dtype"]
+        merged = load_pretrained(str(folder), dtype, trust_remote_code)
+        return [_probes(merged.model, stored["probes"], "tuned", TOLERANCE[dtype])]
     opened = open_adapter(path, base, trust_remote_code)
-    stored = opened.provenance
     config: Any = opened.model.peft_config["default"]
     first = stored["step0"]
     bound = TOLERANCE[stored["base"]["dtype"]]
@@ -209,17 +245,16 @@ def verify(path: Path, base: str | None = None, trust_remote_code: bool = False)
         ),
         Check("format", plain, f"plain LoRA, r = lora_alpha = {config.r}"),
     ]
-    for state in ("base", "tuned"):
-        worst = 0.0
-        for probe in stored["probes"]:
-            tuned, plain_base = _next_token(opened.model, probe["input_ids"])
-            found = (tuned if state == "tuned" else plain_base)[probe["tokens"]]
-            worst = max(worst, float((found - torch.tensor(probe[state])).abs().max()))
-        checks.append(
-            Check(
-                f"probes, {state}",
-                worst <= bound,
-                f"log-probabilities off by at most {worst:.1e}, bound {bound}",
-            )
-        )
+    with base_only(opened.model):
+        checks.append(_probes(opened.model, stored["probes"], "base", bound))
+    checks.append(_probes(opened.model, stored["probes"], "tuned", bound))
     return checks
+
+
+def _probes(model: nn.Module, probes: list[dict[str, Any]], state: str, bound: float) -> Check:
+    worst = 0.0
+    for probe in probes:
+        found = next_token(model, probe["input_ids"])[probe["tokens"]]
+        worst = max(worst, float((found - torch.tensor(probe[state])).abs().max()))
+    said = f"log-probabilities off by at most {worst:.1e}, bound {bound}"
+    return Check(f"probes, {state}", worst <= bound, said)

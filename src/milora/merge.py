@@ -1,0 +1,331 @@
+"""W + dW into the files of a checkpoint, a block of rows at a time; the model is never held.
+
+Each shard is written as a copy of the base's file in which the adapted weights have other values:
+the same names, dtypes, shapes and places. What is merged is what is in the files, so that the
+recorded hash of every adapted weight is compared with them first.
+"""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from milora.adapter import Factors, tensor_sha256
+from milora.checkpoint import INDEX, Shards, open_shards, stored_name
+from milora.errors import UserError
+from milora.matrices import matrix_in
+from milora.progress import Progress
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16
+}  # fmt: skip
+BLOCK = 1 << 22  # numbers that are worked on at a time
+# Where the files of a mixture of experts keep one by one what the library stacks: the folder of
+# the experts, then the matrices that lie one above the other in the stack.
+EXPERTS = {
+    "mixtral": ("block_sparse_moe", {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}),
+    "qwen2_moe": ("mlp", {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}),
+    "qwen3_moe": ("mlp", {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}),
+}
+# Not of the model that is written: weights in other formats, the base's own record and card.
+LEFT_OUT = (
+    "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth",
+    "*.ckpt", "*.h5", "*.msgpack", "*.onnx*", "*.gguf", "README.md", ".*", "milora.json",
+)  # fmt: skip
+
+
+class Piece(NamedTuple):
+    """What a tensor of the files holds of a matrix W (m, n) of the model."""
+
+    tensor: str
+    expert: int | None  # which of the tensor's, where the files have a stack too
+    rows: slice  # of W
+    transposed: bool  # the tensor holds them as columns
+
+
+class Recorded(NamedTuple):
+    """The weight that an adapter was trained on."""
+
+    sha256: str
+    dtype: torch.dtype | None  # that it was loaded in; None where it is as the files have it
+
+
+class Rounding(NamedTuple):
+    """||merged - (W + dW)|| / ||dW||, Frobenius: what of the update the dtype of the files lost."""
+
+    all: float
+    worst: tuple[str, float]
+    dtype: str  # of the weights that were merged, the coarsest
+
+    def sentence(self) -> str:
+        return (
+            f"{self.dtype}, of the update {self.all:.1e} was lost to rounding (at most "
+            f"{self.worst[1]:.1e}, {self.worst[0]})"
+        )
+
+
+def rounding_of(
+    lost: Mapping[str, float], norms: Mapping[str, float], dtypes: Iterable[torch.dtype]
+) -> Rounding:
+    """From the squared errors and the norms of the updates, by matrix."""
+    shares = {name: math.sqrt(lost[name]) / (norms[name] or 1.0) for name in lost}
+    norm = math.sqrt(sum(one**2 for one in norms.values()))
+    coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+    worst = max(shares.items(), key=lambda pair: pair[1], default=("", 0.0))
+    name = str(coarsest).removeprefix("torch.")
+    return Rounding(math.sqrt(sum(lost.values())) / (norm or 1.0), worst, name)
+
+
+def pieces_of(
+    skeleton: PreTrainedModel, names: Iterable[str], shards: Shards, source: str
+) -> dict[str, list[Piece]]:
+    """Where in the files each matrix of the model is.
+
+    `skeleton` is the model without weights. Raises UserError for a matrix that the model has not,
+    or that is not in the files under a name that is known.
+    """
+    found = {}
+    for name in names:
+        try:
+            rows = len(matrix_in(skeleton, name))
+        except KeyError:
+            raise UserError(f"wrong base: {source} has no weight {name}") from None
+        pieces = _pieces(skeleton, name, rows, shards)
+        if not pieces:
+            raise UserError(
+                f"the files of {source} hold no weight for {name}: the library renames or fuses "
+                "it when it loads the model, in a way that is not known here; serve the plain LoRA"
+            )
+        found[name] = pieces
+    return found
+
+
+def _pieces(skeleton: PreTrainedModel, name: str, rows: int, shards: Shards) -> list[Piece]:
+    whole = slice(0, rows)
+    if own := stored_name(skeleton, f"{name}.weight", shards.files):
+        return [Piece(own, None, whole, _transposed(skeleton, name))]
+    stack, _, expert = name.rpartition(".")
+    if not expert.isdigit():
+        return []
+    owner, _, parameter = stack.rpartition(".")
+    if own := stored_name(skeleton, stack, shards.files):
+        return [Piece(own, int(expert), whole, _transposed(skeleton, owner))]
+    kind: Any = getattr(skeleton.config, "model_type", "")
+    if kind not in EXPERTS:
+        return []
+    folder, parts = EXPERTS[kind]
+    layer = owner.removesuffix(".mlp.experts")
+    files = [
+        stored_name(skeleton, f"{layer}.{folder}.experts.{expert}.{part}.weight", shards.files)
+        for part in parts.get(parameter, ())
+    ]
+    found = [file for file in files if file]
+    if len(found) < len(files) or not files:
+        return []
+    size = rows // len(files)
+    return [
+        Piece(file, None, slice(i * size, (i + 1) * size), False) for i, file in enumerate(found)
+    ]
+
+
+def _transposed(model: nn.Module, name: str) -> bool:
+    module = model.get_submodule(name)
+    return isinstance(module, Conv1D) or bool(getattr(module, "is_transposed", False))
+
+
+def merge_files(
+    source: str,
+    skeleton: PreTrainedModel,
+    factors: Mapping[str, Factors],
+    hashes: Mapping[str, Recorded],
+    folder: Path,
+    progress: Progress,
+) -> Rounding:
+    """Write the files of `source`, a folder or hub id, into `folder` with the update in them.
+
+    `factors` are of dW = B A by matrix; `hashes` are those that the adapter recorded. The sum is
+    formed in fp32 (fp64 where the files are fp32) and rounded once. The peak is some blocks and,
+    for the hash, one weight. Everything that is no weight is copied: configuration, tokenizer,
+    licence. Raises UserError for another base, for files that are damaged, and for a dtype that is
+    not floating point.
+    """
+    shards = open_shards(source)
+    pieces = pieces_of(skeleton, factors, shards, source)
+    changed: dict[str, list[tuple[str, Piece]]] = {}
+    for name, found in pieces.items():
+        for piece in found:
+            changed.setdefault(piece.tensor, []).append((name, piece))
+    lost, norms, dtypes = dict.fromkeys(factors, 0.0), dict[str, float](), set[torch.dtype]()
+    files = sorted(set(shards.files.values()))
+    for file in files:
+        with TensorFile(source, file, shards) as old, (folder / file).open("wb") as new:
+            at = 0  # so much of the file is written
+            for tensor in (one for one in old.order if one in changed):
+                for name, piece in sorted(changed[tensor], key=lambda pair: pair[1].expert or 0):
+                    if name not in norms:
+                        progress("merging", len(norms), len(factors), name)
+                        check_weight(name, pieces[name], old, shards, source, hashes[name])
+                        norms[name] = norm_of(factors[name])
+                    L, R = factors[name].B[piece.rows], factors[name].A
+                    if piece.transposed:
+                        L, R = R.T, L.T
+                    start, end, kind, width = old.place(piece)
+                    dtypes.add(DTYPES[kind])
+                    _copy(old.handle, new, at, start)
+                    for rows, block in old.blocks(start, end, DTYPES[kind], width):
+                        merged, off = summed(block, L[rows], R)
+                        new.write(merged.view(torch.uint8).numpy().data)
+                        lost[name] += off
+                    at = end
+            _copy(old.handle, new, at, old.size)
+            new.flush()
+            os.fsync(new.fileno())
+    progress("merging", len(factors), len(factors))
+    if len(files) > 1 and (index := shards.path_of(INDEX)):
+        shutil.copyfile(index, folder / INDEX)
+    _copy_others(source, folder)
+    return rounding_of(lost, norms, dtypes)
+
+
+def summed(W: Tensor, L: Tensor, R: Tensor) -> tuple[Tensor, float]:
+    """W + L R in the dtype of W, and the squared error of its rounding."""
+    exact = torch.float32 if W.element_size() < 4 else torch.float64
+    wanted = torch.addmm(W.to(exact), L.to(exact), R.to(exact))
+    rounded = wanted.to(W.dtype)
+    off = torch.linalg.vector_norm(wanted.sub_(rounded))
+    return rounded, float(off) ** 2
+
+
+def norm_of(factors: Factors) -> float:
+    """||B A||, from the factors alone."""
+    A, B = factors.A.double(), factors.B.double()
+    return math.sqrt(max(float(((A @ A.T) * (B.T @ B)).sum()), 0.0))
+
+
+def check_weight(
+    name: str, pieces: list[Piece], here: "TensorFile", shards: Shards, source: str,
+    recorded: Recorded,
+) -> None:  # fmt: skip
+    """Raise UserError unless the files hold the weight that the adapter was trained on."""
+    parts = []
+    for piece in pieces:
+        file = shards.files[piece.tensor]
+        if file == here.file:
+            parts.append(here.matrix(piece))
+            continue
+        with TensorFile(source, file, shards) as other:
+            parts.append(other.matrix(piece))
+    weight = torch.cat(parts) if len(parts) > 1 else parts[0]
+    if tensor_sha256(weight.to(recorded.dtype or weight.dtype)) != recorded.sha256:
+        raise UserError(
+            f"wrong base: {name} in the files of {source} is not the weight that the adapter was "
+            "trained on: give the model (and revision) that it was trained on"
+        )
+    if not torch.isfinite(weight).all():
+        raise UserError(f"{name}.weight holds NaN or infinite values: the base is damaged")
+
+
+class TensorFile:
+    """One safetensors file, read by offsets, so that nothing of it stays mapped."""
+
+    def __init__(self, source: str, file: str, shards: Shards) -> None:
+        path = shards.path_of(file)
+        if not path:
+            raise UserError(f"{source} has no {file}, which its {INDEX} names: fetch it again")
+        self.file, self.path, self.size = file, path, path.stat().st_size
+        self.handle = path.open("rb")
+        try:
+            length = int.from_bytes(self.handle.read(8), "little")
+            self.begin = 8 + length
+            if not length or self.begin > self.size:
+                raise ValueError("its header is not whole")
+            self.header: dict[str, Any] = json.loads(self.handle.read(length))
+            self.header.pop("__metadata__", None)
+            self.order = sorted(self.header, key=lambda name: self.header[name]["data_offsets"])
+            if self.begin + self.header[self.order[-1]]["data_offsets"][1] != self.size:
+                raise ValueError("its size is not what its header says")
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            self.handle.close()
+            raise UserError(
+                f"{path} cannot be read ({error}): it is truncated or damaged, fetch it again"
+            ) from error
+        own = (tensor for tensor, of in shards.files.items() if of == file)
+        if missing := [tensor for tensor in own if tensor not in self.header]:
+            self.handle.close()
+            raise UserError(f"{path} has no {missing[0]}, though {INDEX} says so: fetch both again")
+
+    def __enter__(self) -> "TensorFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.handle.close()
+
+    def place(self, piece: Piece) -> tuple[int, int, str, int]:
+        """Of a piece the first byte and the last in the file, the dtype and the width of its rows.
+
+        Raises UserError when they are not floating point, or not as many as the shape says.
+        """
+        about = self.header[piece.tensor]
+        if about["dtype"] not in DTYPES:
+            raise UserError(
+                f"{piece.tensor} of {self.path} is {about['dtype']}: an update can be merged only "
+                f"into {', '.join(DTYPES)}; serve the plain LoRA instead"
+            )
+        start, end = (self.begin + offset for offset in about["data_offsets"])
+        if end - start != math.prod(about["shape"]) * DTYPES[about["dtype"]].itemsize:
+            raise UserError(f"{self.path}: {piece.tensor} is not as long as its shape says")
+        if piece.expert is not None:
+            size = (end - start) // about["shape"][0]
+            start, end = start + piece.expert * size, start + (piece.expert + 1) * size
+        return start, end, about["dtype"], about["shape"][-1]
+
+    def blocks(
+        self, start: int, end: int, dtype: torch.dtype, width: int, size: int | None = None
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """The rows of a matrix `width` wide, some at a time: which, and their values."""
+        row, first = width * dtype.itemsize, 0
+        rows, step = (end - start) // row, max(1, (size or BLOCK) // width)
+        while first < rows:
+            last = min(first + step, rows)
+            data = bytearray((last - first) * row)
+            self.handle.seek(start + first * row)
+            self.handle.readinto(data)
+            yield slice(first, last), torch.frombuffer(data, dtype=dtype).view(-1, width)
+            first = last
+
+    def matrix(self, piece: Piece) -> Tensor:
+        """The rows of W (out, in) that `piece` means, on the CPU."""
+        start, end, kind, width = self.place(piece)
+        ((_, weight),) = self.blocks(start, end, DTYPES[kind], width, end - start)
+        return weight.T if piece.transposed else weight
+
+
+def _copy(old: BinaryIO, new: BinaryIO, first: int, last: int) -> None:
+    old.seek(first)
+    while first < last:
+        data = old.read(min(1 << 24, last - first))
+        new.write(data)
+        first += len(data)
+
+
+def _copy_others(source: str, folder: Path) -> None:
+    """What of the base is no weight: configuration, tokenizer, licence, code that it came with."""
+    base = Path(source)
+    if not base.is_dir():
+        try:
+            base = Path(snapshot_download(source, ignore_patterns=[*LEFT_OUT, "*/*"]))
+        except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+            raise UserError(f"the files of {source} cannot be fetched: {error}") from error
+    for path in sorted(base.iterdir()):
+        if path.is_file() and not any(path.match(pattern) for pattern in LEFT_OUT):
+            shutil.copyfile(path, folder / path.name)

@@ -1,0 +1,308 @@
+"""Merging shard by shard: the same weights as PEFT's merge, whatever the files keep them in."""
+
+import json
+import multiprocessing
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_tokenizer
+from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_adapter import perturb
+from test_architectures import ARCHITECTURES, EACH
+from tiny_run import kill_at_write
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from milora.adapter import add_adapter, lora_config, trained_factors
+from milora.artefacts import export_run
+from milora.errors import UserError
+from milora.export import plain_lora, save_plain_lora
+from milora.files import read_json, write_json
+from milora.merge import Recorded, merge_files
+from milora.progress import Progress
+from milora.verify import ADAPTER, make_probes, verify
+
+
+def make_base(folder: Path, name: str, dtype: torch.dtype = torch.float32, **save: Any) -> Path:
+    """A tiny model of an architecture in a folder, with tokenizer and licence."""
+    torch.manual_seed(0)
+    architecture = ARCHITECTURES[name]
+    architecture.model(architecture.config).to(dtype).save_pretrained(folder, **save)
+    make_tokenizer().save_pretrained(folder)
+    (folder / "LICENSE").write_text("of the base")
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+    return folder
+
+
+def make_adapter(folder: Path, base: Path, name: str, scale: float = 1.0) -> Path:
+    """An adapter as a run writes it, whose training was a random change."""
+    _, _, targets, parameters = ARCHITECTURES[name]
+    model = AutoModelForCausalLM.from_pretrained(base)
+    options = {"r": 4, "target_modules": targets, "target_parameters": parameters or None}
+    live, start = add_adapter(model, lora_config(options | {"lora_alpha": 6}), "milora")
+    perturb(live)
+    plain = plain_lora(start, trained_factors(live))
+    factors = {n: f._replace(B=scale * f.B) for n, f in plain.factors.items()}
+    plain = plain._replace(factors=factors)
+    bare, dtype = live.unload(), str(model.dtype).removeprefix("torch.")
+    folder.mkdir()
+    rank = save_plain_lora(folder, plain, bare, "tiny")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.save_pretrained(folder)
+    about = {"model": str(base), "name": "tiny", "dtype": dtype, "license": "mit"}
+    probes = make_probes(PeftModel.from_pretrained(bare, folder), tokenizer)
+    write_json(
+        folder / "milora.json",
+        {
+            "format": ADAPTER, "base": about, "weights_sha256": start.sha256, "method": "milora",
+            "rank": rank, "versions": {}, "probes": probes, "configuration": {},
+            "step0": {"difference": 0.0, "bound": 1e-5},
+        },
+    )  # fmt: skip
+    (folder / "README.md").write_text("the adapter's card")
+    return folder
+
+
+def export(adapter: Path, out: Path, to: str = "merged", **options: Any) -> str:
+    return export_run(adapter, out, to, None, **options)
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        found |= load_file(file)
+    return found
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_merged_as_by_peft(name: str, tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", name, max_shard_size="40KB")
+    adapter = make_adapter(tmp_path / "adapter", base, name)
+    said = export(adapter, tmp_path / "merged")
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+    wanted = loaded.merge_and_unload().state_dict()
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
+    before = AutoModelForCausalLM.from_pretrained(base).state_dict()
+    assert set(found) == set(wanted)
+    changed = set()
+    for key, value in wanted.items():
+        torch.testing.assert_close(found[key], value, atol=2e-6, rtol=0)
+        if not torch.equal(found[key], before[key]):
+            changed.add(key)
+            assert not torch.equal(value, before[key])
+    assert len(changed) >= 2 * len(ARCHITECTURES[name].targets)
+    assert "merged weights, float32" in said
+    # What is no weight is as it was, and the files are cut as they were.
+    for file in base.iterdir():
+        copied = tmp_path / "merged" / file.name
+        if file.suffix == ".safetensors":
+            assert copied.stat().st_size == file.stat().st_size
+            with safe_open(file, "pt") as old, safe_open(copied, "pt") as new:
+                assert old.keys() == new.keys()
+                assert old.metadata() == new.metadata()
+        elif file.name != "README.md":
+            own = adapter / file.name  # its tokenizer is the one it was trained with
+            assert copied.read_bytes() == (own if own.exists() else file).read_bytes()
+    assert "of the update" in (tmp_path / "merged" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("llama", torch.bfloat16),
+        *(
+            pytest.param(name, dtype, marks=pytest.mark.slow)
+            for name in ("llama", "gpt2", "mixtral")
+            for dtype in (torch.bfloat16, torch.float16)
+            if (name, dtype) != ("llama", torch.bfloat16)
+        ),
+    ],
+)
+def test_rounded_once_and_said(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", name, dtype)
+    adapter = make_adapter(tmp_path / "adapter", base, name, scale=0.1)
+    export(adapter, tmp_path / "merged")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    exact = PeftModel.from_pretrained(model, adapter).merge_and_unload().state_dict()
+    before = AutoModelForCausalLM.from_pretrained(base).state_dict()
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
+    lost = whole = 0.0
+    for key, value in found.items():
+        assert value.dtype == before[key].dtype
+        assert (
+            torch.equal(value, exact[key].to(dtype))
+            or (
+                # A sum in another order may fall on the other side of a tie.
+                (value.float() - exact[key]).abs()
+                <= 1.01 * (exact[key].to(dtype).float() - exact[key]).abs() + 1e-7
+            ).all()
+        )
+        lost += float((value.float() - exact[key]).double().square().sum())
+        whole += float((exact[key] - before[key].float()).double().square().sum())
+    recorded = json.loads((tmp_path / "merged" / "milora.json").read_text())["rounding"]
+    assert recorded["dtype"] == str(dtype).removeprefix("torch.")
+    assert recorded["all"] == pytest.approx((lost / whole) ** 0.5, rel=1e-3)
+    assert recorded["worst"][1] >= recorded["all"] > 1e-4
+    (check,) = verify(tmp_path / "merged")
+    assert check.holds, check.detail
+
+
+def test_a_run_in_fp32_on_a_checkpoint_in_bf16(tmp_path: Path) -> None:
+    """The hash that was recorded is of the weight as the run had it."""
+    base = make_base(tmp_path / "base", "llama", torch.bfloat16)
+    whole = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    whole.save_pretrained(tmp_path / "fp32")
+    make_tokenizer().save_pretrained(tmp_path / "fp32")
+    adapter = make_adapter(tmp_path / "adapter", tmp_path / "fp32", "llama")
+    assert "bfloat16" in export(adapter, tmp_path / "merged", base=str(base))
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["dtype"] == "bfloat16"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("made")
+    base = make_base(folder / "base", "llama", max_shard_size="40KB")
+    make_adapter(folder / "adapter", base, "llama")
+    return folder
+
+
+@pytest.fixture
+def pair(made: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """A base and an adapter that a test may spoil."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    shutil.copytree(made / "base", base)
+    shutil.copytree(made / "adapter", adapter)
+    about = read_json(adapter / "milora.json")
+    write_json(adapter / "milora.json", about | {"base": about["base"] | {"model": str(base)}})
+    return base, adapter
+
+
+def test_what_cannot_be_merged_is_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = pair
+
+    def refused(said: str, **options: Any) -> None:
+        with pytest.raises(UserError, match=said):
+            export(adapter, tmp_path / "merged", **options)
+        assert not (tmp_path / "merged").exists()
+        assert not list(tmp_path.glob(".merged*"))
+
+    other = make_base(tmp_path / "gpt2", "gpt2")
+    refused("wrong base: .* does not fit it", base=str(other))
+    file = next(f for f in base.glob("*.safetensors") if any("q_proj" in k for k in load_file(f)))
+    whole = file.read_bytes()
+    content = {key: value.clone() for key, value in load_file(file).items()}  # not mapped
+    file.write_bytes(whole[:-5])
+    refused("truncated or damaged")
+    file.write_bytes(b"\xff" * 40)
+    refused("cannot be read")
+    name = next(key for key in content if "q_proj" in key)
+    save_file(content | {name: content[name] + 1e-3}, file, {"format": "pt"})
+    refused(f"wrong base: {name.removesuffix('.weight')}")
+    save_file(content | {name: content[name].to(torch.float8_e4m3fn)}, file, {"format": "pt"})
+    refused("F8_E4M3: an update can be merged only into")
+    save_file({key: value for key, value in content.items() if key != name}, file, {"format": "pt"})
+    refused("though model.safetensors.index.json says so")
+    file.unlink()
+    refused(f"has no {file.name}")
+    index = base / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace(file.name, f"../{file.name}"))
+    refused("which is not a file beside it")
+
+
+def test_an_adapter_that_holds_more_is_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    _, adapter = pair
+    path = adapter / "adapter_model.safetensors"
+    content = {key: value.clone() for key, value in load_file(path).items()}
+    save_file(content | {"base_model.model.lm_head.weight": torch.zeros(2, 2)}, path)
+    with pytest.raises(UserError, match=r"also holds base_model\.model\.lm_head"):
+        export(adapter, tmp_path / "merged")
+    first = next(iter(content))
+    save_file({key: value for key, value in content.items() if key != first}, path)
+    with pytest.raises(UserError, match="not the whole adapter"):
+        export(adapter, tmp_path / "merged")
+
+
+def _killed(adapter: Path, out: Path, at_write: int) -> None:
+    kill_at_write(str(out.parent), at_write)
+    export(adapter, out)
+
+
+def test_a_kill_leaves_nothing_that_looks_whole(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    _, adapter = pair
+    (tmp_path / "out").mkdir()
+    out, context = tmp_path / "out" / "merged", multiprocessing.get_context("fork")
+    for at_write in (1, 5, 9):
+        child = context.Process(target=_killed, args=(adapter, out, at_write))
+        child.start()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
+        assert not out.exists()
+    export(adapter, out)
+    assert [path.name for path in out.parent.iterdir()] == ["merged"]
+
+
+def test_it_is_worked_on_in_blocks(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The largest tensor that is made is a block, but for the weight whose hash is taken."""
+    _, adapter = pair
+    export(adapter, tmp_path / "whole")
+    monkeypatch.setattr("milora.merge.BLOCK", 100)
+    sizes: list[int] = []
+    whole = torch.addmm
+
+    def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        result = whole(*args, **kwargs)
+        sizes.append(result.numel())
+        return result
+
+    monkeypatch.setattr(torch, "addmm", counted)
+    export(adapter, tmp_path / "blocks")
+    assert max(sizes) <= 128
+    one, other = tensors(tmp_path / "whole"), tensors(tmp_path / "blocks")
+    for key, value in one.items():
+        torch.testing.assert_close(other[key], value, atol=1e-7, rtol=0)
+
+
+@pytest.mark.slow
+def test_one_stack_on_disk(tmp_path: Path) -> None:
+    """A checkpoint that keeps its experts stacked, as the library does in memory."""
+    base = make_base(tmp_path / "base", "mixtral")
+    adapter = make_adapter(tmp_path / "adapter", base, "mixtral")
+    export(adapter, tmp_path / "merged")
+    wanted = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
+    model = AutoModelForCausalLM.from_pretrained(base)
+    kept = {key: value.clone() for key, value in model.state_dict().items()}
+    (tmp_path / "stacked").mkdir()
+    save_file(kept, tmp_path / "stacked" / "model.safetensors", {"format": "pt"})
+    from milora.export import load_plain_lora
+
+    def skeleton() -> Any:
+        with torch.device("meta"):
+            return type(model)(model.config)
+
+    factors = load_plain_lora(adapter, skeleton()).factors
+    recorded = json.loads((adapter / "milora.json").read_text())["weights_sha256"]
+    hashes = {name: Recorded(digest, torch.float32) for name, digest in recorded.items()}
+    (tmp_path / "out").mkdir()
+    with Progress() as progress:
+        merge_files(
+            str(tmp_path / "stacked"), skeleton(), factors, hashes, tmp_path / "out", progress
+        )  # fmt: skip
+    for key, value in load_file(tmp_path / "out" / "model.safetensors").items():
+        assert torch.equal(value, wanted[key]), key
+
+
+def test_exporting_what_is_no_adapter(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    _, adapter = pair
+    export(adapter, tmp_path / "merged")
+    with pytest.raises(UserError, match="holds milora merged weights 1, not an adapter"):
+        export(tmp_path / "merged", tmp_path / "again", "lora")
+    with pytest.raises(UserError, match="need no --base"):
+        verify(tmp_path / "merged", base="other")
