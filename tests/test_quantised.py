@@ -39,6 +39,7 @@ from milora.verify import open_adapter, verify
 Tiny = Callable[[str], Path]
 NAME = "model.layers.1.mlp.down_proj"
 HELD = {"protect": 4, "interference": {"top": 4}}
+SHORT: dict[str, Any] = {"milora": HELD, "training": {"max_steps": 2}}
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"]}
 
 
@@ -52,7 +53,7 @@ def finished(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One nf4 run with protection, shared by the tests that only read it."""
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     folder = tmp_path_factory.mktemp("nf4")
-    run(settings(tiny("llama"), folder, quantization="nf4", milora=HELD))
+    run(settings(tiny("llama"), folder, quantization="nf4", **SHORT))
     return folder / "run"
 
 
@@ -192,6 +193,15 @@ def test_weights_stored_transposed(
     assert shape == [128, 32] == list(original.weights("transformer.h.0.mlp.c_fc").shape)  # type: ignore[misc]
 
 
+def test_new_tokens_on_packed_numbers_are_refused(
+    tiny: Tiny, tmp_path: Path, bitsandbytes: Any
+) -> None:
+    asked = settings(tiny("llama"), tmp_path, quantization="nf4", tokenizer={"tokens": ["<call>"]})
+    with pytest.raises(UserError, match=r"rows of .*embed_tokens.* \(nf4\) nothing is merged"):
+        run(asked)
+    assert not (tmp_path / "run").exists()
+
+
 def test_from_python(
     tiny: Tiny, tmp_path: Path, bitsandbytes: Any, batch: dict[str, torch.Tensor]
 ) -> None:
@@ -315,7 +325,7 @@ def test_a_checkpoint_that_comes_packed(
         ):
             call()
     from_whole = {"factors_from": str(tiny("llama")), **HELD}
-    record = run(settings(packed_folder, tmp_path, milora=from_whole))
+    record = run(settings(packed_folder, tmp_path, **{**SHORT, "milora": from_whole}))
     assert record["base"]["original"] == str(tiny("llama"))
     assert record["base"]["unchanged"]
     # The same packed numbers and the same factors as when it is packed while it is loaded.

@@ -77,8 +77,8 @@ def export_run(
         original = recorded["original"] or "the checkpoint that it was made from"
         raise UserError(
             f"--to {to}: the base of {run} is quantised ({recorded['label']}), and merging into "
-            "packed numbers would round the update away: either merge into the full-precision base "
-            f"(--base {original}), or serve {source}, a plain LoRA, on the quantised base"
+            "packed numbers would round the update with them: either merge into the full-precision "
+            f"base (--base {original}), or serve {source}, a plain LoRA, on the quantised base"
         )
     if to == "lora":
         return _smaller(source, out, rank or 0, base, trust_remote_code)
