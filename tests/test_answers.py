@@ -88,9 +88,9 @@ def test_another_adapter_is_asked_and_the_base_is_not(
     states = []
     real = milora.evaluate.generate
 
-    def noting(model: Any, tokenizer: Any, prompts: Any, new: int, size: int, what: str, p: Any):  # type: ignore[no-untyped-def]
+    def noting(model: Any, tokenizer: Any, prompts: Any, new: int, size: int, what: str, *p: Any):  # type: ignore[no-untyped-def]
         states.append(what)
-        return real(model, tokenizer, prompts, new, size, what, p)
+        return real(model, tokenizer, prompts, new, size, what, *p)
 
     monkeypatch.setattr(milora.evaluate, "generate", noting)
     evaluated(model, [first])

@@ -15,7 +15,18 @@ SOURCE = ROOT / "src" / "milora"
 
 # Each module may import those of earlier lines only.
 LAYERS = (
-    {"errors", "files", "svd", "spectra", "progress", "pages", "quantised", "matrices", "anchored"},
+    {
+        "errors",
+        "files",
+        "svd",
+        "spectra",
+        "progress",
+        "pages",
+        "quantised",
+        "matrices",
+        "anchored",
+        "vision",
+    },
     {"grade", "adapter", "data", "pretrained", "config", "card", "gates"},
     {"choices", "harness", "answers", "protect", "ranks", "keep", "tokens", "checkpoint"},
     {"export", "evaluate", "loop", "verify", "preview", "chat"},
@@ -32,6 +43,7 @@ LAYERS = (
 SAME_LAYER = {
     ("verify", "evaluate"), ("chat", "evaluate"), ("config", "grade"), ("config", "gates"),
     ("gates", "card"), ("matrices", "svd"), ("matrices", "quantised"), ("quantised", "errors"),
+    ("vision", "errors"), ("vision", "matrices"),
 }  # fmt: skip
 
 

@@ -57,6 +57,7 @@ from milora.quantised import (
     plain_tensors,
 )
 from milora.svd import Component, Components, Decompose, components
+from milora.vision import leave_tower_alone, projectors
 
 TRAINED, ANCHOR = "default", "anchor"
 COMPONENT: dict[str, Component] = {
@@ -299,6 +300,7 @@ def _inject(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     if isinstance(model, PeftModel) or any(isinstance(m, LoraLayer) for m in model.modules()):
         raise UserError("the model has an adapter already: load the base again")
     _check_targets(model, config)
+    leave_tower_alone(model, config)
     _check_whole(model, config)
     config.fan_in_fan_out = any(isinstance(module, Conv1D) for module in model.modules())
     embedding: Any = model.get_input_embeddings().weight  # type: ignore[operator]
@@ -349,7 +351,7 @@ def _inject(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
 
 
 def _check_whole(model: PreTrainedModel, config: LoraConfig) -> None:
-    """Put embedding and head by their full names; a tied pair is one weight."""
+    """Put embedding, head and projector by their full names; a tied pair is one weight."""
     if not config.modules_to_save:
         return
     layers = {"embedding": model.get_input_embeddings(), "head": model.get_output_embeddings()}
@@ -359,14 +361,16 @@ def _check_whole(model: PreTrainedModel, config: LoraConfig) -> None:
         for what, layer in layers.items()
         if module is layer
     }
+    names.update(zip(["projector"], projectors(model), strict=False))
     tied = "head" in names and layers["head"].weight is layers["embedding"].weight
     chosen = set()
     for entry in config.modules_to_save:
         found = [what for what, name in names.items() if is_suffix(entry, name)]
         if not found:
+            there = " nor the ".join(names)
             raise UserError(
-                f"lora.modules_to_save: {entry!r} is neither the embedding nor the head "
-                f"({', '.join(names.values())}), the two that can train in full: adapt it by "
+                f"lora.modules_to_save: {entry!r} is neither the {there} "
+                f"({', '.join(names.values())}), which can train in full: adapt it by "
                 "lora.target_modules, or use method: full"
             )
         chosen |= set(found)
@@ -375,8 +379,8 @@ def _check_whole(model: PreTrainedModel, config: LoraConfig) -> None:
             f"lora.modules_to_save: {names['head']} shares its weight with {names['embedding']} "
             f"(tied), so that both would train: name {names['embedding']} if that is meant"
         )
-    if tied:
-        chosen, config.ensure_weight_tying = {"embedding"}, True
+    if tied and "embedding" in chosen:
+        chosen, config.ensure_weight_tying = chosen - {"head"}, True
         config.modules_to_tie = None
     config.modules_to_save = [names[what] for what in sorted(chosen)]
 

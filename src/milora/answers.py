@@ -16,10 +16,10 @@ from typing import Any, TypeVar
 
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from milora.adapter import base_sha256, tensor_sha256
 from milora.files import cache_folder, folder_of, read_json, write_json
+from milora.vision import Reader, tokenizer_of
 
 PIECE = 128  # questions that are kept together
 
@@ -74,13 +74,13 @@ def in_pieces(
     return [found[i] for i in range(len(items))]
 
 
-def who_answers(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> str:
+def who_answers(model: nn.Module, reader: Reader) -> str:
     """A hash of all that decides what the model answers with its adapter off."""
-    parameter = next(model.parameters())
+    parameter, tokenizer = next(model.parameters()), tokenizer_of(reader)
     parts = [
         base_sha256(model), str(parameter.dtype), parameter.device.type,
-        str(getattr(tokenizer, "chat_template", None)), len(tokenizer), type(tokenizer).__name__,
-        str(tokenizer.eos_token),
+        str(getattr(reader, "chat_template", None)), len(tokenizer), type(tokenizer).__name__,
+        str(tokenizer.eos_token), str(getattr(reader, "image_processor", None)),
         *(version(package) for package in ("milora", "torch", "transformers", "peft")),
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

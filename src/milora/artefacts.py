@@ -142,7 +142,7 @@ def _smaller(source: Path, out: Path, rank: int, base: str | None, trust_remote_
         provenance: dict[str, Any] = opened.provenance | {
             "rank": written,
             "approximation_error": plain.error,
-            "probes": make_probes(loaded, opened.base.tokenizer),
+            "probes": make_probes(loaded, opened.base.reader),
         }
         write_json(folder / "milora.json", provenance)
         note = (

@@ -31,7 +31,7 @@ def model_card(
     head: dict[str, Any] = {
         "base_model": base["name"],
         "library_name": "transformers" if merged else "peft",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": pipeline(base),
         "tags": ["milora"] if merged else ["lora", "transformers", "milora"],
     }
     if base["license"] != "unknown":
@@ -103,9 +103,9 @@ def _adapter_head(record: Mapping[str, Any], asked: Mapping[str, Any], rank: int
         "",
         "```python",
         "from peft import PeftModel",
-        "from transformers import AutoModelForCausalLM",
+        f"from transformers import {auto_class(base)}",
         "",
-        'base = AutoModelForCausalLM.from_pretrained("path/of/the/base")',
+        f'base = {auto_class(base)}.from_pretrained("path/of/the/base")',
         'model = PeftModel.from_pretrained(base, "this/folder")',
         "```",
         "",
@@ -138,9 +138,9 @@ def _whole_head(record: Mapping[str, Any]) -> list[str]:
         "## Load it",
         "",
         "```python",
-        "from transformers import AutoModelForCausalLM",
+        f"from transformers import {auto_class(base)}",
         "",
-        'model = AutoModelForCausalLM.from_pretrained("this/folder")',
+        f'model = {auto_class(base)}.from_pretrained("this/folder")',
         "```",
         "",
         "Use the tokenizer and the chat template that lie beside the weights.",
@@ -194,7 +194,7 @@ def artefact_card(record: Mapping[str, Any]) -> str:
     name = harmless(base["name"])
     head: dict[str, Any] = {
         "base_model": base["name"],
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": pipeline(base),
         "tags": ["milora", *(["gguf"] if file else ["transformers"])],
     }
     if base["license"] != "unknown":
@@ -233,6 +233,16 @@ def artefact_card(record: Mapping[str, Any]) -> str:
             "",
         ]
     )
+
+
+def auto_class(base: Mapping[str, Any]) -> str:
+    """The library's class that loads the base of a run, by what its record says of it."""
+    return "AutoModelForImageTextToText" if "reads" in base else "AutoModelForCausalLM"
+
+
+def pipeline(base: Mapping[str, Any]) -> str:
+    """What the hub calls the use of such a model."""
+    return "image-text-to-text" if "reads" in base else "text-generation"
 
 
 # What is shown of a task beside its accuracy; the last two only where there are any.

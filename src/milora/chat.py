@@ -2,15 +2,14 @@
 
 from collections.abc import Iterable, Iterator
 
-from transformers import PreTrainedTokenizerBase
-
 from milora.data import Message, prompt_ids
 from milora.evaluate import Pair, generate
+from milora.vision import Reader
 
 
 def replies(
     pair: Pair,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Reader,
     questions: Iterable[str],
     max_new_tokens: int = 256,
 ) -> Iterator[tuple[str, str]]:

@@ -13,15 +13,23 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils.hub import cached_file
 
 from milora.errors import UserError
 from milora.matrices import Weights
-from milora.pretrained import BUNDLED, bundled, check_hub_id, dtype_of, refuse_quantised
+from milora.pretrained import (
+    BUNDLED,
+    bundled,
+    check_hub_id,
+    dtype_of,
+    model_class,
+    refuse_quantised,
+)
 from milora.quantised import base_bytes, method_of, packing
+from milora.vision import stored_names
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -46,7 +54,7 @@ def open_checkpoint(model: str, trust_remote_code: bool = False) -> Checkpoint:
         refuse_quantised(model, config)
     try:
         with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            skeleton = model_class(config).from_config(config, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise _unopened(model, error) from error
     if model.endswith(".gguf"):
@@ -122,7 +130,7 @@ def original_of(
         refuse_quantised(model, config)
     weights = full_weights(open_checkpoint(name, trust_remote_code), name) if name else None
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        skeleton = model_class(config).from_config(config, trust_remote_code=trust_remote_code)
     return Original(name, weights, label, *base_bytes(skeleton, settings, dtype_of(dtype)))
 
 
@@ -204,6 +212,7 @@ def stored_name(skeleton: PreTrainedModel, parameter: str, files: Container[str]
     """The tensor that holds `parameter`, with the model's prefix or without, or None."""
     prefix = f"{skeleton.base_model_prefix}."
     names = (parameter, parameter.removeprefix(prefix), prefix + parameter)
+    names += tuple(stored_names(skeleton, parameter))
     return next((name for name in names if name in files), None)
 
 

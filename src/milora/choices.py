@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from milora.data import pad, read_records
 from milora.errors import UserError
+from milora.vision import COLUMNS
 
 PROMPT = "Question: {question}\nAnswer:"
 _LABELS = re.compile(r"\s*Answer format:\s*([\w/]+)\s*$")
@@ -34,18 +35,25 @@ class Encoded(NamedTuple):
     options: list[list[int]]
 
 
-def read_questions(file: str) -> list[Question]:
+def read_questions(file: str, pictures: bool = False) -> list[Question]:
     """Questions with options from a data file.
 
     Rows are either {question, choices, answer}, where `answer` is the index or the text of a
     choice, or LLM-Adapters' {instruction, answer}, whose instruction ends in "Answer format:
     answer1/answer2/..." and holds the options as "Answer1: ... Answer2: ...".
 
-    Raises UserError with file, row and what is wrong.
+    Raises UserError with file, row and what is wrong; with `pictures`, for a model that reads them,
+    also for a row that has one.
     """
     records, _ = read_records(file, split="test")
     if not records:
         raise UserError(f"{file} holds no rows")
+    seen = (p for record, p in records if any(record.get(c) for c in COLUMNS))
+    if pictures and (place := next(seen, None)):
+        raise UserError(
+            f"{place} has a picture, and the likelihood protocol reads none: write the options "
+            "into the question and use match: choice"
+        )
     return [_question(record, place) for record, place in records]
 
 

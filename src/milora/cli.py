@@ -236,6 +236,7 @@ def evaluate(
     from milora.pretrained import load_pretrained
     from milora.progress import Progress
     from milora.verify import open_run
+    from milora.vision import image_tokens
 
     if not (source / "milora.json").exists() and not (source / "run.json").exists():
         # A plain model has nothing to be compared with: base and tuned are the same.
@@ -246,9 +247,9 @@ def evaluate(
             "batch_size": 16,
         }
         loaded = load_pretrained(str(source), trust_remote_code=trust_remote_code)
-        pair, tokenizer = Pair(loaded.model), loaded.tokenizer
+        pair, reader = Pair(loaded.model), loaded.reader
     else:
-        pair, tokenizer, configuration = open_run(source, trust_remote_code)
+        pair, reader, configuration = open_run(source, trust_remote_code)
         asked = configuration["evaluate"]
     chosen = [name for name in tasks.split(",") if name] or asked["tasks"]
     by_name = {
@@ -257,13 +258,14 @@ def evaluate(
         if isinstance(t, dict)
     }
     loaded_tasks = [
-        load_task(by_name.get(t, t) if isinstance(t, str) else t, limit) for t in chosen
+        load_task(by_name.get(t, t) if isinstance(t, str) else t, limit, bool(image_tokens(reader)))
+        for t in chosen
     ]
     texts = general_texts([t for t in knowledge.split(",") if t] or asked["knowledge"])
     with Progress() as progress:
         result, samples = evaluate_all(
             pair,
-            tokenizer,
+            reader,
             loaded_tasks,
             texts,
             asked["chunks"],
@@ -463,7 +465,7 @@ def chat(
                 return
             yield line
 
-    for base, tuned in replies(opened.pair, opened.tokenizer, questions(), max_new_tokens):
+    for base, tuned in replies(opened.pair, opened.reader, questions(), max_new_tokens):
         typer.echo(f"base:  {base}\ntuned: {tuned}\n")
 
 

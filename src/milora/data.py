@@ -24,6 +24,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from milora.errors import UserError
+from milora.vision import (
+    COLUMNS,
+    MARK,
+    Picture,
+    Reader,
+    expand,
+    image_tokens,
+    pictures_of,
+    pixels,
+    render,
+    texts_of_parts,
+    tokenizer_of,
+)
 
 IGNORED = -100  # label of a token without loss, as in torch's cross entropy
 
@@ -59,6 +72,7 @@ class Row(NamedTuple):
 
     messages: list[Message]
     place: str  # "train.jsonl, line 7"
+    pictures: tuple[Picture, ...] = ()  # in the order of the marks in the messages
 
 
 class Rows(NamedTuple):
@@ -72,10 +86,16 @@ class Encoded(NamedTuple):
     input_ids: list[int]
     labels: list[int]  # IGNORED where there is no loss
     shortened: bool
+    pictures: list[str]  # paths
+
+    def example(self) -> dict[str, list[Any]]:
+        """What Collator takes."""
+        found: dict[str, list[Any]] = {"input_ids": self.input_ids, "labels": self.labels}
+        return found | ({"pictures": self.pictures} if self.pictures else {})
 
 
 class Prepared(NamedTuple):
-    examples: list[dict[str, list[int]]]  # input_ids and labels of the usable rows
+    examples: list[dict[str, list[Any]]]  # the usable rows, as Collator takes them
     kept: int
     shortened: int
     refused: dict[str, int]  # reason -> rows
@@ -91,11 +111,13 @@ def read_rows(
     columns: Mapping[str, str] | None = None,
     on_bad_row: str = "fail",
     split: str = "train",
+    pictures: bool = False,
 ) -> Rows:
     """Read a .jsonl, .json, .csv or .parquet file, or a data set of the hub.
 
     `format` is a key of FORMATS, or "auto" to go by the columns; `columns` maps a column of the
-    format to the one in the file ({"prompt": "question"}). `split` is for the hub alone.
+    format to the one in the file ({"prompt": "question"}). `split` is for the hub alone. With
+    `pictures` the rows may have them, at paths relative to the file (vision.py).
     Raises UserError with file, row, column and value for the first bad row, unless
     `on_bad_row` is "skip", which leaves such rows out and lists them.
     """
@@ -117,7 +139,10 @@ def read_rows(
     rows = []
     for record, place in records:
         try:
-            rows.append(Row(_messages(record, format, place), place))
+            if pictures:
+                rows.append(_row_with_pictures(record, format, Path(source).parent, place))
+            else:
+                rows.append(Row(_messages(record, format, place), place))
         except UserError as error:
             if on_bad_row == "fail":
                 raise
@@ -125,6 +150,7 @@ def read_rows(
     if not rows:
         raise UserError(_all_bad(source, skipped))
     taken = {columns.get(name, name) for name in (*FORMATS[format], *OPTIONAL.get(format, ()))}
+    taken |= set(COLUMNS) if pictures else set()
     unused = {name for record, _ in read for name in record} - taken
     if format in MESSAGE_KEYS:
         (column,) = FORMATS[format]
@@ -135,6 +161,12 @@ def read_rows(
                     said = {key for key, value in message.items() if value is not None}
                     unused |= {f"{column}.{key}" for key in said - {*MESSAGE_KEYS[format]}}
     return Rows(rows, format, sorted(unused), skipped)
+
+
+def _row_with_pictures(record: Mapping[str, Any], format: str, folder: Path, place: str) -> Row:
+    marked, named = texts_of_parts(record, place)
+    messages = _messages(marked, format, place)
+    return Row(messages, place, tuple(pictures_of(marked, named, messages, folder, place)))
 
 
 def _all_bad(source: str, skipped: Sequence[str]) -> str:
@@ -323,7 +355,7 @@ def _messages(record: Mapping[str, Any], format: str, place: str) -> list[Messag
     return messages
 
 
-def prompt_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
+def prompt_text(tokenizer: Reader, messages: Sequence[Message]) -> str:
     """What the model reads before it answers: `messages` and the start of its own turn."""
     try:
         return _render(tokenizer, messages, answer_next=True)
@@ -331,14 +363,25 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message])
         raise UserError(f"the chat template refuses the conversation: {error}") from error
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+def prompt_ids(
+    tokenizer: Reader, messages: Sequence[Message], pictures: Sequence[Picture] = ()
+) -> list[int]:
     """Token ids of `prompt_text`, with exactly one BOS where the model wants one."""
-    return _tokenize(tokenizer, prompt_text(tokenizer, messages))[0]
+    text = prompt_text(tokenizer, messages)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        try:
+            text, _, _ = expand(tokenizer, text, pictures)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+    return _tokenize(tokenizer_of(tokenizer), text)[0]
 
 
-def _render(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], answer_next: bool
-) -> str:
+def _render(tokenizer: Reader, messages: Sequence[Message], answer_next: bool) -> str:
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        if tokenizer.chat_template:
+            return render(tokenizer, messages, answer_next)
+        token, tokenizer = tokenizer.image_token, tokenizer_of(tokenizer)  # type: ignore[attr-defined]
+        messages = [{**m, "content": m["content"].replace(MARK, token)} for m in messages]
     if tokenizer.chat_template:
         return str(
             tokenizer.apply_chat_template(
@@ -388,17 +431,21 @@ def _tokenize(
     return ids, spans
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, row: Row, max_length: int) -> Encoded | str:
+def encode(tokenizer: Reader, row: Row, max_length: int) -> Encoded | str:
     """Token ids of a conversation, labels on every assistant turn, its end-of-sequence included.
 
     Returns the reason as a string when the row cannot be used: nothing to learn is left within
     `max_length`, its text spells a special token, or the chat template refuses it or rewrites
-    earlier turns. Too long rows are cut at the end.
+    earlier turns. Too long rows are cut at the end, but never within a picture.
     """
-    eos = tokenizer.eos_token_id
+    reader, tokenizer = tokenizer, tokenizer_of(tokenizer)
+    eos, pictures_end = tokenizer.eos_token_id, 0
+    said = [message["content"] for message in row.messages]
+    if row.pictures:
+        said = [piece for content in said for piece in content.split(MARK)]
     # Such a text would be read as the end, or as a new turn.
-    for token in _reserved(tokenizer, str(tokenizer.chat_template or "")):
-        if any(token in message["content"] for message in row.messages):
+    for token in (*_reserved(tokenizer, str(reader.chat_template or "")), *image_tokens(reader)):
+        if any(token in content for content in said):
             return f"it spells the special token {token}"
     if row.messages[0]["role"] == "text":
         text = row.messages[0]["content"]
@@ -415,16 +462,21 @@ def encode(tokenizer: PreTrainedTokenizerBase, row: Row, max_length: int) -> Enc
             return "it begins with an answer"
         answers = []  # character spans of the assistant's turns
         try:
-            whole = _render(tokenizer, row.messages, answer_next=False)
+            whole = _render(reader, row.messages, answer_next=False)
             for index, message in enumerate(row.messages):
                 if message["role"] == "assistant":
-                    before = _render(tokenizer, row.messages[:index], answer_next=True)
-                    until = _render(tokenizer, row.messages[: index + 1], answer_next=False)
+                    before = _render(reader, row.messages[:index], answer_next=True)
+                    until = _render(reader, row.messages[: index + 1], answer_next=False)
                     if not (whole.startswith(until) and until.startswith(before)):
                         return "the chat template changes earlier turns"
                     answers.append((len(before), len(until)))
         except jinja2.TemplateError as error:
             return f"the chat template refuses it: {error}"
+        if not isinstance(reader, PreTrainedTokenizerBase):
+            try:
+                whole, answers, pictures_end = expand(reader, whole, row.pictures, answers)
+            except ValueError as error:
+                return str(error)
         # A token of both prompt and answer would not be there when the model is asked.
         ids, spans = _tokenize(tokenizer, whole, [first for first, _ in answers])
         labels = [IGNORED] * len(ids)
@@ -440,10 +492,12 @@ def encode(tokenizer: PreTrainedTokenizerBase, row: Row, max_length: int) -> Enc
                 ids.pop(), labels.pop()
             ids, labels = [*ids, eos], [*labels, eos]
     shortened = len(ids) > max_length
+    if shortened and pictures_end and spans[max_length - 1][1] < pictures_end:
+        return f"its pictures do not fit into max_length ({max_length})"
     ids, labels = ids[:max_length], labels[:max_length]
     if all(label == IGNORED for label in labels):
         return f"the question fills max_length ({max_length})"
-    return Encoded(ids, labels, shortened)
+    return Encoded(ids, labels, shortened, [picture.path for picture in row.pictures])
 
 
 @functools.lru_cache(maxsize=4)
@@ -453,11 +507,9 @@ def _reserved(tokenizer: PreTrainedTokenizerBase, template: str) -> list[str]:
     return [*tokenizer.all_special_tokens, *(text for text in added if text in template)]
 
 
-def prepare(
-    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length: int, source: str
-) -> Prepared:
+def prepare(tokenizer: Reader, rows: Sequence[Row], max_length: int, source: str) -> Prepared:
     """Encode all rows. Raises UserError when none is left or more than a tenth was refused."""
-    examples: list[dict[str, list[int]]] = []
+    examples: list[dict[str, list[Any]]] = []
     refused, places, longest, shortened = Counter[str](), [], 0, 0
     for row in rows:
         found = encode(tokenizer, row, max_length)
@@ -466,7 +518,7 @@ def prepare(
             places.append(f"{row.place}: {found}")
             longest = max(longest, full_length(tokenizer, row))
         else:
-            examples.append({"input_ids": found.input_ids, "labels": found.labels})
+            examples.append(found.example())
             shortened += found.shortened
     if len(examples) < 0.9 * len(rows):
         reasons = "; ".join(f"{count} x {reason}" for reason, count in refused.most_common())
@@ -486,15 +538,17 @@ def prepare(
     )
 
 
-def full_length(tokenizer: PreTrainedTokenizerBase, row: Row) -> int:
+def full_length(tokenizer: Reader, row: Row) -> int:
     """Tokens of the whole row, uncut; 0 when the chat template refuses it."""
     text = row.messages[0]["content"]
-    if row.messages[0]["role"] != "text":
-        try:
+    try:
+        if row.messages[0]["role"] != "text":
             text = _render(tokenizer, row.messages, answer_next=False)
-        except jinja2.TemplateError:
-            return 0
-    return len(_tokenize(tokenizer, text)[0])
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            text, _, _ = expand(tokenizer, text, row.pictures)
+    except (jinja2.TemplateError, ValueError):
+        return 0
+    return len(_tokenize(tokenizer_of(tokenizer), text)[0])
 
 
 def split_rows(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
@@ -508,10 +562,14 @@ def split_rows(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row],
 
 
 def overlap(train: Iterable[Row], held_out: Iterable[Row]) -> int:
-    """How many held-out questions also stand in the training rows (case and spaces ignored)."""
+    """How many held-out questions also stand in the training rows (case and spaces ignored).
+
+    The same question about another picture is another one.
+    """
 
     def key(row: Row) -> str:
         said = [m["content"] for m in row.messages if m["role"] != "assistant"]
+        said += [picture.sha256 for picture in row.pictures]
         return " ".join(" ".join(said).lower().split())
 
     seen = {key(row) for row in train}
@@ -526,11 +584,12 @@ class Collator:
     are transformers' own arguments; a model without them gets plain `labels`.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> None:
-        self.pad = tokenizer.pad_token_id
+    def __init__(self, tokenizer: Reader, model: nn.Module) -> None:
+        self.reader = tokenizer
+        self.pad = tokenizer_of(tokenizer).pad_token_id
         self.trim = "logits_to_keep" in inspect.signature(model.forward).parameters
 
-    def __call__(self, examples: Sequence[Mapping[str, list[int]]]) -> dict[str, Tensor]:
+    def __call__(self, examples: Sequence[Mapping[str, list[Any]]]) -> dict[str, Tensor]:
         ids = pad([e["input_ids"] for e in examples], self.pad)  # (b, t)
         labels = pad([e["labels"] for e in examples], IGNORED)  # (b, t)
         lengths = torch.tensor([len(e["input_ids"]) for e in examples])
@@ -540,7 +599,7 @@ class Collator:
             following = nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:]
             kept = (following != IGNORED).any(dim=0).nonzero()[:, 0]
             batch |= {"logits_to_keep": kept, "shift_labels": following[:, kept].contiguous()}
-        return batch
+        return batch | pixels(self.reader, [e.get("pictures", ()) for e in examples])
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, left: bool = False) -> Tensor:

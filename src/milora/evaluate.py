@@ -49,6 +49,7 @@ from milora.files import read_json, read_lines, write_json, write_text
 from milora.grade import Grader, Verdict, check_reference, grader
 from milora.harness import HarnessScores, HarnessTask, harness_task, run_harness
 from milora.keep import kl
+from milora.vision import Picture, Reader, pixels, tokenizer_of
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
 
@@ -100,8 +101,13 @@ class Pair(NamedTuple):
         yield self.model  # type: ignore[misc]
 
 
-def load_task(task: str | Mapping[str, Any], limit: int | None = None) -> AnyTask:
-    """A task from its file's path, "harness:NAME", or the keys of config.TaskFile."""
+def load_task(
+    task: str | Mapping[str, Any], limit: int | None = None, pictures: bool = False
+) -> AnyTask:
+    """A task from its file's path, "harness:NAME", or the keys of config.TaskFile.
+
+    With `pictures`, for a model that reads them, its rows may have some.
+    """
     options: dict[str, Any] = {"file": task} if isinstance(task, str) else dict(task)
     if isinstance(task, str) and task.startswith("harness:"):
         options = {"harness": task.removeprefix("harness:")}
@@ -111,10 +117,10 @@ def load_task(task: str | Mapping[str, Any], limit: int | None = None) -> AnyTas
     file = options["file"]
     name = options.get("name") or Path(file).stem
     if options.get("protocol") == "likelihood":
-        questions = read_questions(file)[:limit]
+        questions = read_questions(file, pictures)[:limit]
         asked = [(q.question, *q.options) for q in questions]
         return ChoiceTask(name, questions, options.get("prompt") or PROMPT, _again(asked))
-    rows = read_rows(file, split="test").rows[:limit]
+    rows = read_rows(file, split="test", pictures=pictures).rows[:limit]
     for row in rows:
         if row.messages[-1]["role"] != "assistant" or len(row.messages) < 2:
             raise UserError(f"{row.place}: a task needs a question and the answer as last message")
@@ -124,7 +130,7 @@ def load_task(task: str | Mapping[str, Any], limit: int | None = None) -> AnyTas
         reason = check_reference(match, row.messages[-1]["content"])
         if reason:
             raise UserError(f"{row.place}: the reference answer {reason}")
-    again = _again([repr(row.messages[:-1]) for row in rows])
+    again = _again([repr((row.messages[:-1], [p.sha256 for p in row.pictures])) for row in rows])
     return Task(
         name, rows, grade, options.get("max_new_tokens") or 64, again, match, options.get("pattern")
     )
@@ -137,7 +143,7 @@ def _again(asked: Sequence[Any]) -> int:
 
 def evaluate_task(
     pair: Pair,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Reader,
     task: AnyTask,
     batch_size: int = 16,
     progress: Progress = lambda what, done, total: None,
@@ -148,15 +154,16 @@ def evaluate_task(
     `recall` looks for what each of the two has answered before; by default nothing is kept.
     """
     if isinstance(task, ChoiceTask):
-        return evaluate_choices(pair, tokenizer, task, batch_size, progress, recall)
+        return evaluate_choices(pair, tokenizer_of(tokenizer), task, batch_size, progress, recall)
     if isinstance(task, HarnessTask):
-        return evaluate_harness(pair, tokenizer, task, batch_size, progress, recall)
+        return evaluate_harness(pair, tokenizer_of(tokenizer), task, batch_size, progress, recall)
     samples: list[dict[str, Any]] = [
         {
             "task": task.name,
             "row": row.place,
             "prompt": row.messages[-2]["content"],
             "reference": row.messages[-1]["content"],
+            **({"pictures": [p.path for p in row.pictures]} if row.pictures else {}),
         }
         for row in task.rows
     ]
@@ -301,7 +308,7 @@ def evaluate_harness(
 
 def score(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Reader,
     task: Task,
     batch_size: int = 16,
     state: str = "model",
@@ -312,17 +319,22 @@ def score(
 
     An answer during which a logit was not finite is a format failure, whatever it says.
     """
-    prompts = [_prompt(tokenizer, row) for row in task.rows]
+    prompts = [(_prompt(tokenizer, row), row.pictures) for row in task.rows]
     count, what = len(prompts), f"{task.name}, {state}"
 
-    def compute(piece: Sequence[list[int]], before: int) -> Any:
+    def compute(piece: Sequence[Prompt], before: int) -> Any:
         further = _further(progress, before, count)
-        return generate(model, tokenizer, piece, task.max_new_tokens, batch_size, what, further)
+        ids, pictures = zip(*piece, strict=True)
+        return generate(
+            model, tokenizer, ids, task.max_new_tokens, batch_size, what, further, pictures
+        )
 
     asked = ["generate", task.max_new_tokens]
-    answers = [Answer(*one) for one in in_pieces(recall, asked, prompts, len, compute)]
+    answers = [
+        Answer(*one) for one in in_pieces(recall, asked, prompts, lambda p: len(p[0]), compute)
+    ]
     loss, loss_rows = recall(
-        ["loss", [row.messages for row in task.rows]],
+        ["loss", [(row.messages, row.pictures) for row in task.rows]],
         lambda: answer_loss(model, tokenizer, task.rows, batch_size),
     )
     scores = {
@@ -349,7 +361,7 @@ def score(
 
 def evaluate_all(
     pair: Pair,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Reader,
     tasks: Sequence[AnyTask],
     texts: Sequence[tuple[str, str]],
     chunks: int,
@@ -373,7 +385,7 @@ def evaluate_all(
     for text, name in texts:
         kept = recall["tuned"](
             ["knowledge", who["base"], text, chunks],
-            partial(knowledge_kept, pair, tokenizer, text, chunks, progress=progress),
+            partial(knowledge_kept, pair, tokenizer_of(tokenizer), text, chunks, progress=progress),
         )
         knowledge.append({"text": name, **kept})
     weight = next(pair.model.parameters())
@@ -442,16 +454,24 @@ class _Finite(LogitsProcessor):
         return scores.masked_fill(wrong, -math.inf)
 
 
+Prompt = tuple[list[int], Sequence[Picture]]  # token ids, and the pictures they stand for
+
+
 def generate(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Reader,
     prompts: Sequence[list[int]],
     max_new_tokens: int,
     batch_size: int = 16,
     what: str = "generating",
     progress: Progress = lambda what, done, total: None,
+    pictures: Sequence[Sequence[Picture]] = (),
 ) -> list[Answer]:
-    """Greedy answers, in the order of `prompts` (token ids); computed longest prompt first."""
+    """Greedy answers, in the order of `prompts` (token ids); computed longest prompt first.
+
+    `pictures` are those of each prompt, where there are any.
+    """
+    reader, tokenizer = tokenizer, tokenizer_of(tokenizer)
     stops = model.generation_config.eos_token_id
     stops = set(stops) if isinstance(stops, list) else {stops}
     stops = (stops | {tokenizer.eos_token_id}) - {None}
@@ -472,11 +492,13 @@ def generate(
         chosen = order[first : first + batch_size]
         ids = pad([prompts[i] for i in chosen], tokenizer.pad_token_id, left=True)
         mask = pad([[1] * len(prompts[i]) for i in chosen], 0, left=True)
+        seen = pixels(reader, [[one.path for one in pictures[i]] for i in chosen if pictures])
         watch = _Finite()
         with torch.no_grad():
             whole = run(
                 input_ids=ids.to(model.device),
                 attention_mask=mask.to(model.device),
+                **{name: tensor.to(model.device) for name, tensor in seen.items()},
                 generation_config=settings,
                 logits_processor=LogitsProcessorList([watch]),
             )
@@ -491,7 +513,7 @@ def generate(
 
 def answer_loss(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Reader,
     rows: Sequence[Row],
     batch_size: int = 16,
     max_length: int = 2048,
@@ -501,9 +523,7 @@ def answer_loss(
     None where there is no such token or the mean is not finite.
     """
     encoded = [encode(tokenizer, row, max_length) for row in rows]
-    usable = [
-        {"input_ids": e.input_ids, "labels": e.labels} for e in encoded if not isinstance(e, str)
-    ]
+    usable = [e.example() for e in encoded if not isinstance(e, str)]
     usable.sort(key=lambda e: len(e["input_ids"]))
     collate = Collator(tokenizer, model)
     total, count = 0.0, 0
@@ -585,17 +605,17 @@ def _exp(value: float) -> float | None:
 
 def positions(model: nn.Module) -> int:
     """How many tokens the model takes at once; very many when its configuration sets no limit."""
-    config: Any = model.config
+    config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
     return int(getattr(config, "max_position_embeddings", None) or 10**9)
 
 
-def check_lengths(task: AnyTask, tokenizer: PreTrainedTokenizerBase, limit: int) -> None:
+def check_lengths(task: AnyTask, tokenizer: Reader, limit: int) -> None:
     """Raise UserError for a question that, with its answer, is longer than the model can take."""
     if isinstance(task, HarnessTask):
         return  # the harness cuts prompts from the left and says so
     if isinstance(task, ChoiceTask):
         for question in task.questions:
-            known, options = encode_question(tokenizer, question, task.prompt)
+            known, options = encode_question(tokenizer_of(tokenizer), question, task.prompt)
             length = len(known) + max(len(option) for option in options)
             if length > limit:
                 raise UserError(
@@ -612,9 +632,9 @@ def check_lengths(task: AnyTask, tokenizer: PreTrainedTokenizerBase, limit: int)
             )
 
 
-def _prompt(tokenizer: PreTrainedTokenizerBase, row: Row) -> list[int]:
+def _prompt(tokenizer: Reader, row: Row) -> list[int]:
     try:
-        return prompt_ids(tokenizer, row.messages[:-1])
+        return prompt_ids(tokenizer, row.messages[:-1], row.pictures)
     except UserError as error:
         raise UserError(f"{row.place}: {error}") from error
 

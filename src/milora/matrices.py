@@ -93,7 +93,7 @@ def adapted_matrices(model: PeftModel, weights: Weights | None = None) -> dict[s
     """
     found: dict[str, Matrix] = {}
     inner: Any = model.base_model.model
-    config = inner.config
+    config = inner.config.get_text_config()  # of a model that reads pictures, the language model's
     for path, layer in adapted_layers(model).items():
         if stacked := getattr(layer, "parameter_name", None):
             name = f"{path.replace('.base_layer', '')}.{stacked}"

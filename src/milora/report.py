@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from milora.card import kept_scores, server_rank, short, task_scores
+from milora.card import auto_class, kept_scores, server_rank, short, task_scores
 from milora.compare_page import COLOURS, Table
 from milora.errors import UserError
 from milora.files import read_lines
@@ -43,6 +43,7 @@ def report(run: Path, lang: str = "en") -> str:
     rank = record.get("adapter", {}).get("rank")
     return render(
         "report.html", lang=lang, t=words, record=record, config=config, rank=rank,
+        auto_class=auto_class(record["base"]),
         name=Path(asked["output_dir"]).name,
         lead=_lead(record, rank, words),
         cards=_cards(record, evaluation, words),

@@ -15,7 +15,7 @@ from typing import Any
 
 from milora.errors import UserError
 from milora.files import read_json
-from milora.verify import Check, find_adapter
+from milora.verify import LOOKED_AT, Check, find_adapter
 
 LISTED = 20  # log-probabilities that are asked for, as many as vLLM gives
 FLOOR = -10.0  # nats; below, rounding says more than the model
@@ -34,6 +34,7 @@ def verify_server(
     """
     folder = find_adapter(path)
     probes = read_json(folder / "milora.json")["probes"]
+    probes = [probe for probe in probes if probe["text"] != LOOKED_AT]  # it gets tokens alone
     if not probes or not all("scaled" in probe for probe in probes):
         raise UserError(f"{folder} has no probes for servers: write it anew with `milora export`")
     address = url.rstrip("/").removesuffix("/v1")

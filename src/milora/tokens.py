@@ -18,6 +18,7 @@ from milora.adapter import base_sha256, tensor_sha256
 from milora.data import prompt_text
 from milora.errors import UserError
 from milora.pretrained import Pretrained, load_pretrained
+from milora.vision import Reader, render
 
 
 class Named(NamedTuple):
@@ -54,12 +55,14 @@ def load_with_tokens(
     named = add_tokens(
         base.model, base.tokenizer, options.get("tokens", ()), options.get("special_tokens", ())
     )
-    file = use_template(base.tokenizer, template) if template else None
+    file = use_template(base.reader, template) if template else None
     return Loaded(base, sha256, named, file)
 
 
-def use_template(tokenizer: PreTrainedTokenizerBase, template: str) -> str | None:
+def use_template(tokenizer: Reader, template: str) -> str | None:
     """Give the tokenizer a chat template: its text, or the path of a file, which is returned.
+
+    Of a model that reads pictures it is the processor's, whose messages have parts.
 
     Raises UserError for one that is no template or that leaves out what was said.
     """
@@ -77,13 +80,13 @@ def use_template(tokenizer: PreTrainedTokenizerBase, template: str) -> str | Non
     tokenizer.chat_template = template
     said = "the question", "the answer"
     asked = [{"role": "user", "content": said[0]}]
+    answered = [*asked, {"role": "assistant", "content": said[1]}]
     try:
         prompt = prompt_text(tokenizer, asked)
-        whole = str(
-            tokenizer.apply_chat_template(
-                [*asked, {"role": "assistant", "content": said[1]}], tokenize=False
-            )
-        )
+        if isinstance(tokenizer, PreTrainedTokenizerBase):
+            whole = str(tokenizer.apply_chat_template(answered, tokenize=False))
+        else:
+            whole = render(tokenizer, answered, answer_next=False)
     except (jinja2.TemplateError, UserError, TypeError, ValueError) as error:
         raise UserError(f"tokenizer.chat_template: {error}") from error
     for text in said:

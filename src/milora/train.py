@@ -47,6 +47,7 @@ from milora.errors import DivergedError, UserError
 from milora.evaluate import (
     AnyTask,
     Pair,
+    Task,
     check_lengths,
     evaluate_all,
     general_texts,
@@ -71,7 +72,7 @@ from milora.loop import (
     save_state,
 )
 from milora.matrices import Matrix, Weights, adapted_matrices, is_suffix, kind_of, matrix_in
-from milora.pretrained import Pretrained, dtype_of, load_pretrained
+from milora.pretrained import Pretrained, dtype_of, load_pretrained, reads_pictures
 from milora.preview import coverage, peak_memory, plan
 from milora.progress import Progress
 from milora.protect import (
@@ -95,6 +96,7 @@ from milora.store import Store
 from milora.svd import components
 from milora.tokens import Named, load_with_tokens
 from milora.verify import make_probes
+from milora.vision import pictures_sha256, train_in_full
 
 # Below LoRA's: at s = 1 the best rate of MiLoRA was a third and that of PiSSA a tenth of LoRA's
 # in arXiv 2602.04998.
@@ -272,7 +274,7 @@ def train(
                 f"the store ({store.folder})"
             )
     else:
-        base.model.requires_grad_(True)
+        train_in_full(base.model)
     zero = sum(found["zero"] for found in start.spectra.values()) if start else 0
     if zero:
         progress.say(
@@ -287,9 +289,10 @@ def train(
         tops, inputs = _tops(live, weights, start, milora, material.general, init, seed, progress)
         holds = _hold(live, start, tops, inputs, init, progress)
         keep = Keep(material.general, **milora["keep"]) if milora["keep"] else None
-    collate = Collator(base.tokenizer, base.model)
+    collate = Collator(base.reader, base.model)
     probe = collate(material.train.examples[:4])
-    probe = {k: probe[k].to(base.model.device) for k in ("input_ids", "attention_mask")}
+    loss_alone = ("labels", "shift_labels", "logits_to_keep")
+    probe = {k: v.to(base.model.device) for k, v in probe.items() if k not in loss_alone}
     record = resumed or {
         "state": "started",
         "method": method,
@@ -297,6 +300,7 @@ def train(
             "model": model, "name": base.name, "license": base.license, "sha256": base_sha,
             "dtype": str(base.model.dtype).removeprefix("torch."),
             **packed,
+            **({"reads": "pictures"} if base.processor else {}),
         },
         "versions": _versions(),
         "data": _data_record(material),
@@ -384,7 +388,7 @@ def train(
         if not (run / "model").exists():
             with new_folder(run / "model") as folder:
                 live.save_pretrained(folder)  # type: ignore[operator]
-                base.tokenizer.save_pretrained(folder)
+                base.reader.save_pretrained(folder)
         other = load_with_tokens(model, dtype, trust_remote_code, tokenizer).base.model
         pair = Pair(live, other)
     pair.model.eval()
@@ -392,7 +396,7 @@ def train(
     if not (run / "evaluation.json").exists():
         began = time.monotonic()
         result, samples = evaluate_all(
-            pair, base.tokenizer, material.tasks, material.texts,
+            pair, base.reader, material.tasks, material.texts,
             int(evaluate["chunks"]), int(evaluate["batch_size"]), progress,
         )  # fmt: skip
         save_evaluation(run / "evaluation.json", run / "samples.jsonl", result, samples)
@@ -512,7 +516,8 @@ def _read(
     tokenizer: Mapping[str, Any],
     progress: Progress,
 ) -> Material:
-    read = {key: data[key] for key in ("format", "columns", "on_bad_row")}
+    pictures = reads_pictures(model, trust_remote_code)
+    read = {key: data[key] for key in ("format", "columns", "on_bad_row")} | {"pictures": pictures}
     source, held_out = data["train"], data["eval"]
     rows = read_rows(source, **read)
     unused = f"; columns not used: {', '.join(rows.unused)}" if rows.unused else ""
@@ -525,7 +530,7 @@ def _read(
         train_rows, held_rows = rows.rows, read_rows(held_out, **read, split="test").rows
     else:
         train_rows, held_rows = split_rows(rows.rows, held_out, seed)
-    tasks = [load_task(task) for task in evaluate["tasks"]]
+    tasks = [load_task(task, pictures=pictures) for task in evaluate["tasks"]]
     names = [task.name for task in tasks]
     if len(set(names)) < len(names):
         raise UserError(f"evaluate.tasks: two tasks have one name ({', '.join(names)}): set name")
@@ -540,6 +545,11 @@ def _read(
     used = [source, held_out, *(text_source for _, text_source in [*texts, *asked])]
     used += [_task_file(task) for task in evaluate["tasks"]]
     files = {f: sha256(Path(f)) for f in used if isinstance(f, str) and Path(f).is_file()}
+    seen = {"data": [*train_rows, *held_rows]}
+    seen |= {task.name: task.rows for task in tasks if isinstance(task, Task)}
+    for where, found in seen.items():
+        if all_pictures := [picture for row in found for picture in row.pictures]:
+            files[f"{len(all_pictures)} pictures of {where}"] = pictures_sha256(all_pictures)
     base, base_sha, named, template = load_with_tokens(
         model, dtype, trust_remote_code, tokenizer, quantization
     )
@@ -561,10 +571,10 @@ def _read(
             f"set at most {longest}"
         )
     for task in tasks:
-        check_lengths(task, base.tokenizer, longest)
-    prepared = prepare(base.tokenizer, train_rows, data["max_length"], source)
+        check_lengths(task, base.reader, longest)
+    prepared = prepare(base.reader, train_rows, data["max_length"], source)
     name = held_out if isinstance(held_out, str) else f"{source} (held out)"
-    prepared_held = prepare(base.tokenizer, held_rows, data["max_length"], name)
+    prepared_held = prepare(base.reader, held_rows, data["max_length"], name)
     embedding: Any = base.model.get_input_embeddings()
     rows_there = len(embedding.weight)
     for example in (*prepared.examples, *prepared_held.examples):
@@ -806,13 +816,13 @@ def _export(
     if not (run / "adapter").exists():
         with new_folder(run / "adapter") as folder:
             rank = export.save_plain_lora(folder, plain, base, material.base.name)
-            material.base.tokenizer.save_pretrained(folder)
+            material.base.reader.save_pretrained(folder)
             loaded = PeftModel.from_pretrained(base, folder)
             export.check_loaded(loaded, plain)
             with torch.no_grad():
                 logits = loaded(**probe).logits[keep].float()
             difference = float((logits - trained_logits).abs().max() / trained_logits.abs().max())
-            probes = make_probes(loaded, material.base.tokenizer)
+            probes = make_probes(loaded, material.base.reader)
             base = loaded.unload()
             provenance = {
                 "format": "milora adapter 1",
@@ -874,7 +884,7 @@ def _export_merged(
         export.merge(fresh.model, plain, rows)
         with new_folder(run / "model") as folder:
             fresh.model.save_pretrained(folder)
-            fresh.tokenizer.save_pretrained(folder)
+            fresh.reader.save_pretrained(folder)
             write_text(folder / "README.md", model_card(record, asked, None))
         del fresh
     tuned = load_pretrained(str(run / "model"), dtype, asked["trust_remote_code"]).model

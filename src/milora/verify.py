@@ -4,16 +4,18 @@ The provenance beside the weights (milora.json) holds a hash of every base weigh
 adapted, and probes: prompts with the log-probabilities that base and tuned gave them.
 """
 
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 import yaml
 from peft import PeftModel
 from peft.helpers import rescale_adapter_scale
-from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from milora.adapter import base_only, packed_hashes, tensor_sha256
 from milora.checkpoint import full_weights, open_checkpoint
@@ -22,8 +24,9 @@ from milora.errors import UserError
 from milora.evaluate import Pair
 from milora.files import read_json
 from milora.matrices import matrix_in
-from milora.pretrained import Pretrained, complete, load_pretrained
+from milora.pretrained import Pretrained, complete, load_pretrained, load_reader
 from milora.tokens import load_with_tokens
+from milora.vision import MARK, Reader, gradient, image_tokens, tokenizer_of
 
 PROBES = (
     "The capital of France is",
@@ -31,9 +34,11 @@ PROBES = (
     "Dear customer, thank you for your",
 )
 SCALES = (0.5, 2, 4)  # at which a server may have the update by mistake
+LOOKED_AT = f"{MARK}What is in the picture?"  # the probe of a model that reads them
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}  # of a log-probability, in nats
 
 
+NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 ADAPTER, MERGED = "milora adapter 1", "milora merged weights 1"  # formats of milora.json
 GGUF = "milora GGUF 1"
 
@@ -54,8 +59,12 @@ class OpenedRun(NamedTuple):
     """Base and tuned of whatever a run has as its result."""
 
     pair: Pair
-    tokenizer: PreTrainedTokenizerBase
+    reader: Reader
     configuration: dict[str, Any]
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return tokenizer_of(self.reader)
 
 
 def find_adapter(path: Path) -> Path:
@@ -83,9 +92,7 @@ def open_run(path: Path, trust_remote_code: bool = False) -> OpenedRun:
     """Base and tuned of a run, or of an adapter folder made by milora."""
     if not (path / "run.json").is_file() or not (path / "model").is_dir():
         opened = open_adapter(path, trust_remote_code=trust_remote_code)
-        return OpenedRun(
-            Pair(opened.model), opened.base.tokenizer, opened.provenance["configuration"]
-        )
+        return OpenedRun(Pair(opened.model), opened.base.reader, opened.provenance["configuration"])
     asked = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
     recorded = read_json(path / "run.json")["base"]
     loaded = load_with_tokens(
@@ -97,7 +104,7 @@ def open_run(path: Path, trust_remote_code: bool = False) -> OpenedRun:
             f"trained from {recorded['sha256'][:12]}: put that model back"
         )
     tuned = load_pretrained(str(path / "model"), recorded["dtype"], trust_remote_code)
-    return OpenedRun(Pair(tuned.model, loaded.base.model), tuned.tokenizer, asked)
+    return OpenedRun(Pair(tuned.model, loaded.base.model), tuned.reader, asked)
 
 
 def open_adapter(
@@ -131,10 +138,10 @@ def open_adapter(
         )
     # The one it was trained with, chat template included, wherever the base came from.
     if (folder / "tokenizer_config.json").is_file():
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer, processor = load_reader(str(folder), loaded.model.config, trust_remote_code)
         embedding: Any = loaded.model.get_input_embeddings()
         complete(tokenizer, str(folder), None, len(embedding.weight))
-        loaded = loaded._replace(tokenizer=tokenizer)
+        loaded = loaded._replace(tokenizer=tokenizer, processor=processor)
     return Opened(PeftModel.from_pretrained(loaded.model, folder), loaded, provenance)
 
 
@@ -166,25 +173,30 @@ def _wrong_weights(
     return wrong
 
 
-def make_probes(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+def make_probes(model: PeftModel, reader: Reader) -> list[dict[str, Any]]:
     """For each prompt, as it is and as a question in the model's template, the five likeliest next
     tokens of the tuned model, with their log-probabilities (nats) under tuned and base, and with
-    the update at the wrong scales of SCALES, by which a server's fault is known."""
+    the update at the wrong scales of SCALES, by which a server's fault is known. A model that reads
+    pictures is asked about one too, by none but `verify`."""
+    tokenizer = tokenizer_of(reader)
     prompts = [(text, tokenizer(text)["input_ids"]) for text in PROBES]
-    for text in PROBES:
+    for text in (*PROBES, *([LOOKED_AT] if image_tokens(reader) else [])):
         asked = [{"role": "user", "content": text}]
+        shown = [gradient(reader)[0]] if text == LOOKED_AT else []
         with suppress(UserError):  # a template may want more than one question
-            prompts.append((prompt_text(tokenizer, asked), prompt_ids(tokenizer, asked)))
+            ids = prompt_ids(reader, asked, shown)
+            prompts.append((text if shown else prompt_text(reader, asked), ids))
     probes = []
     for text, ids in prompts:
-        tuned = next_token(model, ids)
+        seen = _seen(text, reader)
+        tuned = next_token(model, ids, seen)
         with base_only(model):
-            base = next_token(model, ids)
+            base = next_token(model, ids, seen)
         top = tuned.topk(min(5, len(tuned))).indices
         scaled = {}
         for scale in SCALES:
             with rescale_adapter_scale(model, scale):
-                scaled[str(scale)] = _rounded(next_token(model, ids)[top])
+                scaled[str(scale)] = _rounded(next_token(model, ids, seen)[top])
         probes.append(
             {
                 "text": text,
@@ -199,16 +211,22 @@ def make_probes(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[di
     return probes
 
 
-def _rounded(values: torch.Tensor) -> list[float]:
+def _rounded(values: Tensor) -> list[float]:
     return [round(x, 5) for x in values.tolist()]
 
 
-def next_token(model: nn.Module, ids: list[int]) -> torch.Tensor:
+def _seen(text: str, reader: Reader) -> dict[str, Tensor]:
+    """What goes to the model with the tokens of a probe."""
+    return gradient(reader)[1] if text == LOOKED_AT else {}
+
+
+def next_token(model: nn.Module, ids: list[int], seen: Mapping[str, Tensor] = NOTHING) -> Tensor:
     """Log-probabilities (vocabulary,) of what follows `ids`, fp32 on the CPU."""
-    tokens = torch.tensor([ids], device=next(model.parameters()).device)
+    device = next(model.parameters()).device
+    batch = {"input_ids": torch.tensor([ids]), **seen}
     with torch.no_grad():
-        found: torch.Tensor = model(input_ids=tokens).logits[0, -1].float().log_softmax(-1).cpu()
-    return found
+        logits: Tensor = model(**{k: v.to(device) for k, v in batch.items()}).logits[0, -1]
+    return logits.float().log_softmax(-1).cpu()
 
 
 def verify(path: Path, base: str | None = None, trust_remote_code: bool = False) -> list[Check]:
@@ -226,7 +244,7 @@ def verify(path: Path, base: str | None = None, trust_remote_code: bool = False)
             raise UserError(f"{folder} holds merged weights, which need no --base: leave it out")
         dtype = stored["rounding"]["dtype"]
         merged = load_pretrained(str(folder), dtype, trust_remote_code)
-        return [_probes(merged.model, stored["probes"], "tuned", TOLERANCE[dtype])]
+        return [_probes(merged.model, merged.reader, stored["probes"], "tuned", TOLERANCE[dtype])]
     opened = open_adapter(path, base, trust_remote_code)
     config: Any = opened.model.peft_config["default"]
     first = stored["step0"]
@@ -246,15 +264,18 @@ def verify(path: Path, base: str | None = None, trust_remote_code: bool = False)
         Check("format", plain, f"plain LoRA, r = lora_alpha = {config.r}"),
     ]
     with base_only(opened.model):
-        checks.append(_probes(opened.model, stored["probes"], "base", bound))
-    checks.append(_probes(opened.model, stored["probes"], "tuned", bound))
+        checks.append(_probes(opened.model, opened.base.reader, stored["probes"], "base", bound))
+    checks.append(_probes(opened.model, opened.base.reader, stored["probes"], "tuned", bound))
     return checks
 
 
-def _probes(model: nn.Module, probes: list[dict[str, Any]], state: str, bound: float) -> Check:
+def _probes(
+    model: nn.Module, reader: Reader, probes: list[dict[str, Any]], state: str, bound: float
+) -> Check:
     worst = 0.0
     for probe in probes:
-        found = next_token(model, probe["input_ids"])[probe["tokens"]]
+        seen = _seen(probe["text"], reader)
+        found = next_token(model, probe["input_ids"], seen)[probe["tokens"]]
         worst = max(worst, float((found - torch.tensor(probe[state])).abs().max()))
     said = f"log-probabilities off by at most {worst:.1e}, bound {bound}"
     return Check(f"probes, {state}", worst <= bound, said)
