@@ -16,7 +16,7 @@ import inspect
 import json
 import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MethodType
@@ -664,9 +664,14 @@ def step0_bound(dtype: torch.dtype) -> float:
 
 def tensor_sha256(tensor: Tensor) -> str:
     """Hash of dtype, shape and bytes of a tensor, so that equal means bitwise equal."""
-    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    for plain in plain_tensors(tensor.detach()):
-        data = plain.cpu().contiguous().flatten()  # a column can seem contiguous
+    return blocks_sha256(tensor.dtype, tensor.shape, plain_tensors(tensor.detach()))
+
+
+def blocks_sha256(dtype: torch.dtype, shape: Sequence[int], blocks: Iterable[Tensor]) -> str:
+    """The same of a tensor that comes some rows at a time."""
+    digest = hashlib.sha256(f"{dtype} {tuple(shape)}".encode())
+    for block in blocks:
+        data = block.detach().cpu().contiguous().flatten()  # a column can seem contiguous
         digest.update(data.view(torch.uint8).numpy().data if data.numel() else b"")
     return digest.hexdigest()
 

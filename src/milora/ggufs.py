@@ -173,9 +173,9 @@ def write_model(
                 weight = weight.view(shape).to(kind)
                 if owner := owners.get(tensor):
                     progress("merging", len(norms), len(factors), owner)
-                    check_weight(owner, pieces[owner], opened, shards, source, hashes[owner])
+                    check_weight(owner, pieces[owner], shards, source, hashes[owner])
                     A, B = factors[owner]
-                    weight, lost[owner] = summed(weight, B, A)
+                    weight, lost[owner] = summed(owner, weight, B, A)
                     norms[owner] = norm_of(factors[owner])
                 if arch == MODEL_ARCH.GEMMA3 and tensor.endswith("norm.weight"):
                     weight = weight + 1

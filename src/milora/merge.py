@@ -9,7 +9,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from milora.adapter import Factors, tensor_sha256
+from milora.adapter import Factors, blocks_sha256
 from milora.checkpoint import INDEX, Shards, open_shards, stored_name
 from milora.errors import UserError
 from milora.matrices import matrix_in
@@ -29,7 +30,7 @@ from milora.progress import Progress
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16
 }  # fmt: skip
-BLOCK = 1 << 22  # numbers that are worked on at a time
+BLOCK = 1 << 19  # numbers that are worked on at a time, few enough for a cache
 # Where the files of a mixture of experts keep one by one what the library stacks: the folder of
 # the experts, then the matrices that lie one above the other in the stack.
 EXPERTS = {
@@ -155,9 +156,9 @@ def merge_files(
 
     `factors` are of dW = B A by matrix; `hashes` are those that the adapter recorded. The sum is
     formed in fp32 (fp64 where the files are fp32) and rounded once. The peak is some blocks and,
-    for the hash, one weight. Everything that is no weight is copied: configuration, tokenizer,
-    licence. Raises UserError for another base, for files that are damaged, and for a dtype that is
-    not floating point.
+    where a weight is stored transposed, that weight. Everything that is no weight is copied:
+    configuration, tokenizer, licence. Raises UserError for another base, for files that are
+    damaged, and for a dtype that is not floating point.
     """
     shards = open_shards(source)
     pieces = pieces_of(skeleton, factors, shards, source)
@@ -167,29 +168,34 @@ def merge_files(
             changed.setdefault(piece.tensor, []).append((name, piece))
     lost, norms, dtypes = dict.fromkeys(factors, 0.0), dict[str, float](), set[torch.dtype]()
     files = sorted(set(shards.files.values()))
-    for file in files:
-        with TensorFile(source, file, shards) as old, (folder / file).open("wb") as new:
-            at = 0  # so much of the file is written
-            for tensor in (one for one in old.order if one in changed):
-                for name, piece in sorted(changed[tensor], key=lambda pair: pair[1].expert or 0):
-                    if name not in norms:
-                        progress("merging", len(norms), len(factors), name)
-                        check_weight(name, pieces[name], old, shards, source, hashes[name])
-                        norms[name] = norm_of(factors[name])
-                    L, R = factors[name].B[piece.rows], factors[name].A
-                    if piece.transposed:
-                        L, R = R.T, L.T
-                    start, end, kind, width = old.place(piece)
-                    dtypes.add(DTYPES[kind])
-                    _copy(old.handle, new, at, start)
-                    for rows, block in old.blocks(start, end, DTYPES[kind], width):
-                        merged, off = summed(block, L[rows], R)
-                        new.write(merged.view(torch.uint8).numpy().data)
-                        lost[name] += off
-                    at = end
-            _copy(old.handle, new, at, old.size)
-            new.flush()
-            os.fsync(new.fileno())
+    beside = ThreadPoolExecutor(1)  # hashes, and the way to the disk, while the next is summed
+    with beside:
+        for file in files:
+            waiting = []
+            with TensorFile(source, file, shards) as old, (folder / file).open("wb") as new:
+                at = 0  # so much of the file is written
+                for tensor in (one for one in old.order if one in changed):
+                    for name, piece in sorted(changed[tensor], key=lambda p: p[1].expert or 0):
+                        if name not in norms:
+                            progress("merging", len(norms), len(factors), name)
+                            norms[name] = norm_of(factors[name])
+                            checked = name, pieces[name], shards, source, hashes[name]
+                            waiting.append(beside.submit(check_weight, *checked))
+                        L, R = factors[name].B[piece.rows], factors[name].A
+                        if piece.transposed:
+                            L, R = R.T, L.T
+                        start, end, kind, width = old.place(piece)
+                        dtypes.add(DTYPES[kind])
+                        _copy(old.handle, new, at, start)
+                        for rows, block in old.blocks(start, end, DTYPES[kind], width):
+                            merged, off = summed(name, block, L[rows], R)
+                            new.write(merged.view(torch.uint8).numpy().data)
+                            lost[name] += off
+                        at = end
+                _copy(old.handle, new, at, old.size)
+            for check in waiting:
+                check.result()
+            beside.submit(_to_disk, folder / file)
     progress("merging", len(factors), len(factors))
     if len(files) > 1 and (index := shards.path_of(INDEX)):
         shutil.copyfile(index, folder / INDEX)
@@ -197,13 +203,18 @@ def merge_files(
     return rounding_of(lost, norms, dtypes)
 
 
-def summed(W: Tensor, L: Tensor, R: Tensor) -> tuple[Tensor, float]:
+def summed(name: str, W: Tensor, L: Tensor, R: Tensor) -> tuple[Tensor, float]:
     """W + L R in the dtype of W, and the squared error of its rounding."""
     exact = torch.float32 if W.element_size() < 4 else torch.float64
-    wanted = torch.addmm(W.to(exact), L.to(exact), R.to(exact))
+    wanted = W.to(exact, copy=True).addmm_(L.to(exact), R.to(exact))
     rounded = wanted.to(W.dtype)
-    off = torch.linalg.vector_norm(wanted.sub_(rounded))
-    return rounded, float(off) ** 2
+    off = float(torch.linalg.vector_norm(wanted.sub_(rounded)))
+    if not math.isfinite(off):
+        raise UserError(
+            f"{name}: base or adapter holds NaN or infinite values, or their sum does not fit "
+            f"{W.dtype}: it cannot be merged"
+        )
+    return rounded, off**2
 
 
 def norm_of(factors: Factors) -> float:
@@ -213,26 +224,35 @@ def norm_of(factors: Factors) -> float:
 
 
 def check_weight(
-    name: str, pieces: list[Piece], here: "TensorFile", shards: Shards, source: str,
-    recorded: Recorded,
-) -> None:  # fmt: skip
+    name: str, pieces: Sequence[Piece], shards: Shards, source: str, recorded: Recorded
+) -> None:
     """Raise UserError unless the files hold the weight that the adapter was trained on."""
-    parts = []
-    for piece in pieces:
-        file = shards.files[piece.tensor]
-        if file == here.file:
-            parts.append(here.matrix(piece))
-            continue
-        with TensorFile(source, file, shards) as other:
-            parts.append(other.matrix(piece))
-    weight = torch.cat(parts) if len(parts) > 1 else parts[0]
-    if tensor_sha256(weight.to(recorded.dtype or weight.dtype)) != recorded.sha256:
+    with TensorFile(source, shards.files[pieces[0].tensor], shards) as first:
+        stored = first.header[pieces[0].tensor]["shape"]
+        dtype = recorded.dtype or DTYPES[first.place(pieces[0])[2]]
+
+    def blocks() -> Iterator[Tensor]:
+        for piece in pieces:
+            with TensorFile(source, shards.files[piece.tensor], shards) as opened:
+                if piece.transposed:
+                    yield opened.matrix(piece).to(dtype)
+                    continue
+                start, end, kind, width = opened.place(piece)
+                for _, block in opened.blocks(start, end, DTYPES[kind], width):
+                    yield block.to(dtype)
+
+    rows = sum(piece.rows.stop - piece.rows.start for piece in pieces)
+    shape = rows, stored[-2 if pieces[0].transposed else -1]
+    if blocks_sha256(dtype, shape, blocks()) != recorded.sha256:
         raise UserError(
             f"wrong base: {name} in the files of {source} is not the weight that the adapter was "
             "trained on: give the model (and revision) that it was trained on"
         )
-    if not torch.isfinite(weight).all():
-        raise UserError(f"{name}.weight holds NaN or infinite values: the base is damaged")
+
+
+def _to_disk(path: Path) -> None:
+    with path.open("rb") as handle:
+        os.fsync(handle.fileno())
 
 
 class TensorFile:
