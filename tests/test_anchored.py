@@ -48,6 +48,16 @@ def gradients(out: Tensor, given: dict[str, Tensor]) -> list[Tensor]:
     return list(torch.autograd.grad((out * weight).sum(), [given[k] for k in ("x", "A", "B")]))
 
 
+def test_what_it_gives_may_be_written_into() -> None:
+    """Falcon adds the attention's output to the MLP's in place."""
+    given = drawn(0, 6, 5, 2, 2, 3)
+    out = anchored(**given, scaling=1.0)
+    out += 1
+    theirs = apart(**given, s=1.0) + 1
+    for a, b in zip(gradients(out, given), gradients(theirs, given), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 shapes = st.tuples(*(st.integers(1, 9) for _ in range(2)), st.integers(1, 5))
 
 

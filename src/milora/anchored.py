@@ -66,13 +66,15 @@ class _Anchored(torch.autograd.Function):
                 inner = rows @ _tall(A, A0, dtype).T
                 kept = inner[:, : len(A)].contiguous()
             flat = result.reshape(-1, result.shape[-1])
+            # No view, since a model may write into what a layer gave (Falcon does).
+            out = torch.empty(result.shape, dtype=result.dtype, device=result.device)
             if flat.dtype == dtype:
-                out = torch.addmm(flat, inner, wide.T)
+                torch.addmm(flat, inner, wide.T, out=out.view(flat.shape))
             else:
-                out = torch.add(flat, inner @ wide.T, out=torch.empty_like(flat))
+                torch.add(flat, inner @ wide.T, out=out.view(flat.shape))
         ctx.save_for_backward(x, kept, mask, A, B, A0, minus_B0)
         ctx.scaling, ctx.dropout, ctx.dtype = scaling, dropout, dtype
-        return out.view(result.shape)
+        return out
 
     @staticmethod
     @once_differentiable

@@ -211,8 +211,8 @@ def open_shards(source: str) -> Shards:
 def stored_name(skeleton: PreTrainedModel, parameter: str, files: Container[str]) -> str | None:
     """The tensor that holds `parameter`, with the model's prefix or without, or None."""
     prefix = f"{skeleton.base_model_prefix}."
-    names = (parameter, parameter.removeprefix(prefix), prefix + parameter)
-    names += tuple(stored_names(skeleton, parameter))
+    names = [parameter, parameter.removeprefix(prefix), prefix + parameter]
+    names += stored_names(skeleton, parameter)
     return next((name for name in names if name in files), None)
 
 
