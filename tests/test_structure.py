@@ -15,13 +15,13 @@ SOURCE = ROOT / "src" / "milora"
 
 # Each module may import those of earlier lines only.
 LAYERS = (
-    {"errors", "files", "svd", "spectra", "progress", "pages", "matrices", "anchored"},
+    {"errors", "files", "svd", "spectra", "progress", "pages", "matrices", "anchored", "costs"},
     {"grade", "adapter", "data", "pretrained", "config", "card", "gates"},
     {"choices", "harness", "answers", "protect", "ranks", "keep", "tokens"},
     {"export", "evaluate", "loop", "verify", "preview", "chat", "checkpoint"},
     {"store"},
     {"artefacts", "train", "inspection"},
-    {"compare_page", "fronts"},
+    {"compare_page", "fronts", "estimate"},
     {"inspect_page"},
     {"report"},
     {"compare"},
@@ -30,7 +30,7 @@ LAYERS = (
 )
 SAME_LAYER = {
     ("verify", "evaluate"), ("chat", "evaluate"), ("config", "grade"), ("config", "gates"),
-    ("gates", "card"), ("matrices", "svd"),
+    ("gates", "card"), ("matrices", "svd"), ("costs", "errors"), ("costs", "svd"),
 }  # fmt: skip
 
 

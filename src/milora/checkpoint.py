@@ -37,6 +37,14 @@ def open_checkpoint(model: str, trust_remote_code: bool = False) -> Checkpoint:
     Raises UserError when there is no model, when it has no safetensors, or when it is quantised:
     singular components must come from full-precision weights, never from packed ones.
     """
+    skeleton = open_skeleton(model, trust_remote_code)
+    if model.endswith(".gguf"):
+        return _gguf(Path(model), skeleton)
+    return _safetensors(str(bundled()) if model == BUNDLED else model, skeleton)
+
+
+def open_skeleton(model: str, trust_remote_code: bool = False) -> PreTrainedModel:
+    """`model` on the meta device, from its config alone. Raises UserError as `open_checkpoint`."""
     source, options = model, dict[str, Any]()
     if model == BUNDLED:
         source = str(bundled())
@@ -51,13 +59,13 @@ def open_checkpoint(model: str, trust_remote_code: bool = False) -> Checkpoint:
         if not model.endswith(".gguf"):
             refuse_quantised(model, config)
         with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=trust_remote_code
+            )
     except (OSError, ValueError, KeyError, IndexError, struct.error) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"model: {model} cannot be opened: {reason}") from error
-    if model.endswith(".gguf"):
-        return _gguf(Path(model), skeleton)
-    return _safetensors(source, skeleton)
+    return skeleton
 
 
 def _safetensors(source: str, skeleton: PreTrainedModel) -> Checkpoint:
