@@ -12,7 +12,6 @@ peak of what PyTorch has allocated.
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from step import resident
 from svd import RESULTS, ROOT, machine, write
 
 from milora.config import Config
@@ -74,6 +74,7 @@ def settings(name: str, case: dict[str, Any], folder: Path) -> dict[str, Any]:
     values: dict[str, Any] = {
         "model": model, "method": case.get("method", "milora"), "output_dir": str(folder / "run"),
         "data": {"train": str(data), "eval": 0.2, "max_length": case["tokens"]},
+        "lora": {"r": 32, "lora_alpha": 32},
         "training": training, "evaluate": {"chunks": 1, "batch_size": 1},
     }  # fmt: skip
     return Config.model_validate(values).model_dump()
@@ -111,7 +112,7 @@ def child(name: str) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         arguments = settings(name, case, Path(scratch))
         expected = estimate(**arguments)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        before = resident("VmRSS")
         with Progress() as progress:
             record = train(**arguments, progress=progress)
     took = record["peak_memory_bytes"] - (0 if torch.cuda.is_available() else before)
@@ -177,7 +178,7 @@ def plan() -> None:
     for name, (*_, counts) in PLANS.items():
         values = {
             "model": str(shape_of(name)), "output_dir": "unused", "dtype": "bfloat16",
-            "data": {"train": "unused", "max_length": 4096},
+            "data": {"train": "unused", "max_length": 4096}, "lora": {"r": 32, "lora_alpha": 32},
             "training": {
                 "per_device_train_batch_size": 1, "max_steps": 1, "gradient_checkpointing": True,
             },

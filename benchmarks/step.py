@@ -12,7 +12,6 @@ a step takes as long whatever stands in them. `gpu` needs no network and no file
 
 import argparse
 import copy
-import gc
 import json
 import statistics
 import subprocess
@@ -23,14 +22,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from svd import RESULTS, ROOT, machine, write
 
-from milora.adapter import TRAINED, add_adapter, lora_config, place
-from milora.matrices import adapted_matrices
+from milora.adapter import TRAINED, add_adapter, lora_config
+from milora.matrices import adapted_layers, adapted_matrices
 from milora.svd import Components
 
 DOCUMENT = ROOT / "docs" / "speed.md"
@@ -74,16 +74,13 @@ def drawn(weight: Tensor, rank: int, component: str, seed: int = 0) -> Component
     return Components(U / m**0.5, S, Vh / n**0.5, 10.0, 0.0, "drawn")
 
 
-def model_of(base: PreTrainedModel, method: str, case: Case) -> nn.Module:
-    """`base` with the adapter of `method`, ready to train."""
-    config = lora_config(
-        {"r": RANK, "lora_alpha": RANK, "target_modules": TARGETS, "lora_dropout": case.dropout}
-    )
+def model_of(base: PreTrainedModel, method: str) -> PeftModel:
+    """`base` with the adapter of `method`."""
+    config = lora_config({"r": RANK, "lora_alpha": RANK, "target_modules": TARGETS})
     if method == "rewritten":
         model, _ = add_adapter(base, config, "lora")
-        matrices = adapted_matrices(model)
         with torch.no_grad():
-            for matrix in matrices.values():
+            for matrix in adapted_matrices(model).values():
                 found = drawn(matrix.weight, RANK, "minor")
                 A, B = matrix.factors(TRAINED)
                 A.copy_(found.S.sqrt()[:, None] * found.Vh)
@@ -91,25 +88,33 @@ def model_of(base: PreTrainedModel, method: str, case: Case) -> nn.Module:
                 matrix.weight.sub_((B @ A).to(matrix.weight.dtype))
     else:
         name = "lora" if method == "lora" else "milora"
-        model, start = add_adapter(base, config, name, decompose=drawn)
+        model, _ = add_adapter(base, config, name, decompose=drawn)
         if method == "two":  # PEFT's own forward: one active adapter after the other
             for matrix in adapted_matrices(model).values():
                 del matrix.layer.forward
-            place(adapted_matrices(model), start)
-    if case.checkpointing:
-        model.enable_input_require_grads()
-        model.gradient_checkpointing_enable()
     return model.train()
 
 
 class Trial:
     """A model, its optimizer, and a step of both."""
 
-    def __init__(self, base: PreTrainedModel, method: str, case: Case) -> None:
-        self.model, self.case = model_of(base, method, case), case
+    def __init__(self, base: PreTrainedModel, method: str) -> None:
+        self.model = model_of(base, method)
         self.device = next(self.model.parameters()).device
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-5)
+
+    def use(self, case: Case) -> None:
+        self.case = case
+        for layer in adapted_layers(self.model).values():
+            layer.lora_dropout[TRAINED] = (
+                nn.Dropout(case.dropout) if case.dropout else nn.Identity()
+            )
+        inner = self.model.base_model.model
+        if case.checkpointing:
+            inner.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            inner.gradient_checkpointing_disable()
         generator = torch.Generator().manual_seed(0)
         size = (case.rows, case.tokens)
         self.ids = torch.randint(0, 40_000, size, generator=generator).to(self.device)
@@ -165,11 +170,15 @@ def llama3_like() -> PreTrainedModel:
 
 def gpu() -> None:
     torch.manual_seed(0)
+    began = time.monotonic()
     base = llama3_like()
+    trials = {method: Trial(copy.deepcopy(base), method) for method in METHODS}
+    print(f"built: {time.monotonic() - began:.0f} s", flush=True)
     for name, case in GPU.items():
         began = time.monotonic()
-        trials = {m: Trial(copy.deepcopy(base), m, case) for m in METHODS}
-        seconds = rounds(trials, 32)
+        for trial in trials.values():
+            trial.use(case)
+        seconds = rounds(trials, 24)
         memory = {}
         for method, trial in trials.items():
             torch.cuda.reset_peak_memory_stats()
@@ -178,9 +187,6 @@ def gpu() -> None:
             memory[method] = torch.cuda.max_memory_allocated() - before + trial.own()
         keep(f"gpu-{name}", "Llama-3-8B's shape, 8 layers", "bfloat16", case, seconds, memory)
         print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
-        del trials, trial
-        gc.collect()
-        torch.cuda.empty_cache()
 
 
 def smollm2() -> PreTrainedModel:
@@ -192,7 +198,9 @@ def smollm2() -> PreTrainedModel:
 def cpu(name: str) -> None:
     case = CPU[name]
     memory = {method: peak(method, name) for method in METHODS}
-    trials = {method: Trial(smollm2(), method, case) for method in METHODS}
+    trials = {method: Trial(smollm2(), method) for method in METHODS}
+    for trial in trials.values():
+        trial.use(case)
     seconds = rounds(trials, 6144 // (case.rows * case.tokens))
     keep(f"cpu-{name}", "SmolLM2-135M", "float32", case, seconds, memory)
 
@@ -206,7 +214,8 @@ def peak(method: str, name: str) -> int:
 
 def print_peak(method: str, name: str) -> None:
     before = resident("VmRSS")
-    trial = Trial(smollm2(), method, CPU[name])
+    trial = Trial(smollm2(), method)
+    trial.use(CPU[name])
     for _ in range(2):  # the second has the optimizer's state
         trial.step()
     print(resident("VmHWM") - before)

@@ -11,29 +11,41 @@ import pytest
 import torch
 from conftest import KINDS, TARGETS, make_model
 from tiny_run import run, settings
-from transformers import MixtralConfig, MixtralForCausalLM, TrainingArguments
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    TrainingArguments,
+)
 from typer.testing import CliRunner
 
 from milora import adapter, costs
 from milora.cli import app
 from milora.errors import UserError
 from milora.estimate import estimate, lines
-from milora.preview import prepared
+from milora.preview import compute_dtype, prepared
 
 Tiny = Callable[[str], Path]
 ROOT = Path(__file__).resolve().parent.parent
 ROWS, TOKENS = 4, 48
 
 
-def of_shapes(kind: str, method: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    """costs.step of a tiny model; `options` are of the LoRA, and checkpointing."""
-    checkpointing = options.pop("checkpointing", False)
+def of_shapes(model: str, method: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    """costs.step of a tiny model, or of "deep", one of ten layers; `options` of the arguments."""
     with torch.device("meta"):
-        skeleton = make_model(kind).to(dtype)  # type: ignore[arg-type]
-    config = adapter.lora_config({"r": 4, "target_modules": TARGETS[kind]} | options)
-    arguments = TrainingArguments(gradient_checkpointing=checkpointing, use_cpu=True)
-    live, _ = prepared(skeleton, None if method == "full" else config, method, arguments)
-    return costs.step(live, ROWS, TOKENS, 258)
+        if model == "deep":
+            shape = {"num_attention_heads": 4, "num_hidden_layers": 10, "vocab_size": 258}
+            skeleton: Any = LlamaForCausalLM(
+                LlamaConfig(hidden_size=32, intermediate_size=64, **shape)
+            )
+        else:
+            skeleton = make_model(model)
+    kind = "llama" if model == "deep" else model
+    config = adapter.lora_config({"r": 4, "target_modules": TARGETS[kind]})
+    arguments = TrainingArguments(use_cpu=True, **options)
+    live, _ = prepared(skeleton.to(dtype), None if method == "full" else config, method, arguments)
+    return costs.step(live, ROWS, TOKENS, 258, autocast=compute_dtype(arguments))
 
 
 @pytest.mark.parametrize("method", ["milora", "lora", "full"])
@@ -51,8 +63,10 @@ def test_a_step_of_shapes_is_a_step(kind: str, method: str) -> None:
     for tensor in (*model.parameters(), *model.buffers(), *state):
         live.see(tensor)
     ids = torch.ones(ROWS, TOKENS, dtype=torch.long)
+    padded = ids.clone()
+    padded[0, -1] = 0  # of rows of one length the library would leave the mask out
     with live:
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        model(input_ids=ids, attention_mask=padded, labels=ids, use_cache=False).loss.backward()
     found = of_shapes(kind, method)
     assert found.peak == pytest.approx(live.peak, rel=0.01)
     assert found.memory["weights"] >= sum(
@@ -64,13 +78,16 @@ def test_a_step_of_shapes_is_a_step(kind: str, method: str) -> None:
 
 
 def test_what_changes_the_memory_of_a_step() -> None:
-    plain = of_shapes("llama", "milora")
-    again = of_shapes("llama", "milora", checkpointing=True)
-    assert again.memory["activations"] < 0.7 * plain.memory["activations"]
+    plain = of_shapes("deep", "milora")
+    again = of_shapes("deep", "milora", gradient_checkpointing=True)
+    assert again.memory["activations"] < 0.5 * plain.memory["activations"]
     assert again.operations > 1.2 * plain.operations
-    sixteen = of_shapes("llama", "milora", torch.bfloat16)
+    cast = of_shapes("deep", "milora", bf16=True)
+    assert cast.memory["activations"] < 0.9 * plain.memory["activations"]
+    sixteen = of_shapes("deep", "milora", torch.bfloat16)
+    assert sixteen.memory["weights"] < 0.6 * plain.memory["weights"]
     # PEFT keeps each layer's input in fp32 for the fp32 factors, the fused layer does not.
-    lora = of_shapes("llama", "lora", torch.bfloat16)
+    lora = of_shapes("deep", "lora", torch.bfloat16)
     assert sixteen.memory["activations"] < 0.9 * lora.memory["activations"]
 
 

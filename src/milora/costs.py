@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 from milora.errors import UserError
 from milora.svd import Component
@@ -66,9 +66,8 @@ def step(
             parameter.grad = torch.empty_like(parameter)
             live.see(parameter.grad, "gradients")
         ids = torch.zeros(rows, tokens, dtype=torch.long, device="cpu")
-        counter = FlopCounterMode(display=False)
         try:
-            with counter, live:
+            with live:
                 with torch.autocast("cpu", autocast, enabled=autocast is not None):
                     loss = model(input_ids=ids, labels=ids, use_cache=False).loss
                 loss.backward()
@@ -86,16 +85,20 @@ def step(
             logits = shape[-1:] == (vocabulary,)
             kind = "gradients" if serial in made else "logits" if logits else "activations"
         memory[kind] += size
-    return Step(memory, int(counter.get_total_flops()))
+    return Step(memory, live.operations)
 
 
 class _Live(TorchDispatchMode):
-    """Sums up the storages that exist, and remembers which did when the sum was largest."""
+    """Sums up the storages that exist, and remembers which did when the sum was largest.
+
+    And the operations of products. (PyTorch's FlopCounterMode hangs hooks on every module, which
+    keep alive what gradient checkpointing computes again.)
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.storages: dict[int, tuple[int, int, tuple[int, ...], str]] = {}
-        self.count = self.now = self.peak = 0
+        self.count = self.now = self.peak = self.operations = 0
         self.at_peak: list[tuple[int, int, tuple[int, ...], str]] = []
 
     def see(self, tensor: Tensor, kind: str = "") -> None:
@@ -118,6 +121,9 @@ class _Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry:
+            formula = flop_registry[func._overloadpacket]
+            self.operations += int(formula(*args, **(kwargs or {}), out_val=made))
         for tensor in tree_leaves(made):
             if isinstance(tensor, Tensor):
                 self.see(tensor)
