@@ -32,10 +32,10 @@ ROWS, TOKENS = 4, 48
 
 
 def of_shapes(model: str, method: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    """costs.step of a tiny model, or of "deep", one of ten layers; `options` of the arguments."""
+    """costs.step of a tiny model, or of "deep", one of five layers; `options` of the arguments."""
     with torch.device("meta"):
         if model == "deep":
-            shape = {"num_attention_heads": 4, "num_hidden_layers": 10, "vocab_size": 258}
+            shape = {"num_attention_heads": 4, "num_hidden_layers": 5, "vocab_size": 258}
             skeleton: Any = LlamaForCausalLM(
                 LlamaConfig(hidden_size=32, intermediate_size=64, **shape)
             )
@@ -80,7 +80,7 @@ def test_a_step_of_shapes_is_a_step(kind: str, method: str) -> None:
 def test_what_changes_the_memory_of_a_step() -> None:
     plain = of_shapes("deep", "milora")
     again = of_shapes("deep", "milora", gradient_checkpointing=True)
-    assert again.memory["activations"] < 0.5 * plain.memory["activations"]
+    assert again.memory["activations"] < 0.6 * plain.memory["activations"]
     assert again.operations > 1.2 * plain.operations
     cast = of_shapes("deep", "milora", bf16=True)
     assert cast.memory["activations"] < 0.9 * plain.memory["activations"]
