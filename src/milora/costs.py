@@ -131,9 +131,10 @@ class _Live(TorchDispatchMode):
 
 
 def _kind(name: str) -> str:
-    if ".lora_" not in name:
-        return "weights"
-    return "anchor" if ".anchor." in name else "adapter"
+    if ".anchor." in name:
+        return "anchor"
+    beside = (".lora_", ".modules_to_save.", ".token_adapter.")  # PEFT's names
+    return "adapter" if any(part in name for part in beside) else "weights"
 
 
 def _fake(model: nn.Module) -> None:

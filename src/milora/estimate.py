@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ def estimate(
     dtype: str,
     trust_remote_code: bool,
     early_stopping_patience: int,
+    tokenizer: Mapping[str, Any] = MappingProxyType({}),
     lora: Mapping[str, Any],
     milora: Mapping[str, Any],
     training: Mapping[str, Any],
@@ -57,7 +59,7 @@ def estimate(
         method, training, Path(output_dir), seed, early_stopping_patience
     )
     config = None if method == "full" else adapter.lora_config(lora)
-    if method == "full" and dtype == "auto":
+    if (method == "full" or lora.get("modules_to_save")) and dtype == "auto":
         dtype = "float32"
     skeleton = open_skeleton(model, trust_remote_code).to(dtype_of(dtype))  # type: ignore[arg-type]
     device = "cpu" if arguments.use_cpu else "cuda"
@@ -118,7 +120,7 @@ def estimate(
             {name: (shape, rank) for name, (shape, rank, _) in shapes.items()},
             trained, checkpoints, top,
         ) if config else {"checkpoints/ and model/": (3 * checkpoints + 2) * trained_bytes},
-        "notes": _notes(milora),
+        "notes": _notes(milora, tokenizer),
     }  # fmt: skip
 
 
@@ -152,13 +154,17 @@ def _top(milora: Mapping[str, Any]) -> int:
     return max(known, int(milora["interference"]["top"]))
 
 
-def _notes(milora: Mapping[str, Any]) -> list[str]:
+def _notes(milora: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> list[str]:
     notes = []
     if milora["rank"]:
         notes.append("milora.rank gives each weight the rank of its spectrum, which is not read "
                      "here: counted is lora.r for all")  # fmt: skip
     if not isinstance(milora["protect"], int):
         notes.append(f"milora.protect depends on the spectra: counted are {FIRST} directions")
+    if milora["keep"]:
+        notes.append("milora.keep: its passes over general text are not counted")
+    if tokenizer.get("tokens") or tokenizer.get("special_tokens"):
+        notes.append("tokenizer: the rows of new tokens are not counted")
     return notes
 
 
