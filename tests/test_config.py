@@ -39,7 +39,7 @@ def test_the_annotated_default_states_the_true_defaults(tmp_path: Path) -> None:
     assert real.pop("training") == {}  # train.py fills these in, the rate by method
     assert shown == real
     assert train.LEARNING_RATE["milora"] == 1e-4
-    arguments = train._training_arguments("milora", {}, tmp_path, 0, 0)
+    arguments = train.training_arguments("milora", {}, tmp_path, 0, 0)
     assert (arguments.num_train_epochs, arguments.per_device_train_batch_size) == (3, 16)
 
 

@@ -26,6 +26,7 @@ LAYERS = (
         "matrices",
         "anchored",
         "vision",
+        "costs",
     },
     {"grade", "adapter", "data", "pretrained", "config", "card", "gates"},
     {"choices", "harness", "answers", "protect", "ranks", "keep", "tokens", "checkpoint"},
@@ -33,7 +34,7 @@ LAYERS = (
     {"store", "merge", "server"},
     {"ggufs"},
     {"artefacts", "train", "inspection"},
-    {"compare_page", "fronts"},
+    {"compare_page", "fronts", "estimate"},
     {"inspect_page"},
     {"report"},
     {"compare"},
@@ -43,7 +44,7 @@ LAYERS = (
 SAME_LAYER = {
     ("verify", "evaluate"), ("chat", "evaluate"), ("config", "grade"), ("config", "gates"),
     ("gates", "card"), ("matrices", "svd"), ("matrices", "quantised"), ("quantised", "errors"),
-    ("vision", "errors"), ("vision", "matrices"),
+    ("vision", "errors"), ("vision", "matrices"), ("costs", "errors"), ("costs", "svd"),
 }  # fmt: skip
 
 

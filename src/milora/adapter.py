@@ -214,22 +214,7 @@ def add_adapter(
     else:
         check_base(start.sha256, hashes)
     if method in COMPONENT:
-        frozen = copy.deepcopy(config)
-        frozen.lora_dropout = 0.0
-        # What trains in full has its start in the base: nothing is to be taken away from it.
-        frozen.modules_to_save = frozen.trainable_token_indices = None
-        frozen.ensure_weight_tying, frozen.modules_to_tie = False, None  # type: ignore[attr-defined]
-        peft_model.add_adapter(ANCHOR, frozen)
-        for layer in adapted_layers(peft_model).values():
-            for linear in (layer.lora_A[ANCHOR], layer.lora_B[ANCHOR]):
-                weight = linear.weight.detach()
-                del linear.weight
-                linear.register_buffer("weight", weight)
-        for matrix in matrices.values():
-            if matrix.expert is None:  # of experts PEFT adds up the updates by itself
-                matrix.layer.forward = MethodType(_anchored_forward, matrix.layer)
-        peft_model.save_pretrained = _refuse_bare_pair  # type: ignore[method-assign]
-        peft_model.set_adapter = MethodType(_set_adapter, peft_model)  # type: ignore[method-assign]
+        _add_anchor(peft_model, config)
     place(matrices, start)
     peft_model.set_adapter(TRAINED)
     return peft_model, start
@@ -293,6 +278,35 @@ def decay(matrices: Mapping[str, Matrix], share: float) -> None:
         A0, minus_B0 = matrix.factors(ANCHOR)
         A.lerp_(A0, share)
         B.lerp_(-minus_B0, share)
+
+
+def _add_anchor(peft_model: PeftModel, config: LoraConfig) -> None:
+    """The frozen pair beside the one that trains, and the forward that computes both as one."""
+    frozen = copy.deepcopy(config)
+    frozen.lora_dropout = 0.0
+    # What trains in full has its start in the base: nothing is to be taken away from it.
+    frozen.modules_to_save = frozen.trainable_token_indices = None
+    frozen.ensure_weight_tying, frozen.modules_to_tie = False, None  # type: ignore[attr-defined]
+    peft_model.add_adapter(ANCHOR, frozen)
+    for layer in adapted_layers(peft_model).values():
+        for linear in (layer.lora_A[ANCHOR], layer.lora_B[ANCHOR]):
+            weight = linear.weight.detach()
+            del linear.weight
+            linear.register_buffer("weight", weight)
+    for matrix in adapted_matrices(peft_model).values():
+        if matrix.expert is None:  # of experts PEFT adds up the updates by itself
+            matrix.layer.forward = MethodType(_anchored_forward, matrix.layer)
+    peft_model.save_pretrained = _refuse_bare_pair  # type: ignore[method-assign]
+    peft_model.set_adapter = MethodType(_set_adapter, peft_model)  # type: ignore[method-assign]
+
+
+def without_values(model: PreTrainedModel, config: LoraConfig, method: str) -> PeftModel:
+    """As `add_adapter`, for a model on the meta device: layers and shapes, and no factors."""
+    peft_model = _inject(model, config)
+    if method in COMPONENT:
+        _add_anchor(peft_model, config)
+    peft_model.set_adapter(TRAINED)
+    return peft_model
 
 
 def _inject(model: PreTrainedModel, config: LoraConfig) -> PeftModel:

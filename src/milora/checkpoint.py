@@ -49,17 +49,25 @@ def open_checkpoint(model: str, trust_remote_code: bool = False) -> Checkpoint:
     Raises UserError when there is no model, when it has no safetensors, or when it is quantised:
     singular components must come from full-precision weights, never from packed ones.
     """
-    source, config = _configuration(model, trust_remote_code)
+    skeleton = open_skeleton(model, trust_remote_code)
+    if model.endswith(".gguf"):
+        return _gguf(Path(model), skeleton)
+    return _safetensors(str(bundled()) if model == BUNDLED else model, skeleton)
+
+
+def open_skeleton(model: str, trust_remote_code: bool = False) -> PreTrainedModel:
+    """`model` on the meta device, from its config alone. Raises UserError as `open_checkpoint`."""
+    _, config = _configuration(model, trust_remote_code)
     if not model.endswith(".gguf"):
         refuse_quantised(model, config)
     try:
         with torch.device("meta"):
-            skeleton = model_class(config).from_config(config, trust_remote_code=trust_remote_code)
+            skeleton: PreTrainedModel = model_class(config).from_config(
+                config, trust_remote_code=trust_remote_code
+            )
     except (OSError, ValueError, KeyError) as error:
         raise _unopened(model, error) from error
-    if model.endswith(".gguf"):
-        return _gguf(Path(model), skeleton)
-    return _safetensors(source, skeleton)
+    return skeleton
 
 
 def _configuration(model: str, trust_remote_code: bool) -> tuple[str, Any]:

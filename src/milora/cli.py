@@ -125,6 +125,37 @@ def init(
     )
 
 
+@app.command(epilog="Example: milora estimate run.yaml --processes 8 --sharded")
+def estimate(
+    config: Annotated[Path, typer.Argument(help="The configuration of the run to come.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="Override a key.")
+    ] = None,
+    processes: Annotated[int, typer.Option(min=1, help="With a device each.")] = 1,
+    sharded: Annotated[
+        bool, typer.Option("--sharded", help="Weights are shared out, as by FSDP or ZeRO-3.")
+    ] = False,
+    tflops: Annotated[
+        float | None,
+        typer.Option(min=0.001, help="Reached in training by a device that is not this machine's."),
+    ] = None,
+) -> None:
+    """Memory, time and disk that a run will need; reads no weight and starts nothing."""
+    from milora.config import load_config
+
+    settings = load_config(config, overrides or [])
+    if sharded and processes == 1:
+        raise UserError("--sharded needs --processes of 2 or more to share out among")
+    _quiet()
+    from milora.estimate import estimate as run_estimate
+    from milora.estimate import lines
+
+    speed = None if tflops is None else tflops * 1e12
+    found = run_estimate(**settings.model_dump(), processes=processes, sharded=sharded, speed=speed)
+    for line in lines(found):
+        typer.echo(line)
+
+
 @app.command("inspect", epilog="Example: milora inspect smollm2-135m --rank 32 --html spectra.html")
 def look(
     model: Annotated[str, typer.Argument(help="A model as in `model:`, or a run folder.")],
@@ -504,6 +535,10 @@ def _print_plan(plan: dict[str, Any]) -> None:
             console.print(f"{label}: {listed}", markup=False)
     console.print(f"trained parameters: {plan['parameters']['trainable']:,}")
     console.print(f"estimate: {plan['estimate']}", markup=False)
+    if plan["memory_by_kind"]:
+        from milora.preview import by_kind
+
+        console.print(f"of the model's step: {by_kind(plan['memory_by_kind'])}", markup=False)
 
 
 def _print_scores(result: dict[str, Any]) -> None:

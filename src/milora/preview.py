@@ -1,5 +1,6 @@
 """What --dry-run shows: samples with their loss mask, coverage, and memory and time on one step."""
 
+import copy
 import math
 import resource
 import time
@@ -9,11 +10,12 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel
 from torch import nn
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
-from milora import adapter
+from milora import adapter, costs
 from milora.data import IGNORED, Collator, Prepared
+from milora.errors import UserError
 from milora.matrices import Matrix, Weights, adapted_matrices, base_modules, kind_of
 from milora.pretrained import Pretrained
 from milora.progress import duration
@@ -41,6 +43,10 @@ def plan(
 
     `weights` reads the full-precision matrices of a quantised base.
     """
+    longest = max(len(e["input_ids"]) for e in train.examples)
+    memory_by_kind = {}
+    if weights is None and not outside_language_model(base.model):  # costs.step has neither
+        memory_by_kind = _memory_by_kind(base.model, lora_config, method, arguments, longest)
     live: nn.Module = base.model
     covered: dict[str, Any] = {}
     decompose = 0.0
@@ -83,12 +89,76 @@ def plan(
         "coverage": covered,
         "parameters": {"trainable": trainable},
         "memory_bytes": memory,
+        "memory_by_kind": memory_by_kind,
         "decomposition_seconds": decompose,
         "training_seconds": batches * seconds,
         "batches": batches,
         "estimate": f"about {duration(decompose)} to decompose, {duration(batches * seconds)} to "
         f"train ({batches:.0f} batches of {size}), {memory / 2**30:.1f} GB of memory",
     }
+
+
+def _memory_by_kind(
+    base: PreTrainedModel,
+    lora_config: LoraConfig | None,
+    method: str,
+    arguments: TrainingArguments,
+    tokens: int,
+) -> dict[str, int]:
+    """Of the longest batch, by costs.step; empty where that cannot follow the model."""
+    with torch.device("meta"):
+        skeleton = type(base)(copy.deepcopy(base.config)).to(base.dtype)  # type: ignore[arg-type]
+    live, _ = prepared(skeleton, lora_config, method, arguments)
+    try:
+        return costs.step(
+            live, arguments.per_device_train_batch_size, tokens,
+            base.config.get_text_config().vocab_size,
+            accumulated=arguments.gradient_accumulation_steps > 1,
+            autocast=compute_dtype(arguments),
+        ).memory  # fmt: skip
+    except UserError:  # the step itself is measured in any case
+        return {}
+
+
+Shapes = dict[str, tuple[tuple[int, ...], int, list[int]]]  # shape, rank, rows of each part
+
+
+def prepared(
+    skeleton: PreTrainedModel,
+    lora_config: LoraConfig | None,
+    method: str,
+    arguments: TrainingArguments,
+) -> tuple[nn.Module, Shapes]:
+    """A model on the meta device as it trains, for costs.step, and what is adapted in it."""
+    live: nn.Module = skeleton
+    shapes: Shapes = {}
+    if lora_config is None:
+        train_in_full(skeleton)
+    else:
+        adapted = adapter.without_values(skeleton, copy.deepcopy(lora_config), method)
+        live = adapted
+        for name, matrix in adapted_matrices(adapted).items():
+            parts = [len(part) for part in matrix.parts]
+            shapes[name] = matrix.shape, matrix.rank(adapter.TRAINED), parts
+    live.train()
+    if arguments.gradient_checkpointing:
+        skeleton.gradient_checkpointing_enable(arguments.gradient_checkpointing_kwargs)
+    return live, shapes
+
+
+def compute_dtype(arguments: TrainingArguments) -> torch.dtype | None:
+    """That of autocast, if it is on."""
+    return torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
+
+
+def by_kind(memory: Mapping[str, int]) -> str:
+    """weights 0.54 GB, activations 1.20 GB, ..."""
+    return ", ".join(f"{kind} {size(value)}" for kind, value in memory.items() if value)
+
+
+def size(value: int) -> str:
+    """Bytes for people, in powers of ten."""
+    return f"{value / 1e9:,.2f} GB" if value >= 1e8 else f"{value / 1e6:,.1f} MB"
 
 
 def decomposition_time(matrices: Mapping[str, Matrix], component: Component) -> float:

@@ -178,7 +178,7 @@ def train(
         asked["tokenizer"] = dict(tokenizer)
     run = Path(output_dir)
     resumed = _check_folder(run, asked, resume)
-    arguments = _training_arguments(method, training, run, seed, early_stopping_patience)
+    arguments = training_arguments(method, training, run, seed, early_stopping_patience)
     lora_config: LoraConfig | None = None
     if method != "full":
         lora_config = adapter.lora_config(lora)
@@ -440,9 +440,10 @@ def _check_folder(run: Path, asked: Mapping[str, Any], resume: bool) -> dict[str
     return record
 
 
-def _training_arguments(
+def training_arguments(
     method: str, training: Mapping[str, Any], run: Path, seed: int, patience: int
 ) -> TrainingArguments:
+    """`training:` with the defaults of `method`; raises UserError for what it cannot hold."""
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
     for key, value in training.items():
         if key in OWNED and value:

@@ -1,0 +1,184 @@
+"""What a run will need, from shapes alone, against what tiny runs and the benchmarks took."""
+
+import json
+import shutil
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import KINDS, TARGETS, make_model
+from tiny_run import run, settings
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    TrainingArguments,
+)
+from typer.testing import CliRunner
+
+from milora import adapter, costs
+from milora.cli import app
+from milora.errors import UserError
+from milora.estimate import estimate, lines
+from milora.preview import compute_dtype, prepared
+
+Tiny = Callable[[str], Path]
+ROOT = Path(__file__).resolve().parent.parent
+ROWS, TOKENS = 4, 48
+
+
+def of_shapes(model: str, method: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    """costs.step of a tiny model, or of "deep", one of five layers; `options` of the arguments."""
+    with torch.device("meta"):
+        if model == "deep":
+            shape = {"num_attention_heads": 4, "num_hidden_layers": 5, "vocab_size": 258}
+            skeleton: Any = LlamaForCausalLM(
+                LlamaConfig(hidden_size=32, intermediate_size=64, **shape)
+            )
+        else:
+            skeleton = make_model(model)
+    kind = "llama" if model == "deep" else model
+    config = adapter.lora_config({"r": 4, "target_modules": TARGETS[kind]})
+    arguments = TrainingArguments(use_cpu=True, **options)
+    live, _ = prepared(skeleton.to(dtype), None if method == "full" else config, method, arguments)
+    return costs.step(live, ROWS, TOKENS, 258, autocast=compute_dtype(arguments))
+
+
+@pytest.mark.parametrize("method", ["milora", "lora", "full"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_of_shapes_is_a_step(kind: str, method: str) -> None:
+    """The same sum over the tensors of a real step."""
+    model: Any = make_model(kind).requires_grad_(method == "full")
+    if method != "full":
+        config = adapter.lora_config({"r": 4, "target_modules": TARGETS[kind]})
+        model, _ = adapter.add_adapter(model, config, method)
+    model.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    state = [torch.empty_like(p) for p in trained for _ in range(2)]
+    live = costs._Live()
+    for tensor in (*model.parameters(), *model.buffers(), *state):
+        live.see(tensor)
+    ids = torch.ones(ROWS, TOKENS, dtype=torch.long)
+    padded = ids.clone()
+    padded[0, -1] = 0  # of rows of one length the library would leave the mask out
+    with live:
+        model(input_ids=ids, attention_mask=padded, labels=ids, use_cache=False).loss.backward()
+    found = of_shapes(kind, method)
+    assert found.peak == pytest.approx(live.peak, rel=0.01)
+    assert found.memory["weights"] >= sum(
+        p.nbytes for n, p in model.named_parameters() if ".lora_" not in n
+    )
+    assert found.memory["optimizer"] == sum(t.nbytes for t in state)
+    assert bool(found.memory["anchor"]) == (method == "milora")
+    assert found.memory["logits"] >= ROWS * (TOKENS - 1) * 258 * 4
+
+
+def test_what_changes_the_memory_of_a_step() -> None:
+    plain = of_shapes("deep", "milora")
+    again = of_shapes("deep", "milora", gradient_checkpointing=True)
+    assert again.memory["activations"] < 0.6 * plain.memory["activations"]
+    assert again.operations > 1.2 * plain.operations
+    cast = of_shapes("deep", "milora", bf16=True)
+    assert cast.memory["activations"] < 0.9 * plain.memory["activations"]
+    sixteen = of_shapes("deep", "milora", torch.bfloat16)
+    assert sixteen.memory["weights"] < 0.6 * plain.memory["weights"]
+    # PEFT keeps each layer's input in fp32 for the fp32 factors, the fused layer does not.
+    lora = of_shapes("deep", "lora", torch.bfloat16)
+    assert sixteen.memory["activations"] < 0.9 * lora.memory["activations"]
+
+
+def test_several_devices() -> None:
+    whole = of_shapes("llama", "milora")
+    replicated = costs.per_device(whole, 1000, 4, False, 0).memory
+    assert replicated == whole.memory | {"gradients": whole.memory["gradients"] + 1000}
+    shared = costs.per_device(whole, 1000, 4, True, 500).memory
+    assert shared["weights"] == -(-whole.memory["weights"] // 4) + 1000
+    assert shared["optimizer"] == -(-whole.memory["optimizer"] // 4)
+    for kind in ("anchor", "activations", "logits"):
+        assert shared[kind] == whole.memory[kind]
+
+
+def test_decomposition_at_the_measured_rates() -> None:
+    """Every committed measurement of weights of 1024 and more, at the rates of its own run."""
+    compared = 0
+    for path in (ROOT / "benchmarks" / "results").glob("svd-*x*-threads.json"):
+        found = json.loads(path.read_text())
+        m, n = max(found["shape"]), min(found["shape"])
+        if n < 1024:
+            continue
+        limit = found["gemm_limit_seconds"]
+        rates = {torch.float64: 2 / 3 * n**3 / limit}
+        if m > n:
+            single = (m * n**2 + n**3 / 3) / limit
+            rates = {torch.float32: single, torch.float64: single / 2}
+        for rank, one in found["ranks"].items():
+            took = statistics.median(one["seconds"]["milora"])
+            said = costs.decomposition_seconds((m, n), int(rank), "minor", rates)
+            assert 0.5 < said / took < 2, (path.name, rank)
+            compared += 1
+    assert compared >= 30
+
+
+def test_disk(tiny: Tiny, tmp_path: Path) -> None:
+    arguments = settings(tiny("llama"), tmp_path)
+    run(arguments)
+    found = estimate(**arguments)["disk"]
+    for place in ("init/", "adapter/"):
+        files = (tmp_path / "run" / place).glob("*.safetensors")
+        assert sum(f.stat().st_size for f in files) == pytest.approx(found[place], rel=0.2)
+
+
+def test_no_weight_is_read(tiny: Tiny, tmp_path: Path) -> None:
+    """A folder with a config alone is enough; nothing is written."""
+    (tmp_path / "bare").mkdir()
+    shutil.copy(tiny("llama") / "config.json", tmp_path / "bare")
+    rates = {torch.float32: 1e10, torch.float64: 5e9}
+    changes: dict[str, Any] = {"training": {"max_steps": -1, "num_train_epochs": 3}}
+    arguments = settings(tmp_path / "bare", tmp_path, **changes)
+    found = estimate(**arguments, rates=rates, speed=1e9, processes=2)
+    assert found["training"]["batches"] == 9  # 20 of 24 rows, 8 at a time, three times
+    assert found["training"]["seconds"] == pytest.approx(9 * found["training"]["operations"] / 1e9)
+    assert found["peak_bytes"] == sum(found["memory"].values())
+    assert not (tmp_path / "run").exists()
+    said = "\n".join(lines(found))
+    assert "each of 2 devices" in said
+    assert "9 batches" in said
+    elsewhere = arguments | {"data": arguments["data"] | {"train": "some/data"}}
+    found = estimate(**elsewhere, rates=rates, speed=1e9)
+    assert found["training"]["batches"] is None
+    assert "set training.max_steps" in "\n".join(lines(found))
+
+
+def test_the_verb(tiny: Tiny, tmp_path: Path) -> None:
+    settings(tiny("llama"), tmp_path)  # the rows
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"model: {tiny('llama')}\noutput_dir: {tmp_path / 'run'}\n"
+        f"data: {{train: {tmp_path / 'rows.jsonl'}, max_length: 64}}\nlora: {{r: 4}}\n"
+        "milora: {rank: {energy: 0.01}, protect: {energy: 0.5}}\n"
+    )
+    done = CliRunner().invoke(app, ["estimate", str(config), "--processes", "2", "--sharded"])
+    assert done.exit_code == 0, done.output
+    assert "memory of each of 2 devices, 16 x 64 tokens, sharded" in done.output
+    assert "note: milora.rank" in done.output
+    assert "note: milora.protect" in done.output
+    done = CliRunner().invoke(app, ["estimate", str(config), "--sharded"])
+    assert isinstance(done.exception, UserError)
+
+
+def test_experts(tmp_path: Path) -> None:
+    """Which rows go to which expert depends on values: followed, or refused in one sentence."""
+    config = MixtralConfig(
+        vocab_size=258, hidden_size=32, intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=4,
+    )  # fmt: skip
+    with torch.device("meta"):
+        skeleton = MixtralForCausalLM(config)
+    lora = adapter.lora_config({"r": 2, "target_modules": ["q_proj"]})
+    live, _ = prepared(skeleton, lora, "milora", TrainingArguments(use_cpu=True))
+    with pytest.raises(UserError, match="--dry-run"):
+        costs.step(live, ROWS, TOKENS, 258)
