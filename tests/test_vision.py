@@ -284,6 +284,7 @@ def test_the_projector_alone_beside_the_language_model(folder: Callable[[str], P
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_projector_in_full_gives_whole_weights(
     folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -314,6 +315,7 @@ def test_the_projector_in_full_gives_whole_weights(
     assert not isinstance(opened.reader, PreTrainedTokenizerBase)
 
 
+@pytest.mark.slow
 def test_a_template_of_the_user_is_the_processors(
     folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -332,6 +334,7 @@ def test_a_template_of_the_user_is_the_processors(
     assert str(tokenizer_of(opened.reader).decode(ids)).endswith("Dark?<|model|>\n")
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_leaves_the_tower(folder: Callable[[str], Path], tmp_path: Path) -> None:
     question_file(tmp_path)
     asked = settings(
@@ -347,14 +350,21 @@ def test_full_fine_tuning_leaves_the_tower(folder: Callable[[str], Path], tmp_pa
     assert moved == {"language_model", "multi_modal_projector", "weight"}  # of lm_head
 
 
-@pytest.mark.parametrize("kind", ["llava", "idefics3"])
-def test_init_reads_the_language_model(
-    kind: str, folder: Callable[[str], Path], tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_init_reads_the_files(kind: str, folder: Callable[[str], Path], tmp_path: Path) -> None:
     lora = {"r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}
-    asked = {"model": str(folder(kind)), "method": "milora", "lora": lora}
-    found = decompose_checkpoint(**asked, store=Store(tmp_path), progress=Progress())
-    assert found["made"] == 2
+    done = decompose_checkpoint(
+        model=str(folder(kind)), method="milora", lora=lora, store=Store(tmp_path),
+        progress=Progress(),
+    )  # fmt: skip
+    assert done["made"] == 2
+
+
+def test_packed_is_refused(folder: Callable[[str], Path], tmp_path: Path) -> None:
+    question_file(tmp_path)
+    asked = settings(folder("llava"), tmp_path, data={"max_length": 128}, quantization="nf4")
+    with pytest.raises(UserError, match="reads pictures; such a base must be in full precision"):
+        run(asked)
 
 
 def test_all_linear_layers_are_those_of_the_language_model(folder: Callable[[str], Path]) -> None:

@@ -75,9 +75,7 @@ def load_pretrained(
         config = AutoConfig.from_pretrained(source, **options)
         packed = packing(model, config, quantization, dtype_of(dtype), device)
         if packed and config.model_type in MODELS:
-            raise UserError(
-                f"model: {model} reads pictures, and such a base is not packed here yet"
-            )
+            raise UserError(f"model: {model} reads pictures; such a base must be in full precision")
         tokenizer, processor = load_reader(source, config, trust_remote_code)
         loaded = model_class(config).from_pretrained(
             source, config=config, dtype=dtype_of(dtype), use_safetensors=True, **options, **packed

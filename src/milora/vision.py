@@ -286,7 +286,7 @@ def outside_language_model(model: nn.Module) -> list[str]:
 
 
 def stored_names(model: nn.Module, parameter: str) -> list[str]:
-    """What a parameter is called in LLaVA's files as published, which transformers still writes."""
+    """What a parameter is called in LLaVA's files, as published and as transformers writes them."""
     config: Any = model.config
     if getattr(config, "model_type", "") != "llava":
         return []
