@@ -94,7 +94,7 @@ def test_the_preview_and_the_tables_of_the_terminal(
     _print_plan(
         {
             "samples": [[(text, False), (text, True)]], "coverage": {},
-            "parameters": {"trainable": 1}, "estimate": "-",
+            "parameters": {"trainable": 1}, "estimate": "-", "memory_by_kind": {},
         }
     )  # fmt: skip
     shown = capsys.readouterr().out
