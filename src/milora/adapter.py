@@ -375,7 +375,8 @@ def _check_whole(model: PreTrainedModel, config: LoraConfig) -> None:
         for what, layer in layers.items()
         if module is layer
     }
-    names.update(zip(["projector"], projectors(model), strict=False))
+    for name in projectors(model):
+        names["projector"] = name
     tied = "head" in names and layers["head"].weight is layers["embedding"].weight
     chosen = set()
     for entry in config.modules_to_save:
