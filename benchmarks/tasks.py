@@ -181,6 +181,18 @@ def task_files(task: str, train: int, held_out: int, test: int) -> dict[str, str
     return paths
 
 
+def label_files(task: str, train: int, held_out: int, test: int) -> dict[str, str]:
+    """The same rows for a classifier: text and label."""
+    parts = split(task, train, held_out, test)
+    paths = {}
+    for name in ("train", "held_out", "test"):
+        path = BUILD / f"{task}-{train}-labels" / f"{name}.jsonl"
+        lines = [json.dumps({"text": q, "label": a}) for q, a in getattr(parts, name)]
+        write_text(path, "\n".join(lines) + "\n")
+        paths[name] = str(path)
+    return paths
+
+
 def graded(task: str, file: str) -> dict[str, Any]:
     """The task under evaluate.tasks."""
     if task == "mawps":

@@ -19,7 +19,9 @@ import milora.train
 from milora.adapter import add_adapter, lora_config
 from milora.artefacts import export_run
 from milora.errors import UserError
+from milora.inspection import inspect_model
 from milora.matrices import adapted_matrices, fused_rows, matrix_in
+from milora.pretrained import load_pretrained, task_of
 from milora.preview import coverage, covered_lines
 from milora.progress import Progress
 from milora.store import Store, decompose_checkpoint
@@ -37,11 +39,14 @@ class Architecture(NamedTuple):
     config: Any
     targets: list[str]  # the paper's, by the names of this architecture
     parameters: list[str] = []  # noqa: RUF012
+    load: Any = AutoModelForCausalLM
 
 
 QKV = ["q_proj", "k_proj", "v_proj"]
 LLAMA = [*QKV, "up_proj", "down_proj"]
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+BERT = ["query", "key", "value", "intermediate.dense", "output.dense"]
+CLASSES = hf.AutoModelForSequenceClassification
 ARCHITECTURES = {
     "llama": Architecture(hf.LlamaForCausalLM, hf.LlamaConfig(**GROUPED), LLAMA),
     "mistral": Architecture(hf.MistralForCausalLM, hf.MistralConfig(**GROUPED), LLAMA),
@@ -86,6 +91,21 @@ ARCHITECTURES = {
                           moe_intermediate_size=16, head_dim=8),
         QKV, EXPERTS,
     ),
+    "t5": Architecture(
+        hf.T5ForConditionalGeneration,
+        hf.T5Config(vocab_size=258, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
+                    decoder_start_token_id=0, eos_token_id=1, pad_token_id=1),
+        ["q", "k", "v", "wi", "wo"], [], hf.AutoModelForSeq2SeqLM,
+    ),
+    "bert": Architecture(hf.BertForMaskedLM, hf.BertConfig(**SHAPE), BERT, [], CLASSES),
+    "roberta": Architecture(hf.RobertaForMaskedLM, hf.RobertaConfig(**SHAPE), BERT, [], CLASSES),
+    "llama, classes": Architecture(
+        hf.LlamaForCausalLM, hf.LlamaConfig(**GROUPED), LLAMA, [], CLASSES
+    ),
+}  # fmt: skip
+HEADS = {  # what is trained in full; BERT's pooler is not in files of a language model
+    "bert": {"bert.pooler.dense", "classifier"}, "roberta": {"classifier"},
+    "llama, classes": {"score"},
 }  # fmt: skip
 
 
@@ -115,16 +135,29 @@ EACH = [
 ]
 
 
+def asked_of(name: str, folder: Callable[[str], Path], home: Path, **changes: Any) -> Any:
+    """The arguments of a run in `home`, on rows with labels where the model is a classifier."""
+    if ARCHITECTURES[name].load is CLASSES:
+        rows = [
+            {"text": f"{a} {b}", "label": label}
+            for a, label in (("up", "north"), ("down", "south"))
+            for b in range(12)
+        ]
+        (home / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        changes["evaluate"] = {"tasks": [str(home / "rows.jsonl")]}
+    return settings(folder(name), home, **changes)
+
+
 @pytest.mark.parametrize("name", EACH)
 def test_from_the_base_to_the_artefacts(
     name: str, folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, _, targets, parameters = ARCHITECTURES[name]
+    _, _, targets, parameters, load = ARCHITECTURES[name]
     lora = {"target_modules": targets, "target_parameters": parameters or None, "lora_dropout": 0.0}
     adapters, ran = {}, tmp_path / "unbroken" / "run"
     for way in ("unbroken", "resumed"):
         (tmp_path / way).mkdir()
-        asked = settings(folder(name), tmp_path / way, lora=lora, training=TRAINING)
+        asked = asked_of(name, folder, tmp_path / way, lora=lora, training=TRAINING)
         if way == "resumed":
             break_off(asked, 20, monkeypatch)
         record = run(asked, resume=way == "resumed")
@@ -133,21 +166,26 @@ def test_from_the_base_to_the_artefacts(
     assert adapters["unbroken"] == adapters["resumed"]
     assert record["base"]["unchanged"]
     assert record["step0"]["difference"] <= record["step0"]["bound"]
-    kinds = {*targets, *(parameter.rpartition(".")[2] for parameter in parameters)}
+    kinds = {target.rpartition(".")[2] for target in [*targets, *parameters]}
     assert set(record["coverage"]["adapted"]) == kinds
+    assert set(record["coverage"]["trained"]) == HEADS.get(name, set())
     evaluated = json.loads((ran / "evaluation.json").read_text())["tasks"]["rows"]
-    assert evaluated["tuned"]["loss"] < evaluated["base"]["loss"] - 0.01
+    first = json.loads((ran / "metrics.jsonl").read_text().partition("\n")[0])["loss"]
+    assert evaluated["tuned"]["loss"] < evaluated["base"].get("loss", first) - 0.01
 
-    base = AutoModelForCausalLM.from_pretrained(folder(name))
+    base = load.from_pretrained(folder(name))
     ids = torch.randint(2, 258, (2, 12), generator=torch.Generator().manual_seed(1))
+    asked = {"input_ids": ids}
+    if load is hf.AutoModelForSeq2SeqLM:
+        asked["decoder_input_ids"] = ids.flip(1)
     with torch.no_grad():
-        plain = base(ids).logits
+        plain = base(**asked).logits
         tuned = PeftModel.from_pretrained(base, ran / "adapter")
-        wanted = tuned(ids).logits
+        wanted = tuned(**asked).logits
         with tuned.disable_adapter():
-            assert torch.equal(tuned(ids).logits, plain)
+            assert torch.equal(tuned(**asked).logits, plain)
         export_run(ran, tmp_path / "merged", "merged", None)
-        found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(ids).logits
+        found = load.from_pretrained(tmp_path / "merged")(**asked).logits
     assert float((wanted - plain).abs().max()) > 1e-2 * float(plain.abs().max())
     assert float((found - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
 
@@ -156,12 +194,14 @@ def test_from_the_base_to_the_artefacts(
 def test_wrong_targets_name_the_eligible(
     name: str, folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    asked = settings(folder(name), tmp_path, lora={"target_modules": ["projection"]})
+    asked = asked_of(name, folder, tmp_path, lora={"target_modules": ["projection"]})
     with pytest.raises(UserError) as error:
         run(asked)
     assert "'projection' matches no module" in str(error.value)
     for target in ARCHITECTURES[name].targets:
-        assert target in str(error.value)
+        assert target.rpartition(".")[2] in str(error.value)
+    for head in HEADS.get(name, ()):
+        assert head not in str(error.value)
 
 
 FUSED = {
@@ -221,7 +261,7 @@ def test_each_logical_matrix_gives_its_own_components(
     name: str, folder: Callable[[str], Path]
 ) -> None:
     base = AutoModelForCausalLM.from_pretrained(folder(name))
-    _, _, targets, parameters = ARCHITECTURES[name]
+    _, _, targets, parameters, _ = ARCHITECTURES[name]
     config = lora_config(
         {
             "r": 6,
@@ -246,14 +286,17 @@ def test_each_logical_matrix_gives_its_own_components(
     assert seen
 
 
-@pytest.mark.parametrize("name", ["gpt2", "phi3", "mixtral"])
+@pytest.mark.parametrize(
+    "name",
+    ["gpt2", "phi3", "mixtral", *(pytest.param(n, marks=pytest.mark.slow) for n in ("t5", "bert"))],
+)
 def test_protection_and_init(
     name: str, folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, _, targets, parameters = ARCHITECTURES[name]
+    _, _, targets, parameters, _ = ARCHITECTURES[name]
     lora = {"target_modules": targets, "target_parameters": parameters or None, "lora_dropout": 0.0}
     held = {"protect": {".*": 5}, "interference": {"top": 0, "every": 5}}
-    asked = settings(folder(name), tmp_path, lora=lora, training=TRAINING, milora=held)
+    asked = asked_of(name, folder, tmp_path, lora=lora, training=TRAINING, milora=held)
     if name != "mixtral":  # whose files hold the experts one by one
         monkeypatch.setenv("MILORA_STORE", str(tmp_path / "store"))
         keys = ("model", "method", "lora", "seed", "dtype")
@@ -267,6 +310,15 @@ def test_protection_and_init(
     assert record["interference"]["max"] < 1e-8
     assert record["interference"]["size"] > 1e-4
     assert {layer["protected"] for layer in record["interference"]["layers"].values()} == {5}
+
+
+@pytest.mark.parametrize("name", ["t5", "bert"])
+def test_inspect_knows_encoders(name: str, folder: Callable[[str], Path], tmp_path: Path) -> None:
+    found = inspect_model(str(folder(name)), 4, Store(tmp_path), Progress())
+    assert {target.rpartition(".")[2] for target in ARCHITECTURES[name].targets} <= set(
+        found["kinds"]
+    )
+    assert not {"classifier", "lm_head"} & set(found["kinds"])
 
 
 @pytest.mark.parametrize(
@@ -398,7 +450,7 @@ def test_layers_do_not_hold_for_experts(folder: Callable[[str], Path]) -> None:
 def test_every_matrix_is_counted_once(name: str, folder: Callable[[str], Path]) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder(name))
     wanted = sum(p.numel() for p in model.parameters() if p.ndim > 1)
-    _, _, targets, parameters = ARCHITECTURES[name]
+    _, _, targets, parameters, _ = ARCHITECTURES[name]
     config = lora_config(
         {"r": 2, "lora_alpha": 2, "target_modules": targets[:1],
          "target_parameters": parameters[:1] or None}
@@ -419,9 +471,10 @@ def test_every_matrix_is_counted_once(name: str, folder: Callable[[str], Path]) 
 )
 def test_all_linear_means_all(name: str, folder: Callable[[str], Path]) -> None:
     options = {"r": 2, "lora_alpha": 2, "target_modules": "all-linear"}
-    live, _ = add_adapter(
-        AutoModelForCausalLM.from_pretrained(folder(name)), lora_config(options), "lora"
-    )
+    labels = ("down", "up") if ARCHITECTURES[name].load is CLASSES else ()
+    base = load_pretrained(str(folder(name)), labels=labels)
+    config = lora_config(options, task_of(base.model), base.in_full)
+    live, _ = add_adapter(base.model, config, "lora")
     # But for the head, as PEFT has it.
     assert set(coverage(live)["not_adapted"]) <= {"lm_head", "embed_out"}
 

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM
 
 import milora.cli
 from milora.errors import UserError
+from milora.forms import first_token as next_token
 from milora.server import at_scale, judge, verify_server
-from milora.verify import next_token
 
 
 def body(ids: torch.Tensor, values: torch.Tensor, style: str) -> dict[str, Any]:

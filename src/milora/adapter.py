@@ -60,6 +60,8 @@ from milora.svd import Component, Components, Decompose, components
 from milora.vision import leave_tower_alone, projectors
 
 TRAINED, ANCHOR = "default", "anchor"
+SAVED = "modules_to_save"  # PEFT's word for what is trained in full, in the names of tensors
+HEADS = ["classifier", "score"]  # what PEFT itself trains in full in a classifier
 COMPONENT: dict[str, Component] = {
     "milora": "minor",
     "pissa": "principal",
@@ -129,9 +131,12 @@ def initial_factors(found: Components, scaling: float, begin: Begin = "published
     return _kept(A, B)
 
 
-def lora_config(options: Mapping[str, Any]) -> LoraConfig:
+def lora_config(
+    options: Mapping[str, Any], task: str | None = "CAUSAL_LM", in_full: Sequence[str] = ()
+) -> LoraConfig:
     """peft.LoraConfig from the options under `lora:`; refuses what an exact plain LoRA cannot hold.
 
+    `task` is PEFT's task type; `in_full` are modules to train in full, a classifier's head.
     Raises UserError for an option that PEFT does not know (with the nearest known one) or that
     milora does not support.
     """
@@ -151,7 +156,8 @@ def lora_config(options: Mapping[str, Any]) -> LoraConfig:
                 f"untouched base; supported: {', '.join(sorted(LORA_OPTIONS))}"
             )
     try:
-        config = LoraConfig(**options, task_type="CAUSAL_LM")
+        whole = {"modules_to_save": list(in_full)} if in_full else {}
+        config = LoraConfig(**{**options, **whole}, task_type=task)
     except (TypeError, ValueError) as error:
         raise UserError(f"lora: {error}") from error
     ranks = [
@@ -287,7 +293,8 @@ def _add_anchor(peft_model: PeftModel, config: LoraConfig) -> None:
     # What trains in full has its start in the base: nothing is to be taken away from it.
     frozen.modules_to_save = frozen.trainable_token_indices = None
     frozen.ensure_weight_tying, frozen.modules_to_tie = False, None  # type: ignore[attr-defined]
-    peft_model.add_adapter(ANCHOR, frozen)
+    # Not the method of a classifier's class, which would add a second head.
+    PeftModel.add_adapter(peft_model, ANCHOR, frozen)
     for layer in adapted_layers(peft_model).values():
         for linear in (layer.lora_A[ANCHOR], layer.lora_B[ANCHOR]):
             weight = linear.weight.detach()
@@ -366,7 +373,7 @@ def _inject(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
 
 def _check_whole(model: PreTrainedModel, config: LoraConfig) -> None:
     """Put embedding, head and projector by their full names; a tied pair is one weight."""
-    if not config.modules_to_save:
+    if not config.modules_to_save or config.task_type == "SEQ_CLS":
         return
     layers = {"embedding": model.get_input_embeddings(), "head": model.get_output_embeddings()}
     names = {
@@ -519,10 +526,19 @@ def _check_targets(model: PreTrainedModel, config: LoraConfig) -> None:
                 "or name the linear layers to leave the experts alone"
             )
         return
+    classifies = config.task_type == "SEQ_CLS"
+    whole = [*(config.modules_to_save or ()), *HEADS] if classifies else []
     names = [name for name, _ in model.named_modules()]
+    in_full = [name for name in names if any(f".{one}." in f".{name}." for one in whole)]
     for entry in sorted(config.target_modules or ()):
-        if not any(is_suffix(entry, name) for name in names):
-            linear = _linear_names(model)
+        found = [name for name in names if is_suffix(entry, name)]
+        if found and set(found) <= set(in_full):
+            raise UserError(
+                f"lora.target_modules: {entry!r} is in the head, which is trained in full: leave "
+                "it out"
+            )
+        if not found:
+            linear = _linear_names(model, in_full)
             near = difflib.get_close_matches(entry, linear, 1)
             hint = f"did you mean {near[0]}? " if near else ""
             raise UserError(
@@ -604,8 +620,12 @@ def _layer_of(config: LoraConfig, name: str) -> int | None:
     return None
 
 
-def _linear_names(model: nn.Module) -> list[str]:
-    found = {n.rpartition(".")[2] for n, m in model.named_modules() if linear_shape(m) is not None}
+def _linear_names(model: nn.Module, without: Collection[str] = ()) -> list[str]:
+    found = {
+        n.rpartition(".")[2]
+        for n, m in model.named_modules()
+        if linear_shape(m) is not None and n not in without
+    }
     return sorted(found - {"base_layer", TRAINED})
 
 
@@ -628,7 +648,8 @@ class Rows(NamedTuple):
 
 def trained_rows(model: nn.Module) -> dict[str, Rows]:
     """What trains beside the factors, by parameter name in the base: rows of new tokens, and all
-    rows of what lora.modules_to_save names. A plain LoRA cannot hold it."""
+    rows of what lora.modules_to_save names. A plain LoRA cannot hold it. (A classifier's head is
+    no such row: `head_of`.)"""
     inner: Any = model.base_model.model if isinstance(model, PeftModel) else model
     found = {}
     for name, module in inner.named_modules():
@@ -636,7 +657,7 @@ def trained_rows(model: nn.Module) -> dict[str, Rows]:
             adapter = module.token_adapter
             ids = torch.tensor(adapter.token_indices[TRAINED])
             found[f"{name}.weight"] = Rows(ids, adapter.trainable_tokens_delta[TRAINED].detach())
-        elif isinstance(module, ModulesToSaveWrapper):
+        elif isinstance(module, ModulesToSaveWrapper) and not head_of(model):
             for own, parameter in module.modules_to_save[TRAINED].named_parameters():
                 found[f"{name}.{own}"] = Rows(torch.arange(len(parameter)), parameter.detach())
     return found
@@ -649,6 +670,40 @@ def trained_factors(model: PeftModel) -> dict[str, Factors]:
     }
 
 
+def head_of(model: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """The head of a classifier as it is now, which trains in full: see `in_full`."""
+    if isinstance(model, PeftModel) and model.peft_config[TRAINED].task_type == "SEQ_CLS":
+        return in_full(dict(model.named_parameters()))
+    return {}
+
+
+def in_full(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Of a PEFT model's tensors by name those of modules that are trained in full.
+
+    By module, and by the tensor's name in it; copies on the CPU.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if match := re.fullmatch(rf"base_model\.model\.(.+)\.{SAVED}\.{TRAINED}\.(.+)", name):
+            found.setdefault(match[1], {})[match[2]] = tensor.detach().cpu().clone()
+    return found
+
+
+def take_off(model: PeftModel) -> PreTrainedModel:
+    """The base. PEFT's unload leaves the modules that were trained in full in it."""
+    inner: Any = model.base_model.model
+    original = {
+        name: module.original_module
+        for name, module in inner.named_modules()
+        if isinstance(module, ModulesToSaveWrapper)
+    }
+    base: Any = model.unload()  # type: ignore[operator]
+    for name, module in original.items():
+        base.set_submodule(name, module)
+    base.requires_grad_(False)
+    return base  # type: ignore[no-any-return]
+
+
 def _kept(A: Tensor, B: Tensor) -> Factors:
     """Copies on the CPU in fp32, wherever the model is."""
     plain = torch.contiguous_format
@@ -659,17 +714,29 @@ def _kept(A: Tensor, B: Tensor) -> Factors:
 def step0_difference(model: PeftModel, batch: Mapping[str, Tensor]) -> float:
     """max |adapted - base| / max |base| over the logits of `batch`; the starting state gives ~0.
 
-    `batch` holds input_ids and attention_mask (b, t). Padding positions are left out.
+    `batch` is as for `logits_of`. The two states of a classifier have the same head.
     """
     training = model.training
     model.eval()
-    keep = batch["attention_mask"].bool()
     with torch.no_grad():
         with base_only(model):
-            base = model(**batch).logits[keep].float()
-        adapted = model(**batch).logits[keep].float()
+            base = logits_of(model, batch)
+        adapted = logits_of(model, batch)
     model.train(training)
     return float((adapted - base).abs().max() / base.abs().max())
+
+
+def logits_of(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """(k, v) in fp32, at every position of `batch` that is not padding; of a classifier (b, v).
+
+    `batch` holds input_ids and attention_mask (b, t), for an encoder-decoder those of the decoder
+    too, whose positions are meant then.
+    """
+    logits: Tensor = model(**batch).logits
+    if logits.ndim == 3:
+        mask = batch.get("decoder_attention_mask", batch["attention_mask"])
+        logits = logits[mask.bool()]
+    return logits.float()
 
 
 def step0_bound(dtype: torch.dtype) -> float:
@@ -703,19 +770,28 @@ def _sha256_of(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def base_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Every tensor of the base by the base's own names, whatever adapters are on it."""
+def base_weights(model: nn.Module, without: Sequence[str] = ()) -> dict[str, Tensor]:
+    """Every tensor of the base by the base's own names, whatever adapters are on it.
+
+    `without` are modules that are not of the base: a head that it came without.
+    """
     inner: Any = model.base_model.model if isinstance(model, PeftModel) else model
-    return {
+    ours = (".lora_", f".{SAVED}.", ".trainable_tokens_")
+    found = {
         name_in_base(name): tensor
         for name, tensor in inner.state_dict().items()
-        if not any(part in name for part in (".lora_", ".modules_to_save.", ".trainable_tokens_"))
+        if not any(part in name for part in ours)
+    }
+    return {
+        name: tensor
+        for name, tensor in found.items()
+        if not any(name.startswith(f"{module}.") for module in without)
     }
 
 
-def base_sha256(model: nn.Module) -> str:
-    """One hash over every tensor of the base, adapters left out, by the base's own names."""
-    return _sha256_of(base_weights(model))
+def base_sha256(model: nn.Module, without: Sequence[str] = ()) -> str:
+    """One hash over the `base_weights`, names included."""
+    return _sha256_of(base_weights(model, without))
 
 
 def check_base(stored: Mapping[str, str], hashes: Mapping[str, str]) -> None:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from peft import PeftModel
 from torch import nn
 
-from milora.adapter import base_sha256, tensor_sha256
+from milora.adapter import SAVED, base_sha256, tensor_sha256
 from milora.files import cache_folder, folder_of, read_json, write_json
 from milora.vision import Reader, tokenizer_of
 
@@ -95,7 +95,7 @@ def with_adapter(who: str, model: nn.Module) -> str:
     parts += sorted(
         f"{name} {tensor_sha256(tensor)}"
         for name, tensor in inner.state_dict().items()
-        if ".lora_" in name
+        if ".lora_" in name or f".{SAVED}." in name
     )
     parts += sorted(str(config.to_dict()) for config in model.peft_config.values())
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

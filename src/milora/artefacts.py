@@ -8,10 +8,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoTokenizer
 
+from milora.adapter import take_off
 from milora.card import artefact_card
 from milora.checkpoint import open_checkpoint
 from milora.errors import UserError
-from milora.export import best_of_rank, load_plain_lora, save_plain_lora
+from milora.export import best_of_rank, load_plain_lora, merge, save_plain_lora
 from milora.files import new_folder, read_json, write_json, write_text
 from milora.ggufs import check_gguf, write_lora, write_model
 from milora.merge import Recorded, merge_files
@@ -71,6 +72,8 @@ def export_run(
         with new_folder(out) as folder:
             shutil.copytree(source, folder, dirs_exist_ok=True)
         return f"{out}: plain LoRA of rank {provenance['rank']}, exact"
+    if to != "lora" and provenance.get("labels"):
+        return _classifier(source, out, to, base, trust_remote_code)
     recorded, progress = provenance["base"], progress or Progress()
     into_original = "merged" in to and "quantization" in recorded
     if into_original and base is None:
@@ -129,9 +132,26 @@ def _copy_tokenizer(source: Path, folder: Path) -> None:
             shutil.copyfile(file, folder / file.name)
 
 
+def _classifier(source: Path, out: Path, to: str, base: str | None, trust_remote_code: bool) -> str:
+    """Merged weights with the head, which is in no file of the base, so that they are loaded."""
+    if to != "merged":
+        raise UserError(
+            f"--to {to}: llama.cpp reads no head of a classifier: use --to merged, or --to lora"
+        )
+    opened = open_adapter(source, base, trust_remote_code)
+    model = take_off(opened.model)
+    with torch.device("meta"):
+        skeleton = type(model)(model.config)
+    merge(model, load_plain_lora(source, skeleton))
+    with new_folder(out) as folder:
+        model.save_pretrained(folder)
+        _copy_tokenizer(source, folder)
+    return f"{out}: merged weights with the head, {opened.provenance['base']['dtype']}"
+
+
 def _smaller(source: Path, out: Path, rank: int, base: str | None, trust_remote_code: bool) -> str:
     opened = open_adapter(source, base, trust_remote_code)
-    largest, model = opened.provenance["rank"], opened.model.unload()
+    largest, model = opened.provenance["rank"], take_off(opened.model)
     with torch.device("meta"):
         skeleton = type(model)(model.config)
     plain = best_of_rank(load_plain_lora(source, skeleton), rank)

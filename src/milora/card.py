@@ -8,6 +8,12 @@ import yaml
 
 SERVER_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes as --max-lora-rank
 
+# By PEFT's task type: the library's class, and what the hub calls the use of such a model.
+KINDS = {
+    "CAUSAL_LM": ("AutoModelForCausalLM", "text-generation"),
+    "SEQ_2_SEQ_LM": ("AutoModelForSeq2SeqLM", "text2text-generation"),
+    "SEQ_CLS": ("AutoModelForSequenceClassification", "text-classification"),
+}
 BASE_NOTE = {
     "smollm2-135m": (
         "The base is milora's bundled copy of SmolLM2-135M-Instruct, in milora's cache folder "
@@ -44,6 +50,7 @@ def model_card(
         *(f"{key} {value}" for key, value in training.items()),
         f"seed {asked['seed']}",
         f"adapted: {adapted}",
+        *(f"trained in full: {name}" for name in record["coverage"].get("trained", ())),
     ]
     lines = [
         "---",
@@ -102,15 +109,11 @@ def _adapter_head(record: Mapping[str, Any], asked: Mapping[str, Any], rank: int
         "## Load it",
         "",
         "```python",
-        "from peft import PeftModel",
-        f"from transformers import {auto_class(base)}",
-        "",
-        f'base = {auto_class(base)}.from_pretrained("path/of/the/base")',
-        'model = PeftModel.from_pretrained(base, "this/folder")',
+        *load_code(record, '"path/of/the/base"', '"this/folder"'),
         "```",
         "",
         *BASE_NOTE.get(base["name"], ()),
-        *serving(rank),
+        *_serving(record, rank),
     ]
     if record["method"] != "lora":
         lines += [
@@ -121,6 +124,33 @@ def _adapter_head(record: Mapping[str, Any], asked: Mapping[str, Any], rank: int
             "",
         ]
     return lines
+
+
+def load_code(record: Mapping[str, Any], base: str, adapter: str) -> list[str]:
+    """Lines of Python that load the adapter with PEFT; the two places as Python has them."""
+    kind = auto_class(record["base"])
+    labels, options = record.get("labels"), ""
+    lines = ["from peft import PeftModel", f"from transformers import {kind}", ""]
+    if labels:
+        lines.append(f"labels = {dict(enumerate(labels))!r}")
+        options = f", id2label=labels, pad_token_id={record['pad_token_id']}"
+    return [
+        *lines,
+        f"base = {kind}.from_pretrained({base}{options})",
+        f"model = PeftModel.from_pretrained(base, {adapter})",
+    ]
+
+
+def _serving(record: Mapping[str, Any], rank: int) -> list[str]:
+    if record.get("labels"):
+        return [
+            "Beside the LoRA the folder holds a head, which the base has not and which was trained "
+            f"in full ({', '.join(record['coverage']['trained'])}); PEFT puts it in its place. "
+            "vLLM takes no such adapter: `milora export RUN --to merged` gives one model with both."
+        ]
+    if _task(record["base"]) == "SEQ_2_SEQ_LM":
+        return []
+    return serving(rank)
 
 
 def _whole_head(record: Mapping[str, Any]) -> list[str]:
@@ -237,12 +267,16 @@ def artefact_card(record: Mapping[str, Any]) -> str:
 
 def auto_class(base: Mapping[str, Any]) -> str:
     """The library's class that loads the base of a run, by what its record says of it."""
-    return "AutoModelForImageTextToText" if "reads" in base else "AutoModelForCausalLM"
+    return "AutoModelForImageTextToText" if "reads" in base else KINDS[_task(base)][0]
 
 
 def pipeline(base: Mapping[str, Any]) -> str:
     """What the hub calls the use of such a model."""
-    return "image-text-to-text" if "reads" in base else "text-generation"
+    return "image-text-to-text" if "reads" in base else KINDS[_task(base)][1]
+
+
+def _task(base: Mapping[str, Any]) -> str:
+    return str(base.get("task", "CAUSAL_LM"))
 
 
 # What is shown of a task beside its accuracy; the last two only where there are any.
@@ -252,7 +286,10 @@ WORDS = {
     "accuracy": "{name}: accuracy of {about}",
     "metric": "{name}: {key}",
     "format_failures": "{name}: format failures",
+    "f1": "{name}: F1 of {label}",
+    "f1_mean": "{name}: F1, mean over the classes",
     "loss": "{name}: loss per answer token",
+    "loss_class": "{name}: loss per row",
     "accuracy_normalised": "{name}: accuracy, per byte of the option",
     "unended": "{name}: answers that did not end",
     "not_finite": "{name}: with logits not finite",
@@ -260,6 +297,9 @@ WORDS = {
     "missing": ", {count} left out",
     "kl": "KL(base‖tuned) per token there, mean and 99th percentile",
     "agreement": "same likeliest token as the base",
+    "moved": "embeddings of {name} ({pieces} pieces): 1 − cosine with the base's, mean",
+    "similarities": "correlation of their similarities with the base's",
+    "headless": "; the base has no such head: it says the commonest label",
     "rows": "{rows} (95 %)",
     "twice": "; {count} rows stand twice",
     "commonest": "; always the commonest answer: {share}",
@@ -288,13 +328,27 @@ def task_scores(
             )
             label = words["accuracy"].format(name=name, about=about(task, words))
             yield label, before, after
+        if "f1" in base:
+            before, after = (
+                interval.format(one["f1"], *one["f1_interval"]) for one in (base, tuned)
+            )
+            of = task["f1_of"]
+            label = words["f1" if of else "f1_mean"].format(name=name, label=of)
+            yield label, before, after
         for key in SCORES:
-            if key in base and (key not in FAULTS or base[key] or tuned[key]):
-                yield words[key].format(name=name), figure(base[key], 3), figure(tuned[key], 3)
+            if key in tuned and (key not in FAULTS or base.get(key) or tuned[key]):
+                before = figure(base[key], 3) if key in base else ""
+                word = "loss_class" if key == "loss" and "f1" in base else key
+                yield words[word].format(name=name), before, figure(tuned[key], 3)
 
 
 def kept_scores(knowledge: Sequence[Mapping[str, Any]], words: Mapping[str, str] = WORDS) -> Scores:
     for kept in knowledge:
+        if "moved" in kept:
+            label = words["moved"].format(name=short(kept["text"]), pieces=kept["pieces"])
+            yield label, "0", figure(kept["moved"], 4)
+            yield words["similarities"], "1", figure(kept["similarities"], 3)
+            continue
         left_out = kept.get("not_finite")
         missing = words["missing"].format(count=left_out) if left_out else ""
         name = short(kept["text"])
@@ -309,7 +363,9 @@ def about(task: Mapping[str, Any], words: Mapping[str, str] = WORDS) -> str:
     said = words["rows"].format(rows=task["rows"])
     if task.get("duplicates"):
         said += words["twice"].format(count=task["duplicates"])
-    if task.get("majority", 0) >= 0.05:
+    if task.get("headless"):
+        said += words["headless"]
+    elif task.get("majority", 0) >= 0.05:
         said += words["commonest"].format(share=f"{task['majority']:.3f}")
     return said
 

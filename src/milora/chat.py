@@ -2,8 +2,11 @@
 
 from collections.abc import Iterable, Iterator
 
-from milora.data import Message, prompt_ids
+from milora.data import Message
+from milora.errors import UserError
 from milora.evaluate import Pair, generate
+from milora.forms import answers_apart, prompt_for
+from milora.pretrained import task_of
 from milora.vision import Reader
 
 
@@ -14,12 +17,16 @@ def replies(
     max_new_tokens: int = 256,
 ) -> Iterator[tuple[str, str]]:
     """(base, tuned) for each question. Each keeps its own conversation; greedy decoding."""
+    if task_of(pair.model) == "SEQ_CLS":
+        raise UserError(
+            "this model names classes and cannot talk: use milora eval RUN --tasks FILE"
+        )
     heard: dict[str, list[Message]] = {"base": [], "tuned": []}
     for question in questions:
         said = {}
         for state, messages in heard.items():
             messages.append({"role": "user", "content": question})
-            prompt = [prompt_ids(tokenizer, messages)]
+            prompt = [prompt_for(tokenizer, messages, answers_apart(pair.model))]
             with (pair.base if state == "base" else pair.tuned)() as model:
                 (answer,) = generate(model, tokenizer, prompt, max_new_tokens)
             messages.append({"role": "assistant", "content": answer.text})

@@ -258,6 +258,7 @@ def evaluate(
     _quiet()
     from milora.evaluate import (
         Pair,
+        check_task,
         evaluate_all,
         general_texts,
         load_task,
@@ -278,7 +279,7 @@ def evaluate(
             "batch_size": 16,
         }
         loaded = load_pretrained(str(source), trust_remote_code=trust_remote_code)
-        pair, reader = Pair(loaded.model), loaded.reader
+        pair, reader = Pair(loaded.model, headless=loaded.headless), loaded.reader
     else:
         pair, reader, configuration = open_run(source, trust_remote_code)
         asked = configuration["evaluate"]
@@ -292,6 +293,8 @@ def evaluate(
         load_task(by_name.get(t, t) if isinstance(t, str) else t, limit, bool(image_tokens(reader)))
         for t in chosen
     ]
+    for task in loaded_tasks:
+        check_task(task, pair.model)
     texts = general_texts([t for t in knowledge.split(",") if t] or asked["knowledge"])
     with Progress() as progress:
         result, samples = evaluate_all(

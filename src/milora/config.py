@@ -27,7 +27,8 @@ early_stopping_patience: 0     # evaluations without a better loss before the ru
 data:
   train: data/train.jsonl      # jsonl, json, csv, parquet, or a hub id
   eval: 0.05                   # a file, or a share held out
-  format: auto                 # auto | messages | sharegpt | alpaca | prompt-completion | text
+  format: auto                 # auto | messages | sharegpt | alpaca | prompt-completion |
+                               # classification (text and label) | text
   columns: {}                  # our column: the one in the file, for example {prompt: question}
   max_length: 512              # tokens; longer rows are cut at the end and counted
   on_bad_row: fail             # fail | skip
@@ -79,7 +80,9 @@ class Strict(BaseModel):
 class Data(Strict):
     train: str
     eval: float | str = 0.05
-    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt-completion", "text"] = "auto"
+    format: Literal[
+        "auto", "messages", "sharegpt", "alpaca", "prompt-completion", "classification", "text"
+    ] = "auto"
     columns: dict[str, str] = {}
     max_length: int = Field(default=512, ge=2)
     on_bad_row: Literal["fail", "skip"] = "fail"

@@ -14,7 +14,7 @@ import itertools
 import json
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,9 +45,25 @@ FORMATS: dict[str, tuple[str, ...]] = {  # by the columns that must be there; fi
     "sharegpt": ("conversations",),
     "alpaca": ("instruction", "output"),
     "prompt-completion": ("prompt", "completion"),
+    "classification": ("label",),
     "text": ("text",),
 }
-OPTIONAL = {"alpaca": ("input", "system")}
+# What a classifier reads, one text or two, by the names of GLUE and SuperGLUE; first match wins.
+TEXTS: tuple[tuple[str, ...], ...] = (
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("question", "passage"),
+    ("text", "text_pair"),
+    ("sentence",),
+    ("text",),
+    ("question",),
+)
+OPTIONAL = {
+    "alpaca": ("input", "system"),
+    "classification": tuple(dict.fromkeys(itertools.chain(*TEXTS))),
+}
 MESSAGE_KEYS = {"messages": ("role", "content"), "sharegpt": ("from", "value")}
 ROLES = ("system", "user", "assistant", "tool")
 SHAREGPT_ROLES = {
@@ -68,7 +84,11 @@ Message = dict[str, str]
 
 
 class Row(NamedTuple):
-    """A conversation and where it came from. Plain text is one message with role "text"."""
+    """A conversation and where it came from.
+
+    Plain text is one message with role "text"; a row of a classifier is one or two of those, and
+    the label's name as the answer.
+    """
 
     messages: list[Message]
     place: str  # "train.jsonl, line 7"
@@ -87,21 +107,29 @@ class Encoded(NamedTuple):
     labels: list[int]  # IGNORED where there is no loss
     shortened: bool
     pictures: list[str]  # paths
+    token_type_ids: list[int] = []  # noqa: RUF012  (of models that tell two texts apart so)
 
     def example(self) -> dict[str, list[Any]]:
-        """What Collator takes."""
+        """What the collators take."""
         found: dict[str, list[Any]] = {"input_ids": self.input_ids, "labels": self.labels}
-        return found | ({"pictures": self.pictures} if self.pictures else {})
+        also: dict[str, list[Any]] = {
+            "pictures": self.pictures, "token_type_ids": self.token_type_ids,
+        }  # fmt: skip
+        return found | {name: values for name, values in also.items() if values}
 
 
 class Prepared(NamedTuple):
-    examples: list[dict[str, list[Any]]]  # the usable rows, as Collator takes them
+    examples: list[dict[str, list[Any]]]  # the usable rows, as the collators take them
     kept: int
     shortened: int
     refused: dict[str, int]  # reason -> rows
     refused_places: list[str]  # the first few
     tokens: int
     trained_tokens: int
+
+
+# (reader, row, max_length) -> what the model is given, or why the row cannot be used
+Encode = Callable[[Reader, Row, int], Encoded | str]
 
 
 def read_rows(
@@ -149,7 +177,10 @@ def read_rows(
             skipped.append(str(error))
     if not rows:
         raise UserError(_all_bad(source, skipped))
-    taken = {columns.get(name, name) for name in (*FORMATS[format], *OPTIONAL.get(format, ()))}
+    known = (*FORMATS[format], *OPTIONAL.get(format, ()))
+    if format == "classification":
+        known = ("label", *text_columns(records[0][0]))
+    taken = {columns.get(name, name) for name in known}
     taken |= set(COLUMNS) if pictures else set()
     unused = {name for record, _ in read for name in record} - taken
     if format in MESSAGE_KEYS:
@@ -291,12 +322,36 @@ def _read_hub(source: str, split: str) -> list[tuple[dict[str, Any], str]]:
 
 def _recognise(source: str, record: Mapping[str, Any]) -> str:
     for format, needed in FORMATS.items():
+        if format == "classification" and not text_columns(record):
+            continue
         if all(column in record for column in needed):
             return format
     raise UserError(
         f"{source}: the columns {', '.join(record)} are of no known format; set data.format to one "
         f"of {', '.join(FORMATS)}, or map columns with data.columns (for example prompt: question)"
     )
+
+
+def text_columns(record: Mapping[str, Any]) -> tuple[str, ...]:
+    """The columns that a classifier reads, () when the row has none of TEXTS."""
+    return next((names for names in TEXTS if all(name in record for name in names)), ())
+
+
+def _label(record: Mapping[str, Any], place: str) -> str:
+    """The name of a row's class: 1, "1" and 1.0 are one, as files of several kinds have it."""
+    value = record.get("label")
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, int):
+        value = str(value)
+    if not isinstance(value, str) or not value.strip():
+        have = "is missing" if "label" not in record else f"is {_kind(value)} {_cut(value)}"
+        raise UserError(f"{place}: 'label' {have}; the name or the number of a class belongs there")
+    if value.strip() == "-1":
+        raise UserError(f"{place}: 'label' is -1, which GLUE writes where there is none: leave out")
+    return value.strip()
 
 
 def _messages(record: Mapping[str, Any], format: str, place: str) -> list[Message]:
@@ -322,6 +377,14 @@ def _messages(record: Mapping[str, Any], format: str, place: str) -> list[Messag
 
     if format == "text":
         return [turn("text", text("text"))]
+    if format == "classification":
+        columns = text_columns(record)
+        if not columns:
+            raise UserError(
+                f"{place}: beside 'label' one of {', '.join(map(' + '.join, TEXTS))} belongs there"
+            )
+        read = [turn("text", text(column)) for column in columns]
+        return [*read, turn("assistant", _label(record, place))]
     if format == "prompt-completion":
         return [turn("user", text("prompt")), turn("assistant", text("completion"))]
     if format == "alpaca":
@@ -438,15 +501,10 @@ def encode(tokenizer: Reader, row: Row, max_length: int) -> Encoded | str:
     `max_length`, its text spells a special token, or the chat template refuses it or rewrites
     earlier turns. Too long rows are cut at the end, but never within a picture.
     """
+    if spelled := spells(tokenizer, row):
+        return spelled
     reader, tokenizer = tokenizer, tokenizer_of(tokenizer)
     eos, pictures_end = tokenizer.eos_token_id, 0
-    said = [message["content"] for message in row.messages]
-    if row.pictures:
-        said = [piece for content in said for piece in content.split(MARK)]
-    # Such a text would be read as the end, or as a new turn.
-    for token in (*_reserved(tokenizer, str(reader.chat_template or "")), *image_tokens(reader)):
-        if any(token in content for content in said):
-            return f"it spells the special token {token}"
     if row.messages[0]["role"] == "text":
         text = row.messages[0]["content"]
         if not text.strip():
@@ -500,6 +558,18 @@ def encode(tokenizer: Reader, row: Row, max_length: int) -> Encoded | str:
     return Encoded(ids, labels, shortened, [picture.path for picture in row.pictures])
 
 
+def spells(reader: Reader, row: Row) -> str | None:
+    """Why the row cannot be used, if it has the text of a special token: of an end, or a turn."""
+    said = [message["content"] for message in row.messages]
+    if row.pictures:
+        said = [piece for content in said for piece in content.split(MARK)]
+    reserved = _reserved(tokenizer_of(reader), str(reader.chat_template or ""))
+    for token in (*reserved, *image_tokens(reader)):
+        if any(token in content for content in said):
+            return f"it spells the special token {token}"
+    return None
+
+
 @functools.lru_cache(maxsize=4)
 def _reserved(tokenizer: PreTrainedTokenizerBase, template: str) -> list[str]:
     """The tokenizer's named special tokens, and those with which the chat template marks turns."""
@@ -507,7 +577,13 @@ def _reserved(tokenizer: PreTrainedTokenizerBase, template: str) -> list[str]:
     return [*tokenizer.all_special_tokens, *(text for text in added if text in template)]
 
 
-def prepare(tokenizer: Reader, rows: Sequence[Row], max_length: int, source: str) -> Prepared:
+def prepare(
+    tokenizer: Reader,
+    rows: Sequence[Row],
+    max_length: int,
+    source: str,
+    encode: Encode = encode,
+) -> Prepared:
     """Encode all rows. Raises UserError when none is left or more than a tenth was refused."""
     examples: list[dict[str, list[Any]]] = []
     refused, places, longest, shortened = Counter[str](), [], 0, 0

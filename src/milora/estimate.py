@@ -15,7 +15,7 @@ from milora import adapter, costs
 from milora.checkpoint import open_skeleton
 from milora.data import read_rows
 from milora.errors import UserError
-from milora.pretrained import dtype_of
+from milora.pretrained import dtype_of, task_of
 from milora.preview import by_kind, compute_dtype, prepared, size
 from milora.progress import duration
 from milora.protect import FIRST
@@ -69,6 +69,11 @@ def estimate(
     if (method == "full" or lora.get("modules_to_save")) and dtype == "auto":
         dtype = "float32"
     skeleton = open_skeleton(model, trust_remote_code).to(dtype_of(dtype))  # type: ignore[arg-type]
+    if task_of(skeleton) != "CAUSAL_LM":
+        raise UserError(
+            f"milora estimate follows causal models, which {model} is not: `milora train "
+            "--dry-run` measures a step"
+        )
     device = "cpu" if arguments.use_cpu else "cuda"
     rows, tokens = arguments.per_device_train_batch_size, int(data["max_length"])
     vocabulary, widest = skeleton.config.get_text_config().vocab_size, _widest(skeleton)

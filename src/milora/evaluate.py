@@ -43,18 +43,32 @@ from milora.choices import (
     log_probabilities,
     read_questions,
 )
-from milora.data import IGNORED, Collator, Row, encode, pad, prompt_ids, read_rows
+from milora.classification import (
+    ClassTask,
+    check_labels,
+    class_log_p,
+    class_scores,
+    embeddings,
+    label,
+    likeliest,
+    moved,
+    tokens,
+)
+from milora.data import IGNORED, Row, pad, read_rows
 from milora.errors import UserError
 from milora.files import read_json, read_lines, write_json, write_text
+from milora.forms import answers_apart, collator_for, encoder_for, predictions, prompt_for
 from milora.grade import Grader, Verdict, check_reference, grader
 from milora.harness import HarnessScores, HarnessTask, harness_task, run_harness
 from milora.keep import kl
+from milora.pretrained import labels_of, task_of
 from milora.vision import Picture, Reader, pixels, tokenizer_of
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
 
 DEFAULT_TEXT = "default"
 AT_ONCE = 64  # tokens of a general text that are compared together
+EMBEDDED = 64  # tokens of a piece of general text of which a classifier's embedding is compared
 
 
 ASKED_ANEW: Mapping[str, Recall] = {"base": compute_always, "tuned": compute_always}
@@ -79,7 +93,7 @@ class ChoiceTask(NamedTuple):
     duplicates: int = 0
 
 
-AnyTask = Task | ChoiceTask | HarnessTask
+AnyTask = Task | ChoiceTask | HarnessTask | ClassTask
 
 
 class Pair(NamedTuple):
@@ -87,6 +101,7 @@ class Pair(NamedTuple):
 
     model: nn.Module
     other_base: nn.Module | None = None  # for full fine-tuning, which has no adapter to switch off
+    headless: bool = False  # the base came without a head for the classes: it cannot be asked
 
     @contextmanager
     def base(self) -> Iterator[PreTrainedModel]:
@@ -116,11 +131,22 @@ def load_task(
         return harness_task(options["harness"], limit, options.get("include"))
     file = options["file"]
     name = options.get("name") or Path(file).stem
+    # Other options than these are for answers.
+    silent = {"file": file, "match": "exact", "protocol": "generate", "max_new_tokens": 64}
     if options.get("protocol") == "likelihood":
         questions = read_questions(file, pictures)[:limit]
         asked = [(q.question, *q.options) for q in questions]
         return ChoiceTask(name, questions, options.get("prompt") or PROMPT, _again(asked))
-    rows = read_rows(file, split="test", pictures=pictures).rows[:limit]
+    read = read_rows(file, split="test", pictures=pictures)
+    rows = read.rows[:limit]
+    if read.format == "classification":
+        for key in ("match", "pattern", "protocol", "prompt", "max_new_tokens"):
+            if options.get(key) not in (None, silent.get(key)):
+                raise UserError(
+                    f"evaluate.tasks: {name}: {key} has no effect on rows with a label: leave it "
+                    "out"
+                )
+        return ClassTask(name, rows, _again([repr(row.messages[:-1]) for row in rows]))
     for row in rows:
         if row.messages[-1]["role"] != "assistant" or len(row.messages) < 2:
             raise UserError(f"{row.place}: a task needs a question and the answer as last message")
@@ -153,6 +179,8 @@ def evaluate_task(
 
     `recall` looks for what each of the two has answered before; by default nothing is kept.
     """
+    if isinstance(task, ClassTask):
+        return evaluate_classes(pair, tokenizer_of(tokenizer), task, batch_size, progress, recall)
     if isinstance(task, ChoiceTask):
         return evaluate_choices(pair, tokenizer_of(tokenizer), task, batch_size, progress, recall)
     if isinstance(task, HarnessTask):
@@ -183,6 +211,77 @@ def evaluate_task(
             )
         for sample, (answer, verdict) in zip(samples, graded, strict=True):
             sample[state] = {"answer": answer} | ({"verdict": verdict} if verdict else {})
+    return scores, samples
+
+
+def evaluate_classes(
+    pair: Pair,
+    tokenizer: PreTrainedTokenizerBase,
+    task: ClassTask,
+    batch_size: int = 16,
+    progress: Progress = lambda what, done, total: None,
+    recall: Mapping[str, Recall] = ASKED_ANEW,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Accuracy, F1 and loss of the classes that base and tuned name, and each of their answers.
+
+    A base without a head for the classes names always the commonest of the rows (`headless`). Rows
+    longer than the model has positions are cut, and counted in `shortened`.
+    """
+    names, count = labels_of(pair.model), len(task.rows)
+    wanted = [names.index(label(row)) for row in task.rows]
+    common = max(range(len(names)), key=wanted.count)
+    encoded = [tokens(tokenizer, row, positions(pair.model)) for row in task.rows]
+    samples: list[dict[str, Any]] = [
+        {"task": task.name, "row": row.place, "reference": label(row),
+         "prompt": "\n\n".join(message["content"] for message in row.messages[:-1])}
+        for row in task.rows
+    ]  # fmt: skip
+    scores: dict[str, Any] = {
+        "rows": count,
+        "duplicates": task.duplicates,
+        "protocol": "classification",
+        "labels": {name: wanted.count(place) for place, name in enumerate(names)},
+        "f1_of": names[1] if len(names) == 2 else None,
+        "shortened": sum(one.shortened for one in encoded),
+        "headless": pair.headless,
+        "majority": wanted.count(common) / count,
+    }
+    for state, entered in (("base", pair.base), ("tuned", pair.tuned)):
+        picked: list[int | None] = [common] * count
+        lost = {}
+        if state == "tuned" or not pair.headless:
+            with entered() as model:
+                what = f"{task.name}, {state}"
+
+                def compute(
+                    piece: Sequence[Any], before: int, model: Any = model, what: str = what
+                ) -> Any:
+                    further = _further(progress, before, count)
+                    return class_log_p(
+                        model, tokenizer.pad_token_id, piece, batch_size, what, further
+                    )
+
+                log_p = in_pieces(
+                    recall[state], "classes", encoded, lambda one: len(one.input_ids), compute
+                )
+            picked = likeliest(log_p)
+            of_right = [None if p is None else -p[w] for p, w in zip(log_p, wanted, strict=True)]
+            losses = [value for value in of_right if value is not None]
+            lost = {
+                "loss": sum(losses) / len(losses) if losses else None,
+                "not_finite": picked.count(None) / count,
+            }
+        right = sum(p == w for p, w in zip(picked, wanted, strict=True))
+        scores[state] = {
+            "accuracy": right / count,
+            "interval": wilson(right, count),
+            **class_scores(picked, wanted, len(names)),
+            **lost,
+        }
+        for sample, place, there in zip(samples, picked, wanted, strict=True):
+            verdict = "format" if place is None else "right" if place == there else "wrong"
+            answer = "" if place is None else names[place]
+            sample[state] = {"answer": answer, "verdict": verdict}
     return scores, samples
 
 
@@ -319,7 +418,8 @@ def score(
 
     An answer during which a logit was not finite is a format failure, whatever it says.
     """
-    prompts = [(_prompt(tokenizer, row), row.pictures) for row in task.rows]
+    apart = answers_apart(model)
+    prompts = [(_prompt(tokenizer, row, apart), row.pictures) for row in task.rows]
     count, what = len(prompts), f"{task.name}, {state}"
 
     def compute(piece: Sequence[Prompt], before: int) -> Any:
@@ -484,14 +584,15 @@ def generate(
         eos_token_id=sorted(stops),
         pad_token_id=tokenizer.pad_token_id,
     )
+    alone = answers_apart(model)  # no prompt before the answer
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     answers: dict[int, Answer] = {}
     run: Any = model.generate
     for first in range(0, len(order), batch_size):
         progress(what, first, len(order))
         chosen = order[first : first + batch_size]
-        ids = pad([prompts[i] for i in chosen], tokenizer.pad_token_id, left=True)
-        mask = pad([[1] * len(prompts[i]) for i in chosen], 0, left=True)
+        ids = pad([prompts[i] for i in chosen], tokenizer.pad_token_id, left=not alone)
+        mask = pad([[1] * len(prompts[i]) for i in chosen], 0, left=not alone)
         seen = pixels(reader, [[one.path for one in pictures[i]] for i in chosen if pictures])
         watch = _Finite()
         with torch.no_grad():
@@ -503,7 +604,7 @@ def generate(
                 logits_processor=LogitsProcessorList([watch]),
             )
         broken = [False] * len(chosen) if watch.broken is None else watch.broken.tolist()
-        said = whole[:, ids.shape[1] :].tolist()
+        said = whole[:, 1 if alone else ids.shape[1] :].tolist()
         for i, row, wrong in zip(chosen, said, broken, strict=True):
             end = next((k for k, token in enumerate(row) if token in stops), None)
             text = tokenizer.decode(row[:end], skip_special_tokens=True)
@@ -522,10 +623,10 @@ def answer_loss(
 
     None where there is no such token or the mean is not finite.
     """
-    encoded = [encode(tokenizer, row, max_length) for row in rows]
+    encoded = [encoder_for(model)(tokenizer, row, max_length) for row in rows]
     usable = [e.example() for e in encoded if not isinstance(e, str)]
     usable.sort(key=lambda e: len(e["input_ids"]))
-    collate = Collator(tokenizer, model)
+    collate = collator_for(tokenizer, model)
     total, count = 0.0, 0
     with torch.no_grad():
         for first in range(0, len(usable), batch_size):
@@ -553,23 +654,34 @@ def knowledge_kept(
     The first `chunks` pieces of `length` tokens each; within a piece every token but the first
     is predicted from those before it. KL in nats, exact over the whole vocabulary, in fp32.
     Tokens at which it is not finite are counted in `not_finite` and left out of the rest, which is
-    None where no token is left or a figure itself is not finite.
+    None where no token is left or a figure itself is not finite. An encoder-decoder reads the
+    first half of a piece and predicts the second. A classifier predicts no tokens: of it the same
+    text in pieces of EMBEDDED tokens says how far their embeddings moved (classification.moved).
     """
+    classifies = task_of(pair.model) == "SEQ_CLS"
+    if classifies:
+        chunks, length = chunks * length // EMBEDDED, EMBEDDED
     length = min(length, positions(pair.model))
     cut = tokenizer(text[: chunks * length * 12], add_special_tokens=False)["input_ids"]
     pieces = [cut[i : i + length] for i in range(0, len(cut), length)][:chunks]
     pieces = [piece for piece in pieces if len(piece) > 1]
     if not pieces:
         raise UserError("evaluate.knowledge: the text has fewer than 2 tokens")
-    divergence, agree, losses = [], [], {"base": 0.0, "tuned": 0.0}
+    if classifies:
+        places = dict[str, Tensor]()
+        for state, entered in (("base", pair.base), ("tuned", pair.tuned)):
+            progress("knowledge kept", len(places), 2)
+            with entered() as model:
+                places[state] = embeddings(model, pieces)
+        return {"pieces": len(pieces), **moved(places["base"], places["tuned"])}
+    divergence, agree, losses, total = [], [], {"base": 0.0, "tuned": 0.0}, 0
     for done, piece in enumerate(pieces):
         progress("knowledge kept", done, len(pieces))
-        ids = torch.tensor([piece])
-        following = ids[0, 1:]
         logits = {}
         for state, entered in (("base", pair.base), ("tuned", pair.tuned)):
             with entered() as model, torch.no_grad():
-                logits[state] = model(input_ids=ids.to(model.device)).logits[0, :-1]
+                logits[state], following = predictions(model, piece)
+        total += len(following)
         # By few tokens at a time: with a vocabulary of 262,144 each table of a piece is 0.5 GB.
         for first in range(0, len(following), AT_ONCE):
             part = slice(first, first + AT_ONCE)
@@ -582,7 +694,7 @@ def knowledge_kept(
             divergence.append(each[finite])
             agree.append((log_p["base"].argmax(-1) == log_p["tuned"].argmax(-1))[finite])
     each = torch.cat(divergence).cpu()
-    count, total = len(each), sum(len(piece) - 1 for piece in pieces)
+    count = len(each)
     found = dict.fromkeys(
         ("kl", "kl_p99", "top_token_agreement", "base_perplexity", "tuned_perplexity")
     )
@@ -606,13 +718,39 @@ def _exp(value: float) -> float | None:
 def positions(model: nn.Module) -> int:
     """How many tokens the model takes at once; very many when its configuration sets no limit."""
     config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
-    return int(getattr(config, "max_position_embeddings", None) or 10**9)
+    limit = int(getattr(config, "max_position_embeddings", None) or 10**9)
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None):
+            return limit - int(module.padding_idx) - 1  # RoBERTa counts from behind it
+    return limit
 
 
-def check_lengths(task: AnyTask, tokenizer: Reader, limit: int) -> None:
-    """Raise UserError for a question that, with its answer, is longer than the model can take."""
-    if isinstance(task, HarnessTask):
-        return  # the harness cuts prompts from the left and says so
+def check_task(task: AnyTask, model: nn.Module) -> None:
+    """Raise UserError for a task that is not for a model of this kind, or of other labels."""
+    kind = task_of(model)
+    if (kind == "SEQ_CLS") != isinstance(task, ClassTask):
+        needs, here = "a label", "is a classifier"
+        if isinstance(task, ClassTask):
+            needs, here = "a question and an answer", "writes text"
+        raise UserError(
+            f"evaluate.tasks: {task.name}: the model {here}, for which rows need {needs}"
+        )
+    if kind == "SEQ_2_SEQ_LM" and isinstance(task, ChoiceTask | HarnessTask):
+        raise UserError(
+            f"evaluate.tasks: {task.name}: of an encoder-decoder answers are scored, not the "
+            "likelihood of options: use protocol: generate"
+        )
+    if isinstance(task, ClassTask):
+        check_labels(task.rows, labels_of(model))
+
+
+def check_lengths(task: AnyTask, tokenizer: Reader, limit: int, apart: bool = False) -> None:
+    """Raise UserError for a question that, with its answer, is longer than the model can take.
+
+    `apart`: question and answer have `limit` tokens each (forms.answers_apart).
+    """
+    if isinstance(task, HarnessTask | ClassTask):
+        return  # the harness cuts prompts from the left and says so; evaluate_classes counts
     if isinstance(task, ChoiceTask):
         for question in task.questions:
             known, options = encode_question(tokenizer_of(tokenizer), question, task.prompt)
@@ -624,7 +762,8 @@ def check_lengths(task: AnyTask, tokenizer: Reader, limit: int) -> None:
                 )
         return
     for row in task.rows:
-        length = len(_prompt(tokenizer, row)) + task.max_new_tokens
+        asked = len(_prompt(tokenizer, row, apart))
+        length = max(asked, task.max_new_tokens) if apart else asked + task.max_new_tokens
         if length > limit:
             raise UserError(
                 f"{row.place}: the question and max_new_tokens ({task.max_new_tokens}) are "
@@ -632,9 +771,9 @@ def check_lengths(task: AnyTask, tokenizer: Reader, limit: int) -> None:
             )
 
 
-def _prompt(tokenizer: Reader, row: Row) -> list[int]:
+def _prompt(tokenizer: Reader, row: Row, apart: bool) -> list[int]:
     try:
-        return prompt_ids(tokenizer, row.messages[:-1], row.pictures)
+        return prompt_for(tokenizer, row.messages[:-1], apart, row.pictures)
     except UserError as error:
         raise UserError(f"{row.place}: {error}") from error
 

@@ -26,6 +26,7 @@ from milora.adapter import (
     Rows,
     Start,
     add_adapter,
+    head_of,
     trained_factors,
     trained_rows,
 )
@@ -33,6 +34,7 @@ from milora.checkpoint import full_weights, open_checkpoint
 from milora.errors import UserError
 from milora.files import read_json, write_bytes, write_json
 from milora.matrices import adapted_matrices, base_modules, is_suffix, matrix_in, without_expert
+from milora.pretrained import task_of
 from milora.quantised import is_packed, linear_shape
 
 
@@ -42,10 +44,17 @@ class PlainLora(NamedTuple):
     factors: dict[str, Factors]
     error: float  # ||dW - BA|| / ||dW|| over all modules, Frobenius; 0 when nothing was cut
     worst: tuple[str, float]  # the module with the largest error of its own
+    # A classifier's head, by module and tensor.
+    in_full: Mapping[str, Mapping[str, Tensor]] = MappingProxyType({})
 
 
-def plain_lora(start: Start, trained: Mapping[str, Factors], rank: int | None = None) -> PlainLora:
-    """The update as one ordinary LoRA per module.
+def plain_lora(
+    start: Start,
+    trained: Mapping[str, Factors],
+    rank: int | None = None,
+    in_full: Mapping[str, Mapping[str, Tensor]] = MappingProxyType({}),
+) -> PlainLora:
+    """The update as one ordinary LoRA per module, and what was trained in full beside it.
 
     Without `rank` the concatenation above, exact, of rank 2r (r for method lora, which has no
     anchor). With `rank` the best approximation of that rank in the Frobenius norm (Eckart and
@@ -60,7 +69,7 @@ def plain_lora(start: Start, trained: Mapping[str, Factors], rank: int | None = 
         else:
             joined = torch.cat([A, A0]).float(), s * torch.cat([B, -B0], dim=1).float()
             factors[name] = Factors(*joined)
-    plain = PlainLora(factors, 0.0, ("", 0.0))
+    plain = PlainLora(factors, 0.0, ("", 0.0), in_full)
     return plain if rank is None else best_of_rank(plain, rank)
 
 
@@ -74,7 +83,8 @@ def best_of_rank(plain: PlainLora, rank: int) -> PlainLora:
         lost, whole = lost + cut, whole + total
         own = math.sqrt(cut / total) if total else 0.0
         worst = max(worst, (name, own), key=lambda pair: pair[1])
-    return PlainLora(factors, math.sqrt(lost / whole) if whole else 0.0, worst)
+    error = math.sqrt(lost / whole) if whole else 0.0
+    return PlainLora(factors, error, worst, plain.in_full)
 
 
 def _truncate(factors: Factors, rank: int) -> tuple[Factors, Tensor]:
@@ -97,7 +107,8 @@ def save_plain_lora(
 
     Normalised for servers, which read little of the configuration: lora_alpha == r (the scale is
     in B), one rank for all modules (padded with zeros), no patterns, no rsLoRA, explicit targets,
-    only lora_A and lora_B tensors in fp32.
+    only lora_A and lora_B tensors in fp32. The head of a classifier, which the base has not, lies
+    beside them as PEFT's modules_to_save.
     """
     factors = _one_rank(plain)
     rank = len(next(iter(factors.values())).A)
@@ -111,7 +122,8 @@ def save_plain_lora(
         for own, _ in module.named_parameters(recurse=False)
     }
     config = LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type=task_of(base),
+        modules_to_save=sorted(plain.in_full) or None,
         base_model_name_or_path=base_name,
         revision=revision,
         r=rank,
@@ -121,10 +133,12 @@ def save_plain_lora(
         fan_in_fan_out=transposed == {True},
         inference_mode=True,
     )
-    write_bytes(
-        folder / "adapter_model.safetensors",
-        save(_tensors(factors, base, modules, config), {"format": "pt"}),
-    )
+    tensors = _tensors(factors, base, modules, config) | {
+        f"base_model.model.{module}.{name}": tensor
+        for module, own in plain.in_full.items()
+        for name, tensor in own.items()
+    }
+    write_bytes(folder / "adapter_model.safetensors", save(tensors, {"format": "pt"}))
     config.save_pretrained(str(folder))
     written = read_json(folder / "adapter_config.json")
     written["target_modules"] = sorted(written["target_modules"])  # PEFT writes a set's order
@@ -155,12 +169,18 @@ def load_plain_lora(folder: Path, skeleton: PreTrainedModel) -> PlainLora:
         except KeyError as error:
             raise UserError(f"{folder} has no {error}: it is not the whole adapter") from None
         used.update(keys)
+    whole: dict[str, dict[str, Tensor]] = {}
+    for module in config.modules_to_save or ():
+        start = f"base_model.model.{module}."
+        for key in [key for key in tensors if key.startswith(start)]:
+            whole.setdefault(module, {})[key.removeprefix(start)] = tensors[key]
+            used.add(key)
     if left := sorted(set(tensors) - used):
         raise UserError(
             f"{folder} also holds {left[0]} ({len(left)} in all), which is no LoRA of a linear "
             "layer or a stack of experts: only PEFT can use it as it is"
         )
-    return PlainLora(factors, 0.0, ("", 0.0))
+    return PlainLora(factors, 0.0, ("", 0.0), whole)
 
 
 def _tensors(
@@ -209,10 +229,15 @@ def check_loaded(loaded: PeftModel, plain: PlainLora) -> None:
         read = zip(matrix.factors(key), wanted[name], strict=True)
         if not all(torch.equal(x.cpu(), y) for x, y in read) or matrix.scaling(key) != 1.0:
             odd.add(name)
+    whole = head_of(loaded)
+    for module in {*whole, *plain.in_full}:
+        own, read_back = plain.in_full.get(module, {}), whole.get(module, {})
+        if set(own) != set(read_back) or not all(torch.equal(own[k], read_back[k]) for k in own):
+            odd.add(module)
     if odd:
         raise RuntimeError(
             f"the exported adapter, loaded by PEFT, is not the trained one in {len(odd)} of "
-            f"{len(wanted)} weights, the first is {min(odd)}: please report this"
+            f"{len(wanted) + len(plain.in_full)} weights, the first is {min(odd)}: report this"
         )
 
 
@@ -231,7 +256,8 @@ def merge(
 ) -> None:
     """W + dW into the weights of `base`, in place: added in fp64 and rounded once to its dtype.
 
-    `rows`, of `trained_rows`, take the place of those that are there.
+    `rows`, of `trained_rows`, take the place of those that are there, and a head that was trained
+    in full that of the base's.
     """
     for name, (ids, values) in rows.items():
         with torch.no_grad():
@@ -245,6 +271,8 @@ def merge(
         delta = (B.double() @ A.double()).to(weight.device)
         with torch.no_grad():
             weight.copy_((weight.double() + delta).to(weight.dtype))
+    for module, tensors in plain.in_full.items():
+        base.get_submodule(module).load_state_dict(dict(tensors))
 
 
 def get_milora_model(
@@ -280,5 +308,5 @@ def get_milora_model(
 
 
 def _save_plain(live: Any, folder: str | Path, **_: Any) -> None:
-    plain = plain_lora(live.start, trained_factors(live))
+    plain = plain_lora(live.start, trained_factors(live), in_full=head_of(live))
     save_plain_lora(Path(folder), plain, live, str(live.base_model.model.name_or_path))

@@ -134,7 +134,9 @@ def _measured(
         kept = [one for one in evaluation["knowledge"] if not text or short(one["text"]) == text]
         if gate.key == "perplexity":
             return [(one["tuned_perplexity"], one["base_perplexity"]) for one in kept]
-        untouched = {"kl": 0.0, "kl_p99": 0.0, "top_token_agreement": 1.0}.get(gate.key)
+        untouched = {
+            "kl": 0.0, "kl_p99": 0.0, "top_token_agreement": 1.0, "moved": 0.0, "similarities": 1.0,
+        }.get(gate.key)  # fmt: skip
         return [(one[gate.key], untouched) for one in kept if gate.key in one]
     task = evaluation["tasks"].get(gate.subject)
     if task is None:

@@ -18,6 +18,7 @@ from milora.adapter import lora_config, targets
 from milora.checkpoint import Checkpoint, open_checkpoint
 from milora.errors import UserError
 from milora.matrices import kind_of
+from milora.pretrained import task_of
 from milora.progress import Progress
 from milora.spectra import HARD, rank_within, spectrum, thinned, top_holding
 from milora.store import Store
@@ -38,7 +39,9 @@ def inspect_model(
     """
     checkpoint = open_checkpoint(model, trust_remote_code)
     options = {"r": 1, "lora_alpha": 1, "target_modules": "all-linear"}
-    wanted = targets(checkpoint.skeleton, lora_config(options))
+    wanted = targets(checkpoint.skeleton, lora_config(options, task_of(checkpoint.skeleton)))
+    # Language models are saved without the pooler that a classifier has.
+    wanted = {n: target for n, target in wanted.items() if checkpoint.has(n) or "pooler" not in n}
     missing = [name for name in wanted if not checkpoint.has(name)]
     if missing:
         raise UserError(

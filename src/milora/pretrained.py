@@ -5,16 +5,21 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import ModelCard
+from peft import PeftModel
+from torch import nn
 from transformers import (
+    MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
     AutoProcessor,
     AutoTokenizer,
     GgufConfig,
@@ -40,6 +45,9 @@ class Pretrained(NamedTuple):
     license: str  # as the base's card states it, or "unknown"
     notes: tuple[str, ...] = ()  # what had to be chosen, for people
     processor: ProcessorMixin | None = None  # of a model that reads pictures
+    in_full: tuple[str, ...] = ()  # modules that are trained in full: the head of a classifier
+    fresh: tuple[str, ...] = ()  # those of them that the files do not have: drawn at random
+    headless: bool = False  # a classifier whose head is fresh, or is for labels of other names
 
     @property
     def reader(self) -> Reader:
@@ -53,6 +61,7 @@ def load_pretrained(
     trust_remote_code: bool = False,
     eos_token: str | None = None,
     quantization: str | Mapping[str, Any] | None = None,
+    labels: Sequence[str] = (),
 ) -> Pretrained:
     """The base model in eval mode, frozen, on the best device, with its tokenizer.
 
@@ -61,6 +70,10 @@ def load_pretrained(
     bfloat16 pays only where the processor multiplies it in hardware.) `eos_token` takes the place
     of the tokenizer's own end of an answer. `quantization` packs the weights as they are read (see
     quantised.packing); a checkpoint that is packed stays so.
+
+    An encoder-decoder is loaded as one. With `labels` the model is a classifier of those classes,
+    in its own order where it has a head for just those. A head that is not in the files is drawn
+    by torch's global generator; the head is fp32 whatever the rest is.
 
     Raises UserError when the model is not there or cannot be loaded.
     """
@@ -73,11 +86,15 @@ def load_pretrained(
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(source, **options)
+        _check_kind(model, config, labels, quantization)
         packed = packing(model, config, quantization, dtype_of(dtype), device)
-        if packed and config.model_type in MODELS:
-            raise UserError(f"model: {model} reads pictures; such a base must be in full precision")
         tokenizer, processor = load_reader(source, config, trust_remote_code)
-        loaded = model_class(config).from_pretrained(
+        kind = model_class(config, labels)
+        classifier = kind is AutoModelForSequenceClassification
+        own = _set_labels(config, labels) if classifier else True
+        if classifier:
+            options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        loaded = kind.from_pretrained(
             source, config=config, dtype=dtype_of(dtype), use_safetensors=True, **options, **packed
         )
     except UserError:
@@ -85,15 +102,29 @@ def load_pretrained(
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"model: {model} cannot be loaded: {reason}") from error
+    about: dict[str, Any] = {}
+    if classifier:
+        loaded, about = loaded
     embedding: Any = loaded.get_input_embeddings()
-    notes = complete(tokenizer, model, eos_token, len(embedding.weight))
+    notes = complete(tokenizer, model, eos_token, len(embedding.weight), writes=not classifier)
+    in_full, fresh = tuple[str, ...](), tuple[str, ...]()
+    if classifier:
+        # Some find the last token of a row by what is not padding.
+        config.pad_token_id = loaded.config.pad_token_id = tokenizer.pad_token_id
+        mismatched = (key if isinstance(key, str) else key[0] for key in about["mismatched_keys"])
+        in_full, fresh = _heads(model, loaded, {*about["missing_keys"], *mismatched})
     if packed:
         keep_packing(loaded)
     else:
-        loaded.to(device)  # type: ignore[arg-type]
+        loaded.to(device)
+    for name in in_full:
+        _in_fp32(loaded.get_submodule(name))
     loaded.eval()
     loaded.requires_grad_(False)
-    return Pretrained(loaded, tokenizer, model, license_ or "unknown", notes, processor)
+    return Pretrained(
+        loaded, tokenizer, model, license_ or "unknown", notes, processor, in_full, fresh,
+        headless=classifier and (bool(fresh) or not own),
+    )  # fmt: skip
 
 
 def load_reader(
@@ -110,11 +141,16 @@ def load_reader(
 
 
 def complete(
-    tokenizer: PreTrainedTokenizerBase, model: str, eos_token: str | None, rows: int
+    tokenizer: PreTrainedTokenizerBase,
+    model: str,
+    eos_token: str | None,
+    rows: int,
+    writes: bool = True,
 ) -> tuple[str, ...]:
     """Give the tokenizer the end and the padding that it lacks; returns what was chosen.
 
-    `rows` are those of the model's embedding. Raises UserError where nothing ends an answer.
+    `rows` are those of the model's embedding; `writes` is False for a classifier, which needs no
+    end. Raises UserError where nothing ends an answer, or nothing is there to fill batches with.
     """
     if eos_token is not None:
         if eos_token not in tokenizer.get_vocab():
@@ -123,7 +159,7 @@ def complete(
                 f"{', '.join(map(repr, _special(tokenizer))) or 'no special tokens'}"
             )
         tokenizer.eos_token = eos_token
-    if tokenizer.eos_token_id is None:
+    if tokenizer.eos_token_id is None and (writes or tokenizer.pad_token_id is None):
         there = ", ".join(_special(tokenizer)) or "none"
         raise UserError(
             f"model: the tokenizer of {model} has no end-of-sequence token, without which no "
@@ -159,9 +195,15 @@ def source_of(model: str) -> str:
     return model
 
 
-def model_class(config: Any) -> Any:
-    """The library's class of models for `config`."""
-    return AutoModelForImageTextToText if config.model_type in MODELS else AutoModelForCausalLM
+def model_class(config: Any, labels: Sequence[str] = ()) -> Any:
+    """The library's class of models for `config`, that learns rows with labels or without."""
+    if config.model_type in MODELS:
+        return AutoModelForImageTextToText
+    if config.is_encoder_decoder:
+        return AutoModelForSeq2SeqLM
+    if labels or _is_classifier(config) or _is_encoder(config):
+        return AutoModelForSequenceClassification
+    return AutoModelForCausalLM
 
 
 def reads_pictures(model: str, trust_remote_code: bool = False) -> bool:
@@ -173,6 +215,98 @@ def reads_pictures(model: str, trust_remote_code: bool = False) -> bool:
     except (OSError, ValueError, KeyError):
         return False
     return config.model_type in MODELS
+
+
+def _is_classifier(config: Any) -> bool:
+    return bool((config.architectures or [""])[0].endswith("ForSequenceClassification"))
+
+
+def _is_encoder(config: Any) -> bool:
+    """Every token sees every other, as in BERT: it cannot write."""
+    return type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+
+
+def _check_kind(model: str, config: Any, labels: Sequence[str], quantization: Any) -> None:
+    """Raise UserError for a model that cannot learn such rows, or not on a quantised base."""
+    if config.model_type in MODELS and labels:
+        raise UserError(
+            f"model: {model} reads pictures and writes: give the label's name as the completion of "
+            "a prompt"
+        )
+    packed = quantization or getattr(config, "quantization_config", None)
+    if packed and model_class(config, labels) is not AutoModelForCausalLM:
+        kind = "reads pictures" if config.model_type in MODELS else "is no causal model"
+        raise UserError(f"model: {model} {kind}; such a base must be in full precision")
+    if config.is_encoder_decoder and (labels or _is_classifier(config)):
+        raise UserError(
+            f"model: {model} is an encoder-decoder, which learns text from text: give the label's "
+            "name as the completion of a prompt"
+        )
+    if not labels and _is_encoder(config) and not _is_classifier(config):
+        raise UserError(
+            f"model: {model} is an encoder ({config.model_type}), which writes no text: give it "
+            "rows with a label to classify, or choose a model that writes"
+        )
+
+
+def _set_labels(config: Any, labels: Sequence[str]) -> bool:
+    """Write the labels into the configuration; whether a head in the files is for just those."""
+    own = [str(config.id2label[place]) for place in sorted(config.id2label)]
+    alike = not labels or set(own) == set(labels)
+    if not alike and own == [f"LABEL_{i}" for i in range(len(own))]:  # nameless, as numbers are
+        alike = list(labels) == [str(i) for i in range(len(own))]
+        own = list(labels)
+    names = own if alike else list(labels)
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: place for place, name in enumerate(names)}
+    config.problem_type = "single_label_classification"
+    return alike
+
+
+def _heads(
+    model: str, loaded: nn.Module, missing: Collection[str]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(modules to train in full, those of them that the files do not have).
+
+    The head is what stands beside the body; a pooler that the files lack is drawn too.
+    """
+    body = str(loaded.base_model_prefix)
+    heads = [
+        n for n, m in loaded.named_children() if n != body and any(True for _ in m.parameters())
+    ]
+    fresh = set[str]()
+    for key in missing:
+        owner, first = key.rpartition(".")[0], key.partition(".")[0]
+        if first not in heads and "pooler" not in owner:
+            raise UserError(
+                f"model: the files of {model} have no {key} of the right shape ({len(missing)} "
+                "such weights), and only a head can be new: they do not belong to its configuration"
+            )
+        fresh.add(first if first in heads else owner)
+    return tuple(sorted({*heads, *fresh})), tuple(sorted(fresh))
+
+
+def _in_fp32(head: nn.Module) -> None:
+    """What trains in full trains in fp32: in 16 bit most steps of a small rate round to nothing."""
+    if any(parameter.dtype != torch.float32 for parameter in head.parameters()):
+        head.float()
+        head.register_forward_pre_hook(lambda _, given: tuple(x.float() for x in given))
+
+
+def labels_of(model: nn.Module) -> list[str]:
+    """The names of a classifier's classes, in the order of its logits."""
+    config: Any = model.config
+    return [str(config.id2label[place]) for place in range(len(config.id2label))]
+
+
+def task_of(model: nn.Module) -> str | None:
+    """PEFT's word for what the model does; None for a body without a head."""
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    if type(inner).__name__.endswith("ForSequenceClassification"):
+        return "SEQ_CLS"
+    if inner.config.is_encoder_decoder:
+        return "SEQ_2_SEQ_LM"
+    return "CAUSAL_LM" if inner.can_generate() else None
 
 
 def check_hub_id(model: str) -> None:

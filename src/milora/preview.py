@@ -14,10 +14,11 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
 from milora import adapter, costs
-from milora.data import IGNORED, Collator, Prepared
+from milora.data import IGNORED, Prepared
 from milora.errors import UserError
+from milora.forms import answers_apart, collator_for
 from milora.matrices import Matrix, Weights, adapted_matrices, base_modules, kind_of
-from milora.pretrained import Pretrained
+from milora.pretrained import Pretrained, labels_of, task_of
 from milora.progress import duration
 from milora.quantised import is_packed, linear_shape
 from milora.svd import Component, components
@@ -45,7 +46,8 @@ def plan(
     """
     longest = max(len(e["input_ids"]) for e in train.examples)
     memory_by_kind = {}
-    if weights is None and not outside_language_model(base.model):  # costs.step has neither
+    causal = task_of(base.model) == "CAUSAL_LM"
+    if weights is None and causal and not outside_language_model(base.model):  # as costs.step has
         memory_by_kind = _memory_by_kind(base.model, lora_config, method, arguments, longest)
     live: nn.Module = base.model
     covered: dict[str, Any] = {}
@@ -65,7 +67,7 @@ def plan(
     size = arguments.per_device_train_batch_size
     examples = sorted(train.examples, key=lambda e: len(e["input_ids"]))
     middle = max(0, len(examples) // 2 - size // 2)
-    collate = Collator(base.reader, base.model)
+    collate = collator_for(base.reader, base.model)
     live.train()
     seconds = 0.0
     # The longest batch shows the memory (and warms up), a middling one the time.
@@ -85,7 +87,7 @@ def plan(
     extra = trainable * (8 + (4 if method in adapter.COMPONENT else 0))
     memory = peak_memory() + extra
     return {
-        "samples": [marked(base.reader, e) for e in train.examples[:3]],
+        "samples": [sample(base, e) for e in train.examples[:3]],
         "coverage": covered,
         "parameters": {"trainable": trainable},
         "memory_bytes": memory,
@@ -176,8 +178,19 @@ def decomposition_time(matrices: Mapping[str, Matrix], component: Component) -> 
     return total
 
 
+def sample(base: Pretrained, example: Mapping[str, list[Any]]) -> list[tuple[str, bool]]:
+    """The row as pieces of text, each with whether it is what is learned."""
+    tokenizer, labels = base.tokenizer, example["labels"]
+    asked = (str(tokenizer.decode(example["input_ids"])), False)
+    if task_of(base.model) == "SEQ_CLS":
+        return [asked, (labels_of(base.model)[labels[0]], True)]
+    if answers_apart(base.model):
+        return [asked, (str(tokenizer.decode(labels)), True)]
+    return marked(base.reader, example)
+
+
 def marked(tokenizer: Reader, example: Mapping[str, list[Any]]) -> list[tuple[str, bool]]:
-    """The row as pieces of text, each with whether the loss covers it."""
+    """The row of a causal model as pieces of text, each with whether the loss covers it."""
     pieces: list[tuple[list[int], bool]] = []
     for token, label in zip(example["input_ids"], example["labels"], strict=True):
         trained = label != IGNORED
@@ -192,10 +205,11 @@ def coverage(live: PeftModel) -> dict[str, Any]:
     """What is adapted of what can be, by kind, with numbers of weights and of parameters.
 
     `adapted` and `not_adapted` are linear layers and stacks of experts; `share` is the part of
-    their parameters that is adapted. `trained` are rows of embedding and head that train in full.
-    `others` have more than one dimension too, but no adapter goes on them: embeddings, routers,
-    convolutions. A weight that two layers share counts once. Kinds outside the language model of
-    one that reads pictures have the name of their part before them.
+    their parameters that is adapted. `trained` are rows of embedding and head that train in full,
+    and by module the head of a classifier, which counts nowhere else. `others` have more than one
+    dimension too, but no adapter goes on them: embeddings, routers, convolutions. A weight that two
+    layers share counts once. Kinds outside the language model of one that reads pictures have the
+    name of their part before them.
     """
     found: dict[str, dict[str, list[int]]] = {
         part: {} for part in ("adapted", "not_adapted", "trained", "others")
@@ -210,9 +224,14 @@ def coverage(live: PeftModel) -> dict[str, Any]:
     for name, rows in adapter.trained_rows(live).items():
         kind = part_of(name, beside) + kind_of(name.rpartition(".")[0])
         found["trained"].setdefault(kind, []).append(rows.values.numel())
+    head = adapter.head_of(live)
+    for name, tensors in head.items():
+        found["trained"][name] = [tensor.numel() for tensor in tensors.values()]
     modules = base_modules(live).items()
     # An embedding and the head that is tied to it are an embedding.
     for name, module in sorted(modules, key=lambda pair: isinstance(pair[1], nn.Linear)):
+        if any(f"{name}.".startswith(f"{part}.") for part in head):
+            continue
         shape = linear_shape(module)
         if shape and is_packed(module):
             if name not in matrices:

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from milora.card import auto_class, kept_scores, server_rank, short, task_scores
+from milora.card import kept_scores, load_code, server_rank, short, task_scores
 from milora.compare_page import COLOURS, Table
 from milora.errors import UserError
 from milora.files import read_lines
@@ -43,7 +43,6 @@ def report(run: Path, lang: str = "en") -> str:
     rank = record.get("adapter", {}).get("rank")
     return render(
         "report.html", lang=lang, t=words, record=record, config=config, rank=rank,
-        auto_class=auto_class(record["base"]),
         name=Path(asked["output_dir"]).name,
         lead=_lead(record, rank, words),
         cards=_cards(record, evaluation, words),
@@ -57,6 +56,7 @@ def report(run: Path, lang: str = "en") -> str:
         answers=_answers(samples, words),
         cost=_cost(record, words),
         allowed=server_rank(rank) if rank else None,
+        load="\n".join(load_code(record, json.dumps(record["base"]["model"]), '"adapter"')),
     )  # fmt: skip
 
 
@@ -92,9 +92,11 @@ def _cards(
             pair = f"{task['base']['accuracy']:.3f} → {task['tuned']['accuracy']:.3f}"
             cards.append((pair, words["summary_accuracy"].format(name=name)))
     for kept in evaluation["knowledge"][:2]:
-        if kept["kl"] is not None:
-            label = words["summary_kl"].format(text=short(kept["text"]))
-            cards.append((f"{kept['kl']:.4f}", label))
+        far = "moved" if "moved" in kept else "kl"
+        if kept[far] is not None:
+            word = "summary_moved" if far == "moved" else "summary_kl"
+            label = words[word].format(text=short(kept["text"]))
+            cards.append((f"{kept[far]:.4f}", label))
     gates = record.get("gates", [])
     if gates:
         held = sum(gate["holds"] for gate in gates)

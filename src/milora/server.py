@@ -33,7 +33,10 @@ def verify_server(
     Raises UserError when the server cannot be asked.
     """
     folder = find_adapter(path)
-    probes = read_json(folder / "milora.json")["probes"]
+    record = read_json(folder / "milora.json")
+    if record.get("labels"):
+        raise UserError(f"{folder} is a classifier, of which servers of text give no classes")
+    probes = record["probes"]
     probes = [probe for probe in probes if probe["text"] != LOOKED_AT]  # it gets tokens alone
     if not probes or not all("scaled" in probe for probe in probes):
         raise UserError(f"{folder} has no probes for servers: write it anew with `milora export`")

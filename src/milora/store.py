@@ -28,7 +28,7 @@ from milora.checkpoint import full_weights, open_checkpoint
 from milora.errors import UserError
 from milora.files import NO_ROOM, cache_folder, folder_of, write_bytes
 from milora.matrices import components_of_parts
-from milora.pretrained import dtype_of
+from milora.pretrained import dtype_of, task_of
 from milora.progress import Progress
 from milora.protect import Protect, check_patterns, check_protect, top_of
 from milora.ranks import ranks
@@ -243,6 +243,7 @@ def decompose_checkpoint(
     config: LoraConfig = lora_config(lora)
     checkpoint = open_checkpoint(model, trust_remote_code)
     read = full_weights(checkpoint, model)
+    config.task_type = task_of(checkpoint.skeleton)
     wanted = targets(checkpoint.skeleton, config)
     began = time.monotonic()
     missing = [name for name in wanted if not checkpoint.has(name)]

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from milora.adapter import base_sha256, tensor_sha256
 from milora.data import prompt_text
 from milora.errors import UserError
-from milora.pretrained import Pretrained, load_pretrained
+from milora.pretrained import Pretrained, load_pretrained, task_of
 from milora.vision import Reader, render
 
 
@@ -44,14 +44,21 @@ def load_with_tokens(
     trust_remote_code: bool,
     options: Mapping[str, Any],
     quantization: str | Mapping[str, Any] | None = None,
+    labels: Sequence[str] = (),
 ) -> Loaded:
     """`load_pretrained`, and what the block `tokenizer` of the configuration asks for.
 
-    Equal arguments give equal rows. Raises UserError as its parts do.
+    Equal arguments give equal rows. Raises UserError as its parts do, and for what a classifier or
+    an encoder-decoder cannot have.
     """
     eos_token = options.get("eos_token")
-    base = load_pretrained(model, dtype, trust_remote_code, eos_token, quantization)
-    sha256, template = base_sha256(base.model), options.get("chat_template")
+    base = load_pretrained(model, dtype, trust_remote_code, eos_token, quantization, labels)
+    kinds = {"SEQ_CLS": "a classifier", "SEQ_2_SEQ_LM": "an encoder-decoder"}
+    kind = kinds.get(task_of(base.model) or "")
+    for key in ("tokens", "special_tokens", "chat_template"):
+        if kind and options.get(key) and (key != "chat_template" or labels):
+            raise UserError(f"tokenizer.{key} is not for {kind}, which {model} is: leave it out")
+    sha256, template = base_sha256(base.model, base.fresh), options.get("chat_template")
     named = add_tokens(
         base.model, base.tokenizer, options.get("tokens", ()), options.get("special_tokens", ())
     )

@@ -17,6 +17,7 @@ import difflib
 import math
 import platform
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -29,7 +30,6 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers import (
     EarlyStoppingCallback,
-    PreTrainedModel,
     PrinterCallback,
     TrainerCallback,
     TrainingArguments,
@@ -42,13 +42,15 @@ from transformers.integrations import (  # type: ignore[attr-defined]
 from milora import adapter, export
 from milora.card import model_card
 from milora.checkpoint import Original, original_of
-from milora.data import Collator, Prepared, Rows, overlap, prepare, read_rows, split_rows
+from milora.classification import check_labels, label, label_names
+from milora.data import Prepared, Rows, overlap, prepare, read_rows, split_rows
 from milora.errors import DivergedError, UserError
 from milora.evaluate import (
     AnyTask,
     Pair,
     Task,
     check_lengths,
+    check_task,
     evaluate_all,
     general_texts,
     load_task,
@@ -56,6 +58,7 @@ from milora.evaluate import (
     save_evaluation,
 )
 from milora.files import new_folder, read_json, sha256, write_json, write_text
+from milora.forms import Collate, answers_apart, collator_for, encoder_for, mean_loss, read_only
 from milora.gates import check_subjects, judge, parse_gate
 from milora.keep import Keep, cut, input_directions
 from milora.loop import (
@@ -72,7 +75,14 @@ from milora.loop import (
     save_state,
 )
 from milora.matrices import Matrix, Weights, adapted_matrices, is_suffix, kind_of, matrix_in
-from milora.pretrained import Pretrained, dtype_of, load_pretrained, reads_pictures
+from milora.pretrained import (
+    Pretrained,
+    dtype_of,
+    labels_of,
+    load_pretrained,
+    reads_pictures,
+    task_of,
+)
 from milora.preview import coverage, peak_memory, plan
 from milora.progress import Progress
 from milora.protect import (
@@ -95,7 +105,7 @@ from milora.spectra import thinned
 from milora.store import Store
 from milora.svd import components
 from milora.tokens import Named, load_with_tokens
-from milora.verify import make_probes
+from milora.verify import head_sha256, make_probes
 from milora.vision import pictures_sha256, train_in_full
 
 # Below LoRA's: at s = 1 the best rate of MiLoRA was a third and that of PiSSA a tenth of LoRA's
@@ -210,6 +220,14 @@ def train(
     parsed = [parse_gate(gate) for gate in gates]
     check_subjects(parsed, [task.name for task in material.tasks])
     base, base_sha = material.base, material.base_sha256
+    task = task_of(base.model)
+    for key in ("keep", "protect_inputs"):
+        if milora[key] and task != "CAUSAL_LM":
+            raise UserError(
+                f"milora.{key}: it has a causal model predict general text, which {model} is not"
+            )
+    if lora.get("modules_to_save") and task != "CAUSAL_LM":
+        raise UserError("lora.modules_to_save is for causal models: leave it out")
     parameters = base.model.num_parameters()
     packed: dict[str, Any] = {}
     if original:
@@ -223,9 +241,11 @@ def train(
     if method != "full" and (milora["rank"] or isinstance(milora["protect"], dict)):
         names = _targets(base, lora)
         check_patterns(milora["protect"], list(names))
-    if milora["rank"]:
-        found = _ranks(base, names, milora["rank"], start, weights, progress)
-        lora_config = adapter.lora_config(with_ranks(lora, found))
+    if method != "full":
+        options, ranked = lora, milora["rank"]
+        if ranked:
+            options = with_ranks(lora, _ranks(base, names, ranked, start, weights, progress))
+        lora_config = adapter.lora_config(options, task, base.in_full)
     if lora_config is not None:
         whole = lora_config.modules_to_save or ()
         lora_config.trainable_token_indices = {
@@ -289,10 +309,9 @@ def train(
         tops, inputs = _tops(live, weights, start, milora, material.general, init, seed, progress)
         holds = _hold(live, start, tops, inputs, init, progress)
         keep = Keep(material.general, **milora["keep"]) if milora["keep"] else None
-    collate = Collator(base.reader, base.model)
-    probe = collate(material.train.examples[:4])
-    loss_alone = ("labels", "shift_labels", "logits_to_keep")
-    probe = {k: v.to(base.model.device) for k, v in probe.items() if k not in loss_alone}
+    collate = collator_for(base.reader, base.model)
+    probe = read_only(collate(material.train.examples[:4]))
+    probe = {name: tensor.to(base.model.device) for name, tensor in probe.items()}
     record = resumed or {
         "state": "started",
         "method": method,
@@ -313,6 +332,11 @@ def train(
     }  # fmt: skip
     if material.named.ids:
         record["tokens"] = {"ids": material.named.ids, "added": material.named.added}
+    if task != "CAUSAL_LM":
+        record["base"]["task"] = task
+    if task == "SEQ_CLS":
+        record["labels"] = labels_of(base.model)
+        record["pad_token_id"] = base.tokenizer.pad_token_id
     if "step0" not in record and isinstance(live, PeftModel):
         difference = adapter.step0_difference(live, probe)
         bound = adapter.step0_bound(base.model.dtype)
@@ -373,14 +397,16 @@ def train(
     if tops and isinstance(live, PeftModel) and start is not None:
         record["interference"] = _interference(live, start, tops)
     if isinstance(live, PeftModel) and start is not None:
-        plain = export.plain_lora(start, adapter.trained_factors(live))
+        head = adapter.head_of(live)
+        plain = export.plain_lora(start, adapter.trained_factors(live), in_full=head)
         if "spectra" not in record:
             record["spectra"] = _spectra(adapted_matrices(live, weights), plain)
         if adapter.trained_rows(live):
             pair = _export_merged(live, plain, record, run, probe, asked, progress)
         else:
-            pair = Pair(_export(live, plain, start, record, material, run, probe, asked, progress))
-        unchanged = adapter.base_sha256(pair.other_base or pair.model) == live_sha
+            live = _export(live, plain, start, record, material, run, probe, asked, progress)
+            pair = Pair(live, headless=base.headless)
+        unchanged = adapter.base_sha256(pair.other_base or pair.model, base.fresh) == live_sha
         record["base"]["unchanged"] = unchanged
         if not unchanged:
             raise RuntimeError("the base changed during the run, which must never be: report this")
@@ -389,8 +415,10 @@ def train(
             with new_folder(run / "model") as folder:
                 live.save_pretrained(folder)  # type: ignore[operator]
                 base.reader.save_pretrained(folder)
-        other = load_with_tokens(model, dtype, trust_remote_code, tokenizer).base.model
-        pair = Pair(live, other)
+        other = load_with_tokens(
+            model, dtype, trust_remote_code, tokenizer, labels=record.get("labels", ())
+        ).base.model
+        pair = Pair(live, other, base.headless)
     pair.model.eval()
     record["seconds"]["export"] = time.monotonic() - began
     if not (run / "evaluation.json").exists():
@@ -551,9 +579,23 @@ def _read(
     for where, found in seen.items():
         if all_pictures := [picture for row in found for picture in row.pictures]:
             files[f"{len(all_pictures)} pictures of {where}"] = pictures_sha256(all_pictures)
+    labels = label_names(rows.rows) if rows.format == "classification" else []
+    if labels:
+        counts = Counter(label(row) for row in rows.rows)
+        progress.say("labels: " + ", ".join(f"{name} ({counts[name]})" for name in labels))
+        check_labels(held_rows, labels)
     base, base_sha, named, template = load_with_tokens(
-        model, dtype, trust_remote_code, tokenizer, quantization
+        model, dtype, trust_remote_code, tokenizer, quantization, labels
     )
+    if (task_of(base.model) == "SEQ_CLS") != bool(labels):
+        raise UserError(
+            f"model: {model} is a classifier, and {source} holds no labels but {rows.format}"
+        )
+    if base.fresh:
+        progress.say(
+            f"{', '.join(base.fresh)}: not in the files of {model}, so drawn at random and trained "
+            "in full"
+        )
     if template:
         files[template] = sha256(Path(template))
     for note in base.notes:
@@ -572,10 +614,12 @@ def _read(
             f"set at most {longest}"
         )
     for task in tasks:
-        check_lengths(task, base.reader, longest)
-    prepared = prepare(base.reader, train_rows, data["max_length"], source)
+        check_task(task, base.model)
+        check_lengths(task, base.reader, longest, answers_apart(base.model))
+    encode = encoder_for(base.model)
+    prepared = prepare(base.reader, train_rows, data["max_length"], source, encode)
     name = held_out if isinstance(held_out, str) else f"{source} (held out)"
-    prepared_held = prepare(base.reader, held_rows, data["max_length"], name)
+    prepared_held = prepare(base.reader, held_rows, data["max_length"], name, encode)
     embedding: Any = base.model.get_input_embeddings()
     rows_there = len(embedding.weight)
     for example in (*prepared.examples, *prepared_held.examples):
@@ -610,7 +654,7 @@ def _fit(
     live: nn.Module,
     arguments: TrainingArguments,
     material: Material,
-    collate: Collator,
+    collate: Collate,
     run: Path,
     callbacks: Sequence[TrainerCallback],
     watch: Watch | None,
@@ -628,6 +672,7 @@ def _fit(
         eval_dataset=material.held_out.examples,  # type: ignore[arg-type]
         data_collator=collate,
         callbacks=[Reporter(run / "metrics.jsonl", checkpoint, progress), *callbacks],
+        compute_loss_func=None if task_of(live) == "CAUSAL_LM" else mean_loss,
         keep=keep,
     )
     trainer.remove_callback(PrinterCallback)
@@ -665,7 +710,8 @@ def _targets(base: Pretrained, lora: Mapping[str, Any]) -> dict[str, adapter.Tar
     """What the run adapts, before the model has an adapter."""
     with torch.device("meta"):
         skeleton = type(base.model)(base.model.config)
-    return adapter.targets(skeleton, adapter.lora_config({**lora, "r": 1}))
+    config = adapter.lora_config({**lora, "r": 1}, task_of(base.model), base.in_full)
+    return adapter.targets(skeleton, config)
 
 
 def _ranks(
@@ -809,11 +855,9 @@ def _export(
 ) -> PeftModel:
     """Write adapter/ and return the base with that very adapter, loaded by PEFT."""
     live.eval()
-    keep = probe["attention_mask"].bool()
     with torch.no_grad():
-        trained_logits = live(**probe).logits[keep].float()
-    base: PreTrainedModel = live.unload()  # type: ignore[operator]
-    base.requires_grad_(False)
+        trained_logits = adapter.logits_of(live, probe)
+    base = adapter.take_off(live)
     if not (run / "adapter").exists():
         with new_folder(run / "adapter") as folder:
             rank = export.save_plain_lora(folder, plain, base, material.base.name)
@@ -821,10 +865,11 @@ def _export(
             loaded = PeftModel.from_pretrained(base, folder)
             export.check_loaded(loaded, plain)
             with torch.no_grad():
-                logits = loaded(**probe).logits[keep].float()
+                logits = adapter.logits_of(loaded, probe)
             difference = float((logits - trained_logits).abs().max() / trained_logits.abs().max())
             probes = make_probes(loaded, material.base.reader)
-            base = loaded.unload()
+            head = head_sha256(loaded)
+            base = adapter.take_off(loaded)
             provenance = {
                 "format": "milora adapter 1",
                 "base": record["base"],
@@ -838,6 +883,8 @@ def _export(
                 "configuration": asked,
                 "probes": probes,
             }
+            if head:
+                provenance |= {"labels": record["labels"], "head_sha256": head}
             record["adapter"] = {"rank": rank, "exported_against_trained": difference}
             write_json(folder / "milora.json", provenance)
             write_text(folder / "README.md", model_card(record, asked, None))

@@ -17,14 +17,22 @@ from peft.helpers import rescale_adapter_scale
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from milora.adapter import base_only, packed_hashes, tensor_sha256
+from milora.adapter import base_only, head_of, packed_hashes, tensor_sha256
 from milora.checkpoint import full_weights, open_checkpoint
 from milora.data import prompt_ids, prompt_text
 from milora.errors import UserError
 from milora.evaluate import Pair
 from milora.files import read_json
+from milora.forms import first_token
 from milora.matrices import matrix_in
-from milora.pretrained import Pretrained, complete, load_pretrained, load_reader
+from milora.pretrained import (
+    Pretrained,
+    complete,
+    labels_of,
+    load_pretrained,
+    load_reader,
+    task_of,
+)
 from milora.tokens import load_with_tokens
 from milora.vision import MARK, Reader, gradient, image_tokens, tokenizer_of
 
@@ -92,19 +100,23 @@ def open_run(path: Path, trust_remote_code: bool = False) -> OpenedRun:
     """Base and tuned of a run, or of an adapter folder made by milora."""
     if not (path / "run.json").is_file() or not (path / "model").is_dir():
         opened = open_adapter(path, trust_remote_code=trust_remote_code)
-        return OpenedRun(Pair(opened.model), opened.base.reader, opened.provenance["configuration"])
+        pair = Pair(opened.model, headless=opened.base.headless)
+        return OpenedRun(pair, opened.base.reader, opened.provenance["configuration"])
     asked = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-    recorded = read_json(path / "run.json")["base"]
+    record = read_json(path / "run.json")
+    recorded = record["base"]
     loaded = load_with_tokens(
-        recorded["model"], recorded["dtype"], trust_remote_code, asked.get("tokenizer", {})
-    )
+        recorded["model"], recorded["dtype"], trust_remote_code, asked.get("tokenizer", {}),
+        labels=record.get("labels", ()),
+    )  # fmt: skip
     if loaded.sha256 != recorded["sha256"]:
         raise UserError(
             f"wrong base: {recorded['model']} has sha256 {loaded.sha256[:12]}, but {path} was "
             f"trained from {recorded['sha256'][:12]}: put that model back"
         )
     tuned = load_pretrained(str(path / "model"), recorded["dtype"], trust_remote_code)
-    return OpenedRun(Pair(tuned.model, loaded.base.model), tuned.reader, asked)
+    pair = Pair(tuned.model, loaded.base.model, loaded.base.headless)
+    return OpenedRun(pair, tuned.reader, asked)
 
 
 def open_adapter(
@@ -128,6 +140,7 @@ def open_adapter(
     loaded = load_pretrained(
         model, recorded["dtype"], trust_remote_code,
         provenance["configuration"].get("tokenizer", {}).get("eos_token"), quantization,
+        provenance.get("labels", ()),
     )  # fmt: skip
     wrong = _wrong_weights(loaded.model, provenance, model, trust_remote_code)
     if wrong:
@@ -140,7 +153,8 @@ def open_adapter(
     if (folder / "tokenizer_config.json").is_file():
         tokenizer, processor = load_reader(str(folder), loaded.model.config, trust_remote_code)
         embedding: Any = loaded.model.get_input_embeddings()
-        complete(tokenizer, str(folder), None, len(embedding.weight))
+        writes = task_of(loaded.model) != "SEQ_CLS"
+        complete(tokenizer, str(folder), None, len(embedding.weight), writes)
         loaded = loaded._replace(tokenizer=tokenizer, processor=processor)
     return Opened(PeftModel.from_pretrained(loaded.model, folder), loaded, provenance)
 
@@ -177,10 +191,14 @@ def make_probes(model: PeftModel, reader: Reader) -> list[dict[str, Any]]:
     """For each prompt, as it is and as a question in the model's template, the five likeliest next
     tokens of the tuned model, with their log-probabilities (nats) under tuned and base, and with
     the update at the wrong scales of SCALES, by which a server's fault is known. A model that reads
-    pictures is asked about one too, by none but `verify`."""
-    tokenizer = tokenizer_of(reader)
+    pictures is asked about one too, by none but `verify`.
+
+    Of a classifier the classes in place of tokens, and nothing of the base, whose head may be new;
+    of an encoder-decoder how its answer begins, to each prompt as it is."""
+    tokenizer, kind = tokenizer_of(reader), task_of(model)
     prompts = [(text, tokenizer(text)["input_ids"]) for text in PROBES]
-    for text in (*PROBES, *([LOOKED_AT] if image_tokens(reader) else [])):
+    templated = (*PROBES, *([LOOKED_AT] if image_tokens(reader) else []))
+    for text in templated if kind == "CAUSAL_LM" else ():
         asked = [{"role": "user", "content": text}]
         shown = [gradient(reader)[0]] if text == LOOKED_AT else []
         with suppress(UserError):  # a template may want more than one question
@@ -189,21 +207,26 @@ def make_probes(model: PeftModel, reader: Reader) -> list[dict[str, Any]]:
     probes = []
     for text, ids in prompts:
         seen = _seen(text, reader)
-        tuned = next_token(model, ids, seen)
-        with base_only(model):
-            base = next_token(model, ids, seen)
+        tuned = first_token(model, ids, seen)
         top = tuned.topk(min(5, len(tuned))).indices
+        probe: dict[str, Any] = {
+            "text": text, "input_ids": list(ids), "tokens": top.tolist(),
+            "tuned": _rounded(tuned[top]),
+        }  # fmt: skip
+        if kind == "SEQ_CLS":
+            names = labels_of(model)
+            probes.append(probe | {"pieces": [names[place] for place in top.tolist()]})
+            continue
+        with base_only(model):
+            base = first_token(model, ids, seen)
         scaled = {}
         for scale in SCALES:
             with rescale_adapter_scale(model, scale):
-                scaled[str(scale)] = _rounded(next_token(model, ids, seen)[top])
+                scaled[str(scale)] = _rounded(first_token(model, ids, seen)[top])
         probes.append(
             {
-                "text": text,
-                "input_ids": list(ids),
-                "tokens": top.tolist(),
+                **probe,
                 "pieces": [tokenizer.decode([token]) for token in top.tolist()],
-                "tuned": _rounded(tuned[top]),
                 "base": _rounded(base[top]),
                 "scaled": scaled,
             }
@@ -220,13 +243,13 @@ def _seen(text: str, reader: Reader) -> dict[str, Tensor]:
     return gradient(reader)[1] if text == LOOKED_AT else {}
 
 
-def next_token(model: nn.Module, ids: list[int], seen: Mapping[str, Tensor] = NOTHING) -> Tensor:
-    """Log-probabilities (vocabulary,) of what follows `ids`, fp32 on the CPU."""
-    device = next(model.parameters()).device
-    batch = {"input_ids": torch.tensor([ids]), **seen}
-    with torch.no_grad():
-        logits: Tensor = model(**{k: v.to(device) for k, v in batch.items()}).logits[0, -1]
-    return logits.float().log_softmax(-1).cpu()
+def head_sha256(model: PeftModel) -> dict[str, str]:
+    """Of what the adapter holds beside its LoRA, a classifier's head: the hash of each tensor."""
+    return {
+        f"{module}.{name}": tensor_sha256(tensor)
+        for module, tensors in head_of(model).items()
+        for name, tensor in tensors.items()
+    }
 
 
 def verify(path: Path, base: str | None = None, trust_remote_code: bool = False) -> list[Check]:
@@ -263,8 +286,14 @@ def verify(path: Path, base: str | None = None, trust_remote_code: bool = False)
         ),
         Check("format", plain, f"plain LoRA, r = lora_alpha = {config.r}"),
     ]
-    with base_only(opened.model):
-        checks.append(_probes(opened.model, opened.base.reader, stored["probes"], "base", bound))
+    head = head_sha256(opened.model)
+    if head or stored.get("head_sha256"):
+        detail = f"{', '.join(sorted(head)) or 'none'}, by the recorded sha256"
+        checks.append(Check("head", head == stored.get("head_sha256"), detail))
+    if not head:
+        with base_only(opened.model):
+            found = _probes(opened.model, opened.base.reader, stored["probes"], "base", bound)
+        checks.append(found)
     checks.append(_probes(opened.model, opened.base.reader, stored["probes"], "tuned", bound))
     return checks
 
@@ -275,7 +304,7 @@ def _probes(
     worst = 0.0
     for probe in probes:
         seen = _seen(probe["text"], reader)
-        found = next_token(model, probe["input_ids"], seen)[probe["tokens"]]
+        found = first_token(model, probe["input_ids"], seen)[probe["tokens"]]
         worst = max(worst, float((found - torch.tensor(probe[state])).abs().max()))
     said = f"log-probabilities off by at most {worst:.1e}, bound {bound}"
     return Check(f"probes, {state}", worst <= bound, said)
