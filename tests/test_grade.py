@@ -151,3 +151,8 @@ def test_references_that_cannot_be_graded_against() -> None:
     assert check_reference("json", "{") is not None
     assert check_reference("number", "none") == "holds no number"
     assert check_reference("exact", "") is None
+
+
+def test_an_exponent_alone_is_no_number() -> None:
+    assert number("E0") is None
+    assert number("3 E0") == 3

@@ -136,7 +136,8 @@ def _numbers(text: str) -> list[Fraction]:
         plain = re.sub(r"[,\s]", "", match[0]).replace("−", "-")
         above, slash, below = plain.partition("/")
         # Longer exponents would take the memory of the machine.
-        if not re.search(r"\d", above) or re.search(r"[eE][-+]?\d{4}", above):
+        mantissa = re.split("[eE]", above)[0]  # "E0" is no number
+        if not re.search(r"\d", mantissa) or re.search(r"[eE][-+]?\d{4}", above):
             continue
         if slash and int(below) == 0:
             continue
