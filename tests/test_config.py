@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from milora import train
+from milora.arguments import LEARNING_RATE, training_arguments
 from milora.config import DEFAULT, Config, load_config
 from milora.errors import UserError
 
@@ -36,10 +36,10 @@ def test_the_annotated_default_states_the_true_defaults(tmp_path: Path) -> None:
         "num_train_epochs": 3,
         "per_device_train_batch_size": 16,
     }
-    assert real.pop("training") == {}  # train.py fills these in, the rate by method
+    assert real.pop("training") == {}  # arguments.py fills these in, the rate by method
     assert shown == real
-    assert train.LEARNING_RATE["milora"] == 1e-4
-    arguments = train.training_arguments("milora", {}, tmp_path, 0, 0)
+    assert LEARNING_RATE["milora"] == 1e-4
+    arguments = training_arguments("milora", {}, tmp_path, 0, 0)
     assert (arguments.num_train_epochs, arguments.per_device_train_batch_size) == (3, 16)
 
 

@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
 from milora import adapter, costs
+from milora.arguments import training_arguments
 from milora.checkpoint import open_skeleton
 from milora.data import read_rows
 from milora.errors import UserError
@@ -19,7 +20,6 @@ from milora.pretrained import dtype_of, task_of
 from milora.preview import by_kind, compute_dtype, prepared, size
 from milora.progress import duration
 from milora.protect import FIRST
-from milora.train import training_arguments
 
 # Of the rate of a product of its size, what a training step reaches: measured by
 # benchmarks/estimate.py (docs/speed.md).

@@ -12,17 +12,14 @@ one whole artefact in the run folder, and `resume` continues after the last one 
     evaluation.json, samples.jsonl  base against tuned
 """
 
-import dataclasses
-import difflib
 import math
 import platform
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import yaml
@@ -35,32 +32,17 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.integrations import (  # type: ignore[attr-defined]
-    get_available_reporting_integrations,
-)
 
 from milora import adapter, export
+from milora.arguments import training_arguments
 from milora.card import model_card
 from milora.checkpoint import Original, original_of
-from milora.classification import check_labels, label, label_names
-from milora.data import Prepared, Rows, overlap, prepare, read_rows, split_rows
 from milora.errors import DivergedError, UserError
-from milora.evaluate import (
-    AnyTask,
-    Pair,
-    Task,
-    check_lengths,
-    check_task,
-    evaluate_all,
-    general_texts,
-    load_task,
-    positions,
-    save_evaluation,
-)
-from milora.files import new_folder, read_json, sha256, write_json, write_text
-from milora.forms import Collate, answers_apart, collator_for, encoder_for, mean_loss, read_only
+from milora.evaluate import Pair, evaluate_all, save_evaluation
+from milora.files import new_folder, read_json, write_json, write_text
+from milora.forms import Collate, collator_for, mean_loss, read_only
 from milora.gates import check_subjects, judge, parse_gate
-from milora.keep import Keep, cut, input_directions
+from milora.keep import Keep, input_directions
 from milora.loop import (
     STATE,
     Decay,
@@ -74,15 +56,9 @@ from milora.loop import (
     load_state,
     save_state,
 )
-from milora.matrices import Matrix, Weights, adapted_matrices, is_suffix, kind_of, matrix_in
-from milora.pretrained import (
-    Pretrained,
-    dtype_of,
-    labels_of,
-    load_pretrained,
-    reads_pictures,
-    task_of,
-)
+from milora.material import Material, data_record, read_material
+from milora.matrices import Weights, adapted_matrices, is_suffix, matrix_in
+from milora.pretrained import Pretrained, dtype_of, labels_of, task_of
 from milora.preview import coverage, peak_memory, plan
 from milora.progress import Progress
 from milora.protect import (
@@ -92,63 +68,25 @@ from milora.protect import (
     check_protect,
     held,
     load_tops,
-    measure,
     moved,
     project,
     save_tops,
     top_vectors,
-    worst,
 )
 from milora.quantised import loaded_bytes
 from milora.ranks import ranks, with_ranks
-from milora.spectra import thinned
+from milora.result import (
+    export_merged,
+    export_plain,
+    interference_by_layer,
+    spectra_before_and_after,
+)
 from milora.store import Store
 from milora.svd import components
-from milora.tokens import Named, load_with_tokens
-from milora.verify import head_sha256, make_probes
-from milora.vision import pictures_sha256, train_in_full
-
-# Below LoRA's: at s = 1 the best rate of MiLoRA was a third and that of PiSSA a tenth of LoRA's
-# in arXiv 2602.04998.
-LEARNING_RATE = {
-    "lora": 3e-4, "milora": 1e-4, "pissa": 3e-5, "middle": 1e-4, "random": 1e-4, "full": 2e-5,
-}  # fmt: skip
-
-# TrainingArguments that milora sets itself, and what to use in their place.
-OWNED = {
-    "output_dir": "use the top-level output_dir",
-    "seed": "use the top-level seed",
-    "data_seed": "use the top-level seed",
-    "resume_from_checkpoint": "use --resume",
-    "remove_unused_columns": "leave it out",
-    "disable_tqdm": "leave it out",
-    "label_names": "leave it out",
-    "restore_callback_states_from_checkpoint": "leave it out",
-    "save_only_model": "it would make a run that cannot be resumed: leave it out",
-    "push_to_hub": "upload the adapter folder when it is done",
-    "deepspeed": "training is on one device: leave it out",
-    "fsdp": "training is on one device: leave it out",
-    "fsdp_config": "training is on one device: leave it out",
-}
-
+from milora.tokens import load_with_tokens
+from milora.vision import train_in_full
 
 CALIBRATION = 16  # pieces of milora.text that the inputs are measured on
-
-
-class Material(NamedTuple):
-    """What a run works on, read and checked, before anything is written."""
-
-    base: Pretrained
-    rows: Rows
-    train: Prepared
-    held_out: Prepared
-    overlap: int
-    tasks: list[AnyTask]
-    texts: list[tuple[str, str]]  # (text, where it comes from)
-    general: list[list[int]]  # pieces of milora.text
-    files: dict[str, str]  # name -> sha256
-    base_sha256: str  # of the base as it came
-    named: Named  # tokens of the user's own
 
 
 def train(
@@ -213,7 +151,7 @@ def train(
     weights = original.weights if original else None
     if original:
         progress.say(_memory(original, dtype))
-    material = _read(
+    material = read_material(
         model, dtype, trust_remote_code, quantization, data, evaluate, milora["text"], seed,
         tokenizer, progress,
     )  # fmt: skip
@@ -322,7 +260,7 @@ def train(
             **({"reads": "pictures"} if base.processor else {}),
         },
         "versions": _versions(),
-        "data": _data_record(material),
+        "data": data_record(material),
         "parameters": {
             "trainable": sum(p.numel() for p in live.parameters() if p.requires_grad),
             "all": parameters,
@@ -395,16 +333,16 @@ def train(
     # --- the result
     began = time.monotonic()
     if tops and isinstance(live, PeftModel) and start is not None:
-        record["interference"] = _interference(live, start, tops)
+        record["interference"] = interference_by_layer(live, start, tops)
     if isinstance(live, PeftModel) and start is not None:
         head = adapter.head_of(live)
         plain = export.plain_lora(start, adapter.trained_factors(live), in_full=head)
         if "spectra" not in record:
-            record["spectra"] = _spectra(adapted_matrices(live, weights), plain)
+            record["spectra"] = spectra_before_and_after(adapted_matrices(live, weights), plain)
         if adapter.trained_rows(live):
-            pair = _export_merged(live, plain, record, run, probe, asked, progress)
+            pair = export_merged(live, plain, record, run, probe, asked, progress)
         else:
-            live = _export(live, plain, start, record, material, run, probe, asked, progress)
+            live = export_plain(live, plain, start, record, base, run, probe, asked, progress)
             pair = Pair(live, headless=base.headless)
         unchanged = adapter.base_sha256(pair.other_base or pair.model, base.fresh) == live_sha
         record["base"]["unchanged"] = unchanged
@@ -468,58 +406,6 @@ def _check_folder(run: Path, asked: Mapping[str, Any], resume: bool) -> dict[str
     return record
 
 
-def training_arguments(
-    method: str, training: Mapping[str, Any], run: Path, seed: int, patience: int
-) -> TrainingArguments:
-    """`training:` with the defaults of `method`; raises UserError for what it cannot hold."""
-    known = {field.name for field in dataclasses.fields(TrainingArguments)}
-    for key, value in training.items():
-        if key in OWNED and value:
-            raise UserError(f"training.{key} is set by milora: {OWNED[key]}")
-        if key not in known:
-            near = difflib.get_close_matches(key, sorted(known), 1)
-            hint = f": did you mean {near[0]}?" if near else ""
-            raise UserError(f"training.{key} is not a field of TrainingArguments{hint}")
-    values: dict[str, Any] = {
-        "learning_rate": LEARNING_RATE[method],
-        "per_device_train_batch_size": 16,
-        "logging_steps": 10,
-        "warmup_steps": 0.03,
-        "eval_strategy": "epoch",
-        "save_strategy": "epoch",
-        "save_total_limit": 2,
-        "report_to": "none",
-        "use_cpu": not torch.cuda.is_available(),
-        "dataloader_pin_memory": torch.cuda.is_available(),
-    }
-    if patience:
-        values |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
-    values |= training
-    values |= {
-        "output_dir": str(run / "checkpoints"),
-        "seed": seed,
-        "data_seed": seed,
-        "disable_tqdm": True,
-        "remove_unused_columns": False,
-        "label_names": ["labels"],
-        "prediction_loss_only": True,
-        "include_num_input_tokens_seen": "non_padding",
-        "restore_callback_states_from_checkpoint": True,  # the patience of early stopping
-    }
-    try:
-        arguments = TrainingArguments(**values)
-    except (TypeError, ValueError, ImportError) as error:
-        raise UserError(f"training: {' '.join(str(error).split())}") from error
-    available = get_available_reporting_integrations()
-    for tracker in arguments.report_to or ():
-        if tracker not in available:
-            raise UserError(
-                f"training.report_to: {tracker} is not installed (pip install {tracker}) or not "
-                f"known; here are {', '.join(available) or 'none'}"
-            )
-    return arguments
-
-
 def _check_general(milora: Mapping[str, Any], method: str, progress: Progress) -> None:
     """What needs milora.text, and what does nothing with this method."""
     asked = [key for key in ("keep", "protect_inputs") if milora[key]]
@@ -531,123 +417,6 @@ def _check_general(milora: Mapping[str, Any], method: str, progress: Progress) -
         )
     if milora["text"] and not asked:
         progress.say("milora.text is not used: set milora.keep or milora.protect_inputs")
-
-
-def _read(
-    model: str,
-    dtype: str,
-    trust_remote_code: bool,
-    quantization: str | Mapping[str, Any] | None,
-    data: Mapping[str, Any],
-    evaluate: Mapping[str, Any],
-    general: str | Sequence[str] | None,
-    seed: int,
-    tokenizer: Mapping[str, Any],
-    progress: Progress,
-) -> Material:
-    pictures = reads_pictures(model, trust_remote_code)
-    read = {key: data[key] for key in ("format", "columns", "on_bad_row")} | {"pictures": pictures}
-    source, held_out = data["train"], data["eval"]
-    rows = read_rows(source, **read)
-    unused = f"; columns not used: {', '.join(rows.unused)}" if rows.unused else ""
-    progress.say(f"{source}: {len(rows.rows)} rows, read as {rows.format}{unused}")
-    for sentence in rows.skipped[:5]:
-        progress.say(f"skipped: {sentence}")
-    if len(rows.skipped) > 5:
-        progress.say(f"skipped: {len(rows.skipped) - 5} more")
-    if isinstance(held_out, str):
-        train_rows, held_rows = rows.rows, read_rows(held_out, **read, split="test").rows
-    else:
-        train_rows, held_rows = split_rows(rows.rows, held_out, seed)
-    tasks = [load_task(task, pictures=pictures) for task in evaluate["tasks"]]
-    names = [task.name for task in tasks]
-    if len(set(names)) < len(names):
-        raise UserError(f"evaluate.tasks: two tasks have one name ({', '.join(names)}): set name")
-    texts = general_texts(evaluate["knowledge"])
-    asked = general_texts(general, "milora.text") if general else []
-    for _, name in asked:
-        if name in [text_source for _, text_source in texts]:
-            raise UserError(
-                f"milora.text and evaluate.knowledge both have {name}: what is kept must be "
-                "measured on text that took no part in the run"
-            )
-    used = [source, held_out, *(text_source for _, text_source in [*texts, *asked])]
-    used += [_task_file(task) for task in evaluate["tasks"]]
-    files = {f: sha256(Path(f)) for f in used if isinstance(f, str) and Path(f).is_file()}
-    seen = {"data": [*train_rows, *held_rows]}
-    seen |= {task.name: task.rows for task in tasks if isinstance(task, Task)}
-    for where, found in seen.items():
-        if all_pictures := [picture for row in found for picture in row.pictures]:
-            files[f"{len(all_pictures)} pictures of {where}"] = pictures_sha256(all_pictures)
-    labels = label_names(rows.rows) if rows.format == "classification" else []
-    if labels:
-        counts = Counter(label(row) for row in rows.rows)
-        progress.say("labels: " + ", ".join(f"{name} ({counts[name]})" for name in labels))
-        check_labels(held_rows, labels)
-    base, base_sha, named, template = load_with_tokens(
-        model, dtype, trust_remote_code, tokenizer, quantization, labels
-    )
-    if (task_of(base.model) == "SEQ_CLS") != bool(labels):
-        raise UserError(
-            f"model: {model} is a classifier, and {source} holds no labels but {rows.format}"
-        )
-    if base.fresh:
-        progress.say(
-            f"{', '.join(base.fresh)}: not in the files of {model}, so drawn at random and trained "
-            "in full"
-        )
-    if template:
-        files[template] = sha256(Path(template))
-    for note in base.notes:
-        progress.say(note)
-    if named.ids:
-        known = [text for text in named.ids if text not in named.added]
-        progress.say(
-            f"tokens: {len(named.added)} added, {len(known)} known already"
-            + f" ({', '.join(known)})" * bool(known)
-            + f"; their rows train in {' and '.join(named.rows)}"
-        )
-    longest = positions(base.model)
-    if data["max_length"] > longest:
-        raise UserError(
-            f"data.max_length is {data['max_length']}, but {model} has {longest} positions: "
-            f"set at most {longest}"
-        )
-    for task in tasks:
-        check_task(task, base.model)
-        check_lengths(task, base.reader, longest, answers_apart(base.model))
-    encode = encoder_for(base.model)
-    prepared = prepare(base.reader, train_rows, data["max_length"], source, encode)
-    name = held_out if isinstance(held_out, str) else f"{source} (held out)"
-    prepared_held = prepare(base.reader, held_rows, data["max_length"], name, encode)
-    embedding: Any = base.model.get_input_embeddings()
-    rows_there = len(embedding.weight)
-    for example in (*prepared.examples, *prepared_held.examples):
-        if (largest := max(example["input_ids"])) >= rows_there:
-            raise UserError(
-                f"model: {base.tokenizer.convert_ids_to_tokens(largest)!r} has id {largest}, but "
-                f"the embedding of {model} has {rows_there} rows: name it in tokenizer.tokens"
-            )
-    common = overlap(train_rows, held_rows)
-    for what, part in (("train", prepared), ("eval", prepared_held)):
-        progress.say(
-            f"{what}: {part.kept} rows kept, {part.shortened} shortened to {data['max_length']} "
-            f"tokens, {sum(part.refused.values())} refused; {part.tokens} tokens, "
-            f"{part.trained_tokens} of them trained"
-        )
-        for place in part.refused_places:
-            progress.say(f"refused: {place}")
-    if common:
-        progress.say(f"warning: {common} held-out questions also stand in the training rows")
-    pieces = cut(base.tokenizer, (text for text, _ in asked), longest) if asked else []
-    return Material(
-        base, rows, prepared, prepared_held, common, tasks, texts, pieces, files, base_sha, named
-    )
-
-
-def _task_file(task: Any) -> str | None:
-    file: str | None = task if isinstance(task, str) else task["file"]
-    return None if file and file.startswith("harness:") else file
 
 
 def _fit(
@@ -795,177 +564,17 @@ def _hold(
     return holds
 
 
-def _interference(live: PeftModel, start: adapter.Start, tops: Mapping[str, Top]) -> dict[str, Any]:
-    """What run.json keeps: worst and mean, and left, right, minor, size and k of each module."""
-    found = measure(adapted_matrices(live), start, tops)
-    layers = {
-        name: {**one._asdict(), "k": tops[name].U.shape[1], "protected": tops[name].protected}
-        for name, one in found.items()
-    }
-    return {**worst(found), "layers": layers}
-
-
 def _memory(original: Original, dtype: str) -> str:
     """How much the base takes, said before it is loaded."""
-    full = f"{_size(original.full_bytes)} in {str(dtype_of(dtype)).removeprefix('torch.')}"
+    full = f"{size_of(original.full_bytes)} in {str(dtype_of(dtype)).removeprefix('torch.')}"
     if original.packed_bytes is None:
         return f"the base, quantised ({original.label}), would take {full}"
-    packed = f"{_size(original.packed_bytes)} quantised ({original.label})"
+    packed = f"{size_of(original.packed_bytes)} quantised ({original.label})"
     return f"the base takes {packed}, and would take {full}"
 
 
-def _size(count: int) -> str:
+def size_of(count: int) -> str:
     return f"{count / 2**30:.2f} GB" if count >= 2**27 else f"{count / 2**20:.1f} MB"
-
-
-def _spectra(matrices: Mapping[str, Matrix], plain: export.PlainLora) -> dict[str, Any]:
-    """Singular values before and after, of the first, middle and last weight of every kind.
-
-    Weights with more than 2048 rows and columns are left out, since theirs would take minutes.
-    """
-    kinds: dict[str, list[str]] = {}
-    for name, matrix in matrices.items():
-        if matrix.packed and matrix.source is None:
-            continue  # nothing to compare with
-        kinds.setdefault(kind_of(name), []).append(name)
-    found = {}
-    for names in kinds.values():
-        for name in dict.fromkeys((names[0], names[len(names) // 2], names[-1])):
-            weight = matrices[name].weight.double()
-            if min(weight.shape) > 2048:
-                continue
-            A, B = (x.double().to(weight.device) for x in plain.factors[name])
-            found[name] = {
-                "before": thinned(torch.linalg.svdvals(weight)),
-                "after": thinned(torch.linalg.svdvals(weight + B @ A)),
-            }
-    return found
-
-
-def _export(
-    live: PeftModel,
-    plain: export.PlainLora,
-    start: adapter.Start,
-    record: dict[str, Any],
-    material: Material,
-    run: Path,
-    probe: Mapping[str, Tensor],
-    asked: Mapping[str, Any],
-    progress: Progress,
-) -> PeftModel:
-    """Write adapter/ and return the base with that very adapter, loaded by PEFT."""
-    live.eval()
-    with torch.no_grad():
-        trained_logits = adapter.logits_of(live, probe)
-    base = adapter.take_off(live)
-    if not (run / "adapter").exists():
-        with new_folder(run / "adapter") as folder:
-            rank = export.save_plain_lora(folder, plain, base, material.base.name)
-            material.base.reader.save_pretrained(folder)
-            loaded = PeftModel.from_pretrained(base, folder)
-            export.check_loaded(loaded, plain)
-            with torch.no_grad():
-                logits = adapter.logits_of(loaded, probe)
-            difference = float((logits - trained_logits).abs().max() / trained_logits.abs().max())
-            probes = make_probes(loaded, material.base.reader)
-            head = head_sha256(loaded)
-            base = adapter.take_off(loaded)
-            provenance = {
-                "format": "milora adapter 1",
-                "base": record["base"],
-                "weights_sha256": start.sha256,
-                "quantised_sha256": adapter.packed_hashes(base, start.sha256),
-                "method": record["method"],
-                "rank": rank,
-                "step0": record["step0"],
-                "exported_against_trained": difference,
-                "versions": record["versions"],
-                "configuration": asked,
-                "probes": probes,
-            }
-            if head:
-                provenance |= {"labels": record["labels"], "head_sha256": head}
-            record["adapter"] = {"rank": rank, "exported_against_trained": difference}
-            write_json(folder / "milora.json", provenance)
-            write_text(folder / "README.md", model_card(record, asked, None))
-        twice = "" if start.method == "lora" else " (2r: B, A and the initial factors)"
-        progress.say(
-            f"{run / 'adapter'}: plain LoRA of rank {rank}{twice}, logits as trained to "
-            f"{difference:.1e}"
-        )
-        if not difference <= (1e-5 if base.dtype == torch.float32 else 0.05):
-            progress.say(
-                "its factors are those that were trained, to the last bit; the update is so large "
-                f"that the order of the sums shows in {record['base']['dtype']}"
-            )
-    written = read_json(run / "adapter" / "milora.json")
-    record["adapter"] = {k: written[k] for k in ("rank", "exported_against_trained")}
-    record["state"] = "exported"
-    write_json(run / "run.json", record)
-    return PeftModel.from_pretrained(base, run / "adapter")
-
-
-def _export_merged(
-    live: PeftModel,
-    plain: export.PlainLora,
-    record: dict[str, Any],
-    run: Path,
-    probe: Mapping[str, Tensor],
-    asked: Mapping[str, Any],
-    progress: Progress,
-) -> Pair:
-    """Write model/, whole weights, since no plain LoRA holds rows of embedding or head.
-
-    Returns what the folder gives and, with its adapter off, the base.
-    """
-    live.eval()
-    keep, dtype = probe["attention_mask"].bool(), record["base"]["dtype"]
-    with torch.no_grad():
-        trained_logits = live(**probe).logits[keep].float()
-    rows = adapter.trained_rows(live)
-    layers = sorted({name.rpartition(".")[0] for name in rows})
-    record["merged"] = {"rows_of": layers}
-    if not (run / "model").exists():
-        fresh = load_with_tokens(
-            asked["model"], dtype, asked["trust_remote_code"], asked.get("tokenizer", {})
-        ).base
-        export.merge(fresh.model, plain, rows)
-        with new_folder(run / "model") as folder:
-            fresh.model.save_pretrained(folder)
-            fresh.reader.save_pretrained(folder)
-            write_text(folder / "README.md", model_card(record, asked, None))
-        del fresh
-    tuned = load_pretrained(str(run / "model"), dtype, asked["trust_remote_code"]).model
-    with torch.no_grad():
-        logits = tuned(**probe).logits[keep].float()
-    difference = float((logits - trained_logits).abs().max() / trained_logits.abs().max())
-    record["merged"]["exported_against_trained"] = difference
-    record["state"] = "exported"
-    write_json(run / "run.json", record)
-    progress.say(
-        f"{run / 'model'}: merged weights, since {' and '.join(layers)} had rows to train, which "
-        f"no plain LoRA holds; logits as trained to {difference:.1e}"
-    )
-    if dtype == "float32" and not difference <= 1e-3:
-        raise RuntimeError("the merged weights are not what was trained: please report this")
-    live.base_model.disable_adapter_layers()  # type: ignore[operator]
-    return Pair(tuned, live)
-
-
-def _data_record(material: Material) -> dict[str, Any]:
-    return {
-        "format": material.rows.format,
-        "sha256": material.files,
-        "skipped": len(material.rows.skipped),
-        "overlap": material.overlap,
-        **{
-            name: {
-                "kept": part.kept, "shortened": part.shortened, "refused": part.refused,
-                "tokens": part.tokens, "trained_tokens": part.trained_tokens,
-            }
-            for name, part in (("train", material.train), ("eval", material.held_out))
-        },
-    }  # fmt: skip
 
 
 def _versions() -> dict[str, str]:

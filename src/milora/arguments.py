@@ -1,0 +1,90 @@
+"""`training:` as transformers' TrainingArguments, with the defaults of each method."""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+from transformers.integrations import (  # type: ignore[attr-defined]
+    get_available_reporting_integrations,
+)
+
+from milora.errors import UserError
+
+# Below LoRA's: at s = 1 the best rate of MiLoRA was a third and that of PiSSA a tenth of LoRA's
+# in arXiv 2602.04998.
+LEARNING_RATE = {
+    "lora": 3e-4, "milora": 1e-4, "pissa": 3e-5, "middle": 1e-4, "random": 1e-4, "full": 2e-5,
+}  # fmt: skip
+
+# TrainingArguments that milora sets itself, and what to use in their place.
+OWNED = {
+    "output_dir": "use the top-level output_dir",
+    "seed": "use the top-level seed",
+    "data_seed": "use the top-level seed",
+    "resume_from_checkpoint": "use --resume",
+    "remove_unused_columns": "leave it out",
+    "disable_tqdm": "leave it out",
+    "label_names": "leave it out",
+    "restore_callback_states_from_checkpoint": "leave it out",
+    "save_only_model": "it would make a run that cannot be resumed: leave it out",
+    "push_to_hub": "upload the adapter folder when it is done",
+    "deepspeed": "training is on one device: leave it out",
+    "fsdp": "training is on one device: leave it out",
+    "fsdp_config": "training is on one device: leave it out",
+}
+
+
+def training_arguments(
+    method: str, training: Mapping[str, Any], run: Path, seed: int, patience: int
+) -> TrainingArguments:
+    """`training:` with the defaults of `method`; raises UserError for what it cannot hold."""
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    for key, value in training.items():
+        if key in OWNED and value:
+            raise UserError(f"training.{key} is set by milora: {OWNED[key]}")
+        if key not in known:
+            near = difflib.get_close_matches(key, sorted(known), 1)
+            hint = f": did you mean {near[0]}?" if near else ""
+            raise UserError(f"training.{key} is not a field of TrainingArguments{hint}")
+    values: dict[str, Any] = {
+        "learning_rate": LEARNING_RATE[method],
+        "per_device_train_batch_size": 16,
+        "logging_steps": 10,
+        "warmup_steps": 0.03,
+        "eval_strategy": "epoch",
+        "save_strategy": "epoch",
+        "save_total_limit": 2,
+        "report_to": "none",
+        "use_cpu": not torch.cuda.is_available(),
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+    if patience:
+        values |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
+    values |= training
+    values |= {
+        "output_dir": str(run / "checkpoints"),
+        "seed": seed,
+        "data_seed": seed,
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+        "prediction_loss_only": True,
+        "include_num_input_tokens_seen": "non_padding",
+        "restore_callback_states_from_checkpoint": True,  # the patience of early stopping
+    }
+    try:
+        arguments = TrainingArguments(**values)
+    except (TypeError, ValueError, ImportError) as error:
+        raise UserError(f"training: {' '.join(str(error).split())}") from error
+    available = get_available_reporting_integrations()
+    for tracker in arguments.report_to or ():
+        if tracker not in available:
+            raise UserError(
+                f"training.report_to: {tracker} is not installed (pip install {tracker}) or not "
+                f"known; here are {', '.join(available) or 'none'}"
+            )
+    return arguments

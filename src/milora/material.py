@@ -1,0 +1,175 @@
+"""What a run works on, read and checked before anything is written."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from milora.classification import check_labels, label, label_names
+from milora.data import Prepared, Rows, overlap, prepare, read_rows, split_rows
+from milora.errors import UserError
+from milora.evaluate import (
+    AnyTask,
+    Task,
+    check_lengths,
+    check_task,
+    general_texts,
+    load_task,
+    positions,
+)
+from milora.files import sha256
+from milora.forms import answers_apart, encoder_for
+from milora.keep import cut
+from milora.pretrained import Pretrained, reads_pictures, task_of
+from milora.progress import Progress
+from milora.tokens import Named, load_with_tokens
+from milora.vision import pictures_sha256
+
+
+class Material(NamedTuple):
+    """Rows, tasks, texts and the base of a run."""
+
+    base: Pretrained
+    rows: Rows
+    train: Prepared
+    held_out: Prepared
+    overlap: int
+    tasks: list[AnyTask]
+    texts: list[tuple[str, str]]  # (text, where it comes from)
+    general: list[list[int]]  # pieces of milora.text
+    files: dict[str, str]  # name -> sha256
+    base_sha256: str  # of the base as it came
+    named: Named  # tokens of the user's own
+
+
+def read_material(
+    model: str,
+    dtype: str,
+    trust_remote_code: bool,
+    quantization: str | Mapping[str, Any] | None,
+    data: Mapping[str, Any],
+    evaluate: Mapping[str, Any],
+    general: str | Sequence[str] | None,
+    seed: int,
+    tokenizer: Mapping[str, Any],
+    progress: Progress,
+) -> Material:
+    pictures = reads_pictures(model, trust_remote_code)
+    read = {key: data[key] for key in ("format", "columns", "on_bad_row")} | {"pictures": pictures}
+    source, held_out = data["train"], data["eval"]
+    rows = read_rows(source, **read)
+    unused = f"; columns not used: {', '.join(rows.unused)}" if rows.unused else ""
+    progress.say(f"{source}: {len(rows.rows)} rows, read as {rows.format}{unused}")
+    for sentence in rows.skipped[:5]:
+        progress.say(f"skipped: {sentence}")
+    if len(rows.skipped) > 5:
+        progress.say(f"skipped: {len(rows.skipped) - 5} more")
+    if isinstance(held_out, str):
+        train_rows, held_rows = rows.rows, read_rows(held_out, **read, split="test").rows
+    else:
+        train_rows, held_rows = split_rows(rows.rows, held_out, seed)
+    tasks = [load_task(task, pictures=pictures) for task in evaluate["tasks"]]
+    names = [task.name for task in tasks]
+    if len(set(names)) < len(names):
+        raise UserError(f"evaluate.tasks: two tasks have one name ({', '.join(names)}): set name")
+    texts = general_texts(evaluate["knowledge"])
+    asked = general_texts(general, "milora.text") if general else []
+    for _, name in asked:
+        if name in [text_source for _, text_source in texts]:
+            raise UserError(
+                f"milora.text and evaluate.knowledge both have {name}: what is kept must be "
+                "measured on text that took no part in the run"
+            )
+    used = [source, held_out, *(text_source for _, text_source in [*texts, *asked])]
+    used += [_task_file(task) for task in evaluate["tasks"]]
+    files = {f: sha256(Path(f)) for f in used if isinstance(f, str) and Path(f).is_file()}
+    seen = {"data": [*train_rows, *held_rows]}
+    seen |= {task.name: task.rows for task in tasks if isinstance(task, Task)}
+    for where, found in seen.items():
+        if all_pictures := [picture for row in found for picture in row.pictures]:
+            files[f"{len(all_pictures)} pictures of {where}"] = pictures_sha256(all_pictures)
+    labels = label_names(rows.rows) if rows.format == "classification" else []
+    if labels:
+        counts = Counter(label(row) for row in rows.rows)
+        progress.say("labels: " + ", ".join(f"{name} ({counts[name]})" for name in labels))
+        check_labels(held_rows, labels)
+    base, base_sha, named, template = load_with_tokens(
+        model, dtype, trust_remote_code, tokenizer, quantization, labels
+    )
+    if (task_of(base.model) == "SEQ_CLS") != bool(labels):
+        raise UserError(
+            f"model: {model} is a classifier, and {source} holds no labels but {rows.format}"
+        )
+    if base.fresh:
+        progress.say(
+            f"{', '.join(base.fresh)}: not in the files of {model}, so drawn at random and trained "
+            "in full"
+        )
+    if template:
+        files[template] = sha256(Path(template))
+    for note in base.notes:
+        progress.say(note)
+    if named.ids:
+        known = [text for text in named.ids if text not in named.added]
+        progress.say(
+            f"tokens: {len(named.added)} added, {len(known)} known already"
+            + f" ({', '.join(known)})" * bool(known)
+            + f"; their rows train in {' and '.join(named.rows)}"
+        )
+    longest = positions(base.model)
+    if data["max_length"] > longest:
+        raise UserError(
+            f"data.max_length is {data['max_length']}, but {model} has {longest} positions: "
+            f"set at most {longest}"
+        )
+    for task in tasks:
+        check_task(task, base.model)
+        check_lengths(task, base.reader, longest, answers_apart(base.model))
+    encode = encoder_for(base.model)
+    prepared = prepare(base.reader, train_rows, data["max_length"], source, encode)
+    name = held_out if isinstance(held_out, str) else f"{source} (held out)"
+    prepared_held = prepare(base.reader, held_rows, data["max_length"], name, encode)
+    embedding: Any = base.model.get_input_embeddings()
+    rows_there = len(embedding.weight)
+    for example in (*prepared.examples, *prepared_held.examples):
+        if (largest := max(example["input_ids"])) >= rows_there:
+            raise UserError(
+                f"model: {base.tokenizer.convert_ids_to_tokens(largest)!r} has id {largest}, but "
+                f"the embedding of {model} has {rows_there} rows: name it in tokenizer.tokens"
+            )
+    common = overlap(train_rows, held_rows)
+    for what, part in (("train", prepared), ("eval", prepared_held)):
+        progress.say(
+            f"{what}: {part.kept} rows kept, {part.shortened} shortened to {data['max_length']} "
+            f"tokens, {sum(part.refused.values())} refused; {part.tokens} tokens, "
+            f"{part.trained_tokens} of them trained"
+        )
+        for place in part.refused_places:
+            progress.say(f"refused: {place}")
+    if common:
+        progress.say(f"warning: {common} held-out questions also stand in the training rows")
+    pieces = cut(base.tokenizer, (text for text, _ in asked), longest) if asked else []
+    return Material(
+        base, rows, prepared, prepared_held, common, tasks, texts, pieces, files, base_sha, named
+    )
+
+
+def _task_file(task: Any) -> str | None:
+    file: str | None = task if isinstance(task, str) else task["file"]
+    return None if file and file.startswith("harness:") else file
+
+
+def data_record(material: Material) -> dict[str, Any]:
+    return {
+        "format": material.rows.format,
+        "sha256": material.files,
+        "skipped": len(material.rows.skipped),
+        "overlap": material.overlap,
+        **{
+            name: {
+                "kept": part.kept, "shortened": part.shortened, "refused": part.refused,
+                "tokens": part.tokens, "trained_tokens": part.trained_tokens,
+            }
+            for name, part in (("train", material.train), ("eval", material.held_out))
+        },
+    }  # fmt: skip
