@@ -27,6 +27,7 @@ LAYERS = (
         "anchored",
         "vision",
         "costs",
+        "processes",
     },
     {"grade", "adapter", "data", "pretrained", "config", "card", "gates"},
     {
@@ -56,6 +57,7 @@ SAME_LAYER = {
     ("verify", "evaluate"), ("chat", "evaluate"), ("config", "grade"), ("config", "gates"),
     ("gates", "card"), ("matrices", "svd"), ("matrices", "quantised"), ("quantised", "errors"),
     ("vision", "errors"), ("vision", "matrices"), ("costs", "errors"), ("costs", "svd"),
+    ("processes", "errors"),
 }  # fmt: skip
 
 

@@ -64,7 +64,7 @@ def run(arguments: dict[str, Any], **options: Any) -> dict[str, Any]:
 def break_off(arguments: dict[str, Any], last: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that is killed before its last checkpoint, of step `last`, is there."""
 
-    def stop(*args: Any) -> None:
+    def stop(*args: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as context:

@@ -192,13 +192,15 @@ def add_adapter(
     begin: Begin = "published",
     decompose: Decompose = components,
     weights: Weights | None = None,
+    checked: bool = False,
     progress: Callable[[str, int, int], None] = lambda name, done, total: None,
 ) -> tuple[PeftModel, Start]:
     """The model with the adapter of `method` in its starting state, and that state.
 
     `method` is a key of COMPONENT, or "lora" for PEFT's own initialisation, which needs no anchor.
     With `start`, from a stored file, nothing is decomposed: the factors are put in place after
-    the hash of every weight has been compared with the base in hand. `decompose` is
+    the hash of every weight has been compared with the base in hand, unless another process has
+    `checked` that, and the weights here may have no values yet. `decompose` is
     svd.components or Store.components; `begin` as in initial_factors; `progress(name, done, total)`
     is called before each.
 
@@ -214,11 +216,11 @@ def add_adapter(
     keep_packing(model)
     peft_model = _inject(model, config)
     matrices = adapted_matrices(peft_model, weights)
-    hashes = _hashes(matrices, method)
     if start is None:
+        hashes = _hashes(matrices, method)
         start = _start(matrices, method, hashes, seed, begin, decompose, progress)
-    else:
-        check_base(start.sha256, hashes)
+    elif not checked:
+        check_base(start.sha256, _hashes(matrices, method))
     if method in COMPONENT:
         _add_anchor(peft_model, config)
     place(matrices, start)
@@ -270,6 +272,22 @@ def place(matrices: Mapping[str, Matrix], start: Start) -> None:
                 A, B = matrix.factors(adapter)
                 A.copy_(A0)
                 B.copy_(sign * B0)
+
+
+def anchor_aside(model: PeftModel, start: Start) -> None:
+    """Take the anchor out of the state dict, which FSDP shares out, and place it as a whole.
+
+    Every process has all of it, also where the weights have no values yet.
+    """
+    for name, matrix in adapted_matrices(model).items():
+        if ANCHOR in matrix.layer.lora_A:
+            A0, B0 = start.factors[name]
+            for linear, value in (
+                (matrix.layer.lora_A[ANCHOR], A0),
+                (matrix.layer.lora_B[ANCHOR], -B0),
+            ):
+                value = value.to(linear.weight.dtype)
+                linear.register_buffer("weight", value, persistent=False)
 
 
 @torch.no_grad()

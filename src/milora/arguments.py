@@ -32,9 +32,9 @@ OWNED = {
     "restore_callback_states_from_checkpoint": "leave it out",
     "save_only_model": "it would make a run that cannot be resumed: leave it out",
     "push_to_hub": "upload the adapter folder when it is done",
-    "deepspeed": "training is on one device: leave it out",
-    "fsdp": "training is on one device: leave it out",
-    "fsdp_config": "training is on one device: leave it out",
+    "deepspeed": "milora does not train with it: use FSDP 2 (examples/accelerate)",
+    "fsdp": "use accelerate launch --config_file examples/accelerate/fsdp2.yaml",
+    "fsdp_config": "use accelerate launch --config_file examples/accelerate/fsdp2.yaml",
 }
 
 
@@ -61,6 +61,9 @@ def training_arguments(
         "report_to": "none",
         "use_cpu": not torch.cuda.is_available(),
         "dataloader_pin_memory": torch.cuda.is_available(),
+        # All that trains takes part in every step, and the anchor never changes.
+        "ddp_find_unused_parameters": False,
+        "ddp_broadcast_buffers": False,
     }
     if patience:
         values |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from milora.errors import GateError, UserError
+from milora.errors import ElsewhereError, GateError, UserError
 from milora.files import NO_ROOM
 
 app = typer.Typer(
@@ -34,6 +34,18 @@ def _to_write(path: Path | None) -> Path | None:
         if not there.is_dir() or not os.access(there, os.W_OK):
             raise UserError(f"{path} cannot be written: {there} is no folder that takes files")
     return path
+
+
+def _rank() -> int:
+    """Which of the processes this is that a launcher has started."""
+    return int(os.environ.get("RANK", "0"))
+
+
+@app.callback()
+def _check_launched(context: typer.Context) -> None:
+    verb = context.invoked_subcommand
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and verb != "train":
+        raise UserError(f"milora {verb} runs in one process: start it without a launcher")
 
 
 TrustRemoteCode = Annotated[
@@ -72,14 +84,21 @@ def train(
     from milora.report import report
     from milora.train import train as run_training
 
-    with Progress() as progress:
+    with Progress(heard=_rank() == 0) as progress:
         record = run_training(
             **settings.model_dump(), resume=resume, dry_run=dry_run, progress=progress
         )
+    if not record:  # another process goes on
+        return
     if dry_run:
         _print_plan(record)
         return
     folder = Path(settings.output_dir)
+    if record["state"] != "done":
+        from milora.processes import alone
+
+        alone(folder)
+        return
     _print_scores(json.loads((folder / "evaluation.json").read_text(encoding="utf-8")))
     result = folder / ("adapter" if (folder / "adapter").exists() else "model")
     write_text(folder / "report.html", report(folder))
@@ -577,8 +596,13 @@ def main() -> None:
     """Entry point: exit code 0 done, 2 the user must change something, 3 a gate failed, 1 a bug."""
     try:
         app()
+    except ElsewhereError as error:
+        sys.exit(error.code)
     except UserError as error:
-        sys.exit(_fail(str(error)))
+        # Before the processes talk to each other all of them find the same.
+        if os.environ.get("LOCAL_RANK", "0") == "0" or str(error).startswith("process "):
+            _fail(str(error))
+        sys.exit(2)
     except GateError as error:
         _fail(str(error))
         sys.exit(3)

@@ -11,3 +11,11 @@ class DivergedError(UserError):
 
 class GateError(Exception):
     """A gate does not hold: names each with its figure and bound. Exit code 3."""
+
+
+class ElsewhereError(Exception):
+    """What stops this process has been said by another one; `code` is the exit code."""
+
+    def __init__(self, code: int = 2) -> None:
+        super().__init__(code)
+        self.code = code

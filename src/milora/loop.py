@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import (
     Trainer,
     TrainerCallback,
@@ -19,13 +20,15 @@ from transformers import (
     TrainingArguments,
 )
 
-from milora.adapter import Start, decay
+from milora.adapter import TRAINED, Start, decay
 from milora.errors import UserError
 from milora.files import read_json, write_bytes, write_text
 from milora.keep import Keep, kept_loss
 from milora.matrices import Matrix
+from milora.processes import like, put, whole
 from milora.progress import Progress
 from milora.protect import Held, Top, measure, project, worst
+from milora.spectra import Interference
 
 STATE = "trained.safetensors"
 
@@ -66,7 +69,7 @@ class MiloraTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        save_state(folder / STATE, self._live())
+        save_state(folder / STATE, self._live(), write=self.args.should_save)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
@@ -75,6 +78,51 @@ class MiloraTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         load_state(Path(str(self.state.best_model_checkpoint)) / STATE, self._live())
+
+    # Of shared-out weights the optimizer's state is written as one process would write it, so that
+    # any number of processes goes on from it.
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = self._optimizer().state_dict()
+        state["state"] = {
+            place: {k: whole(v).cpu() if isinstance(v, Tensor) else v for k, v in values.items()}
+            for place, values in state["state"].items()
+        }
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / "optimizer.pt")
+            torch.save(self._scheduler().state_dict(), Path(output_dir) / "scheduler.pt")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.is_fsdp_enabled or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        optimizer = self._optimizer()
+        state = torch.load(Path(checkpoint) / "optimizer.pt", "cpu", weights_only=True)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for place, values in state["state"].items():
+            own = parameters[place]
+            for key, value in values.items():
+                if isinstance(value, Tensor) and value.shape == own.shape:
+                    values[key] = like(own, value.to(own.device))
+        optimizer.load_state_dict(state)
+        self._scheduler().load_state_dict(
+            torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True)
+        )
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """The Trainer's, and a wait: what says that all is whole comes after every process's."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        assert self.optimizer is not None
+        return self.optimizer
+
+    def _scheduler(self) -> Any:
+        return self.lr_scheduler
 
 
 class Decay(TrainerCallback):
@@ -90,7 +138,8 @@ class Decay(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         rate = float(kwargs["optimizer"].param_groups[0]["lr"])
-        decay(self.matrices, min(1.0, rate * self.weight_decay))
+        for some in in_one_piece(self.matrices):
+            decay(some, min(1.0, rate * self.weight_decay))
 
 
 class Hold(TrainerCallback):
@@ -102,7 +151,8 @@ class Hold(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        project(self.matrices, self.holds)
+        for some in in_one_piece(self.matrices):
+            project(some, {name: self.holds[name] for name in some if name in self.holds})
 
 
 class Watch(TrainerCallback):
@@ -136,11 +186,15 @@ class Watch(TrainerCallback):
             self._measure(state, control)
 
     def _measure(self, state: TrainerState, control: TrainerControl) -> None:
-        found = measure(self.matrices, self.start, self.tops)
+        found: dict[str, Interference] = {}
+        for some in in_one_piece(self.matrices):
+            tops = {name: self.tops[name] for name in some if name in self.tops}
+            found |= measure(some, self.start, tops)
         numbers = {name: [_short(value) for value in one] for name, one in found.items()}
         line = {"step": state.global_step, "interference": numbers}
-        with self.path.open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps(line) + "\n")
+        if state.is_world_process_zero:
+            with self.path.open("a", encoding="utf-8") as handle:
+                handle.write(json.dumps(line) + "\n")
         total = worst(found)
         if self.trainer is not None:  # a log of its own would take the place of the loss
             self.trainer.also = {f"interference_{k}": total[k] for k in ("max", "mean", "size")}
@@ -168,15 +222,22 @@ class Reporter(TrainerCallback):
         self.path, self.progress = path, progress
         self.loss, self.began, self.tokens = math.nan, time.monotonic(), 0
         step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        # Steps after the checkpoint are done again; a last line may be cut by a kill.
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        write_text(path, "".join(line + "\n" for line in kept))
+        self.step = step
+
+    def _begin(self) -> None:
+        """Steps after the checkpoint are done again; a last line may be cut by a kill."""
+        there = self.path.exists()
+        lines = self.path.read_text(encoding="utf-8").splitlines() if there else []
+        ended = [line for line in lines if line.endswith("}")]
+        kept = [line for line in ended if json.loads(line)["step"] <= self.step]
+        write_text(self.path, "".join(line + "\n" for line in kept))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.began, self.tokens = time.monotonic(), int(state.num_input_tokens_seen)
+        if state.is_world_process_zero:
+            self._begin()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -197,8 +258,9 @@ class Reporter(TrainerCallback):
         logs = dict(logs or {})
         self.loss = logs.get("loss", self.loss)
         line = {"step": state.global_step, "tokens_per_second": round(self._rate(state), 1), **logs}
-        with self.path.open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps(line) + "\n")
+        if state.is_world_process_zero:
+            with self.path.open("a", encoding="utf-8") as handle:
+                handle.write(json.dumps(line) + "\n")
         for key in ("loss", "eval_loss"):
             if not math.isfinite(logs.get(key, 0.0)):
                 raise FloatingPointError(
@@ -214,23 +276,69 @@ class Reporter(TrainerCallback):
         return (int(state.num_input_tokens_seen) - self.tokens) / seconds
 
 
-def save_state(path: Path, model: nn.Module) -> None:
-    """All tensors that train, by parameter name, whole or not at all."""
-    tensors = {
-        n: p.detach().cpu().contiguous() for n, p in model.named_parameters() if p.requires_grad
-    }
-    write_bytes(path, save(tensors))
+def save_state(path: Path, model: nn.Module, write: bool = True) -> None:
+    """All tensors that train, by parameter name, whole or not at all.
+
+    Of shared-out weights all processes must call it; those that do not `write` give their slices.
+    """
+    tensors = {name: whole(p.detach()).cpu().contiguous() for name, p in _trained(model).items()}
+    if write:
+        write_bytes(path, save(tensors))
 
 
 def load_state(path: Path, model: nn.Module) -> None:
     """Put back what `save_state` wrote. Raises UserError when it is of another model."""
     tensors: dict[str, Tensor] = load_file(path)
-    wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    wanted = _trained(model)
     if set(tensors) != set(wanted):
         raise UserError(f"{path} is of another model or configuration than this run")
-    with torch.no_grad():
-        for name, parameter in wanted.items():
-            parameter.copy_(tensors[name])
+    for name, parameter in wanted.items():
+        put(parameter, tensors[name])
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What trains, by the names that it has where nothing is wrapped to be computed again."""
+    return {
+        name.replace("_checkpoint_wrapped_module.", ""): parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+@torch.no_grad()
+def in_one_piece(matrices: Mapping[str, Matrix]) -> Iterator[dict[str, Matrix]]:
+    """All matrices at once, or, where they are shared out, those of one layer after another.
+
+    Their factors can be read and written in place meanwhile, by every process alike.
+    """
+    layers: dict[int, dict[str, Matrix]] = {}
+    for name, matrix in matrices.items():
+        layers.setdefault(id(matrix.layer), {})[name] = matrix
+    pairs = {key: _pair(next(iter(some.values())).layer) for key, some in layers.items()}
+    every = [linear.weight for pair in pairs.values() for linear in pair]
+    if not any(isinstance(weight, DTensor) for weight in every):
+        yield dict(matrices)
+        return
+    for key, some in layers.items():
+        slices = [linear.weight for linear in pairs[key]]
+        pieces = [nn.Parameter(whole(own.detach()), own.requires_grad) for own in slices]
+        _set(pairs[key], pieces)
+        try:
+            yield some
+        finally:
+            _set(pairs[key], slices)
+        for own, piece in zip(slices, pieces, strict=True):
+            put(own, piece.detach())
+
+
+def _pair(layer: Any) -> list[Any]:
+    """The modules of the two factors that train."""
+    return [layer.lora_A[TRAINED], layer.lora_B[TRAINED]]
+
+
+def _set(modules: Sequence[Any], weights: Sequence[nn.Parameter]) -> None:
+    for module, weight in zip(modules, weights, strict=True):
+        module.weight = weight
 
 
 def last_complete_checkpoint(folder: Path) -> Path | None:
@@ -238,12 +346,13 @@ def last_complete_checkpoint(folder: Path) -> Path | None:
     found = []
     for path in folder.glob("checkpoint-*"):
         step = path.name.rpartition("-")[2]
-        needed = (STATE, "optimizer.pt", "scheduler.pt", "rng_state.pth")
+        needed = (STATE, "optimizer.pt", "scheduler.pt")
         try:
-            whole = read_json(path / "trainer_state.json")["global_step"] == int(step)
+            last = read_json(path / "trainer_state.json")["global_step"] == int(step)
         except (OSError, ValueError, KeyError):
             continue
-        if whole and all((path / name).exists() for name in needed):
+        names = [*(path / name for name in needed), *path.glob("rng_state*.pth")]
+        if last and len(names) > len(needed) and all(name.exists() for name in names):
             found.append((int(step), path))
     return max(found)[1] if found else None
 

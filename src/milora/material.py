@@ -1,7 +1,7 @@
 """What a run works on, read and checked before anything is written."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,17 +43,15 @@ class Material(NamedTuple):
 
 
 def read_material(
-    model: str,
-    dtype: str,
-    trust_remote_code: bool,
-    quantization: str | Mapping[str, Any] | None,
-    data: Mapping[str, Any],
-    evaluate: Mapping[str, Any],
-    general: str | Sequence[str] | None,
-    seed: int,
-    tokenizer: Mapping[str, Any],
-    progress: Progress,
+    asked: Mapping[str, Any], dtype: str, sharded: bool, main: bool, progress: Progress
 ) -> Material:
+    """What the configuration `asked` names. Raises UserError for whatever cannot be used.
+
+    `sharded` leaves the base where the files are read, for processes that share it out; its hash
+    is then that of the `main` one, and "" in the others, which have no values.
+    """
+    model, data, evaluate = asked["model"], asked["data"], asked["evaluate"]
+    general, trust_remote_code = asked["milora"]["text"], asked["trust_remote_code"]
     pictures = reads_pictures(model, trust_remote_code)
     read = {key: data[key] for key in ("format", "columns", "on_bad_row")} | {"pictures": pictures}
     source, held_out = data["train"], data["eval"]
@@ -67,20 +65,20 @@ def read_material(
     if isinstance(held_out, str):
         train_rows, held_rows = rows.rows, read_rows(held_out, **read, split="test").rows
     else:
-        train_rows, held_rows = split_rows(rows.rows, held_out, seed)
+        train_rows, held_rows = split_rows(rows.rows, held_out, asked["seed"])
     tasks = [load_task(task, pictures=pictures) for task in evaluate["tasks"]]
     names = [task.name for task in tasks]
     if len(set(names)) < len(names):
         raise UserError(f"evaluate.tasks: two tasks have one name ({', '.join(names)}): set name")
     texts = general_texts(evaluate["knowledge"])
-    asked = general_texts(general, "milora.text") if general else []
-    for _, name in asked:
+    kept = general_texts(general, "milora.text") if general else []
+    for _, name in kept:
         if name in [text_source for _, text_source in texts]:
             raise UserError(
                 f"milora.text and evaluate.knowledge both have {name}: what is kept must be "
                 "measured on text that took no part in the run"
             )
-    used = [source, held_out, *(text_source for _, text_source in [*texts, *asked])]
+    used = [source, held_out, *(text_source for _, text_source in [*texts, *kept])]
     used += [_task_file(task) for task in evaluate["tasks"]]
     files = {f: sha256(Path(f)) for f in used if isinstance(f, str) and Path(f).is_file()}
     seen = {"data": [*train_rows, *held_rows]}
@@ -94,8 +92,9 @@ def read_material(
         progress.say("labels: " + ", ".join(f"{name} ({counts[name]})" for name in labels))
         check_labels(held_rows, labels)
     base, base_sha, named, template = load_with_tokens(
-        model, dtype, trust_remote_code, tokenizer, quantization, labels
-    )
+        model, dtype, trust_remote_code, asked.get("tokenizer", {}), asked["quantization"], labels,
+        device="cpu" if sharded else None, hashed=main or not sharded,
+    )  # fmt: skip
     if (task_of(base.model) == "SEQ_CLS") != bool(labels):
         raise UserError(
             f"model: {model} is a classifier, and {source} holds no labels but {rows.format}"
@@ -148,7 +147,7 @@ def read_material(
             progress.say(f"refused: {place}")
     if common:
         progress.say(f"warning: {common} held-out questions also stand in the training rows")
-    pieces = cut(base.tokenizer, (text for text, _ in asked), longest) if asked else []
+    pieces = cut(base.tokenizer, (text for text, _ in kept), longest) if kept else []
     return Material(
         base, rows, prepared, prepared_held, common, tasks, texts, pieces, files, base_sha, named
     )

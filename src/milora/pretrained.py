@@ -62,8 +62,9 @@ def load_pretrained(
     eos_token: str | None = None,
     quantization: str | Mapping[str, Any] | None = None,
     labels: Sequence[str] = (),
+    device: str | None = None,
 ) -> Pretrained:
-    """The base model in eval mode, frozen, on the best device, with its tokenizer.
+    """The base model in eval mode, frozen, on `device`, else the best, with its tokenizer.
 
     `model` is "smollm2-135m", a hub id, a folder or a .gguf file; `dtype` is "float32",
     "bfloat16", "float16", or "auto": bfloat16 on a GPU that has it, else float32. (On a CPU
@@ -82,7 +83,7 @@ def load_pretrained(
         license_ = "apache-2.0"
     elif not model.endswith(".gguf"):
         license_ = _license(Path(model) / "README.md" if Path(model).is_dir() else model)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(source, **options)
@@ -115,7 +116,7 @@ def load_pretrained(
         in_full, fresh = _heads(model, loaded, {*about["missing_keys"], *mismatched})
     if packed:
         keep_packing(loaded)
-    else:
+    elif loaded.device.type != "meta":  # as in a process that gets its share later
         loaded.to(device)
     for name in in_full:
         _in_fp32(loaded.get_submodule(name))

@@ -16,17 +16,18 @@ class Progress:
 
     `free` of what is done took no time, which the estimate must not count on.
 
-    A context manager. Everything goes to stderr.
+    A context manager. Everything goes to stderr, or nowhere if it is not to be `heard`.
     """
 
-    def __init__(self) -> None:
-        self.console = Console(stderr=True)
+    def __init__(self, heard: bool = True) -> None:
+        self.heard = heard
+        self.console = Console(stderr=True, quiet=not heard)
         self.bar: Bar | None = None
         self.task: TaskID | None = None
         self.what, self.first, self.started, self.said = "", 0, 0.0, 0.0
 
     def __enter__(self) -> "Progress":
-        if self.console.is_terminal:
+        if self.console.is_terminal and self.heard:
             self.bar = Bar(
                 TextColumn("{task.description}", markup=False),
                 BarColumn(),
@@ -62,7 +63,7 @@ class Progress:
                 self.task = self.bar.add_task(what, total=total, note=note)
             assert self.task is not None
             self.bar.update(self.task, completed=done, total=total, note=note)
-        elif fresh or now - self.said > EVERY or done == total:
+        elif self.heard and (fresh or now - self.said > EVERY or done == total):
             self.said = now
             print(f"{what}: {done}/{total}  {note}".rstrip(), file=sys.stderr, flush=True)
 

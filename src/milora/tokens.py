@@ -45,20 +45,24 @@ def load_with_tokens(
     options: Mapping[str, Any],
     quantization: str | Mapping[str, Any] | None = None,
     labels: Sequence[str] = (),
+    *,
+    device: str | None = None,
+    hashed: bool = True,
 ) -> Loaded:
     """`load_pretrained`, and what the block `tokenizer` of the configuration asks for.
 
-    Equal arguments give equal rows. Raises UserError as its parts do, and for what a classifier or
-    an encoder-decoder cannot have.
+    Equal arguments give equal rows. Not `hashed`, its sha256 is left out. Raises UserError as its
+    parts do, and for what a classifier or an encoder-decoder cannot have.
     """
     eos_token = options.get("eos_token")
-    base = load_pretrained(model, dtype, trust_remote_code, eos_token, quantization, labels)
+    base = load_pretrained(model, dtype, trust_remote_code, eos_token, quantization, labels, device)
     kinds = {"SEQ_CLS": "a classifier", "SEQ_2_SEQ_LM": "an encoder-decoder"}
     kind = kinds.get(task_of(base.model) or "")
     for key in ("tokens", "special_tokens", "chat_template"):
         if kind and options.get(key) and (key != "chat_template" or labels):
             raise UserError(f"tokenizer.{key} is not for {kind}, which {model} is: leave it out")
-    sha256, template = base_sha256(base.model, base.fresh), options.get("chat_template")
+    sha256 = base_sha256(base.model, base.fresh) if hashed else ""
+    template = options.get("chat_template")
     named = add_tokens(
         base.model, base.tokenizer, options.get("tokens", ()), options.get("special_tokens", ())
     )

@@ -14,12 +14,13 @@ one whole artefact in the run folder, and `resume` continues after the last one 
 
 import math
 import platform
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -29,6 +30,8 @@ from transformers import (
     EarlyStoppingCallback,
     PrinterCallback,
     TrainerCallback,
+    TrainerControl,
+    TrainerState,
     TrainingArguments,
     set_seed,
 )
@@ -41,7 +44,7 @@ from milora.errors import DivergedError, UserError
 from milora.evaluate import Pair, evaluate_all, save_evaluation
 from milora.files import new_folder, read_json, write_json, write_text
 from milora.forms import Collate, collator_for, mean_loss, read_only
-from milora.gates import check_subjects, judge, parse_gate
+from milora.gates import Gate, check_subjects, judge, parse_gate
 from milora.keep import Keep, input_directions
 from milora.loop import (
     STATE,
@@ -60,6 +63,7 @@ from milora.material import Material, data_record, read_material
 from milora.matrices import Weights, adapted_matrices, is_suffix, matrix_in
 from milora.pretrained import Pretrained, dtype_of, labels_of, task_of
 from milora.preview import coverage, peak_memory, plan
+from milora.processes import Processes, processes_of
 from milora.progress import Progress
 from milora.protect import (
     Held,
@@ -87,6 +91,39 @@ from milora.tokens import load_with_tokens
 from milora.vision import train_in_full
 
 CALIBRATION = 16  # pieces of milora.text that the inputs are measured on
+# What of training: says how many rows a process takes at once, with the defaults.
+PER_DEVICE = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1}
+
+
+class Ready(NamedTuple):
+    """A run that is known to be possible; nothing is written yet."""
+
+    asked: dict[str, Any]  # the configuration
+    run: Path
+    resumed: dict[str, Any]  # run.json of a run that began before, or {}
+    arguments: TrainingArguments
+    lora_config: LoraConfig | None
+    material: Material
+    gates: list[Gate]
+    start: adapter.Start | None  # of a run that began before
+    weights: Weights | None  # reads the full-precision matrices of a quantised base
+    packed: dict[str, Any]  # what run.json says of such a base
+    parameters: int  # of the base
+
+    @property
+    def init(self) -> Path:
+        return self.run / "init" / "factors.safetensors"
+
+
+class Begun(NamedTuple):
+    """A run at step 0, or where it was interrupted."""
+
+    live: nn.Module
+    start: adapter.Start | None
+    tops: dict[str, Top]
+    holds: dict[str, Held]
+    record: dict[str, Any]  # run.json
+    base_sha256: str  # of the base that trains: with rows for new tokens not the one that came
 
 
 def train(
@@ -114,6 +151,11 @@ def train(
 
     The arguments are the keys of the configuration file (docs/configuration.md). Raises UserError
     for whatever the user must change; nothing is written in that case.
+
+    In a process that `accelerate launch` has started this is one of several: they train together,
+    and the first goes on; the others return {}. Where the weights are shared out too, the first
+    returns as soon as the run is trained (its "state"), and what is left to do needs a process of
+    its own (processes.alone).
     """
     asked = {
         "model": model, "method": method, "output_dir": output_dir, "seed": seed, "dtype": dtype,
@@ -125,8 +167,46 @@ def train(
     if any(tokenizer.values()):
         asked["tokenizer"] = dict(tokenizer)
     run = Path(output_dir)
-    resumed = _check_folder(run, asked, resume)
     arguments = training_arguments(method, training, run, seed, early_stopping_patience)
+    processes = processes_of(arguments)
+    with processes.agree():
+        ready = _check(asked, arguments, resume, processes, progress)
+    if dry_run:
+        base, rows = ready.material.base, ready.material.train
+        if not processes.main:
+            return {}
+        return plan(base, rows, ready.lora_config, method, arguments, ready.weights)
+    with processes.agree():
+        begun = _begin(ready, processes, progress) if processes.main else None
+    begun = _together(ready, begun, processes)
+    live, record = begun.live, begun.record
+    collate = collator_for(ready.material.base.reader, ready.material.base.model)
+    final = run / "checkpoints" / STATE
+    if not final.exists():
+        began = time.monotonic()
+        stopped = _fit(ready, begun, collate, processes, progress)
+        save_state(final, live, write=processes.main)
+        if processes.main:
+            record |= {"state": "trained", "peak_memory_bytes": peak_memory()} | stopped
+            record["seconds"]["training"] = time.monotonic() - began
+            write_json(run / "run.json", record)
+    else:
+        load_state(final, live)
+    processes.end()
+    if not processes.main:
+        return {}
+    return record if processes.sharded else _finish(ready, begun, progress)
+
+
+def _check(
+    asked: dict[str, Any], arguments: TrainingArguments, resume: bool, processes: Processes,
+    progress: Progress,
+) -> Ready:  # fmt: skip
+    """Read and check everything that the user can get wrong."""
+    model, method, dtype, seed = (asked[key] for key in ("model", "method", "dtype", "seed"))
+    lora, milora, quantization = (asked[key] for key in ("lora", "milora", "quantization"))
+    run = Path(asked["output_dir"])
+    resumed = _check_folder(run, asked, resume, processes.number)
     lora_config: LoraConfig | None = None
     if method != "full":
         lora_config = adapter.lora_config(lora)
@@ -139,6 +219,8 @@ def train(
             "quantization: full fine-tuning cannot train packed numbers: use an adapter, or leave "
             "quantization and milora.factors_from out"
         )
+    if processes.sharded:
+        _check_sharded(asked)
     if (method == "full" or lora.get("modules_to_save")) and dtype == "auto":
         dtype = "float32"  # most steps of a small rate round to nothing in 16 bit
     set_seed(seed)
@@ -146,17 +228,14 @@ def train(
     original = original_of(
         model, quantization, milora["factors_from"], dtype=dtype,
         needed=bool(method in adapter.COMPONENT or watched or milora["rank"]),
-        trust_remote_code=trust_remote_code,
+        trust_remote_code=asked["trust_remote_code"],
     )  # fmt: skip
     weights = original.weights if original else None
     if original:
         progress.say(_memory(original, dtype))
-    material = read_material(
-        model, dtype, trust_remote_code, quantization, data, evaluate, milora["text"], seed,
-        tokenizer, progress,
-    )  # fmt: skip
-    parsed = [parse_gate(gate) for gate in gates]
-    check_subjects(parsed, [task.name for task in material.tasks])
+    material = read_material(asked, dtype, processes.sharded, processes.main, progress)
+    gates = [parse_gate(gate) for gate in asked["gates"]]
+    check_subjects(gates, [task.name for task in material.tasks])
     base, base_sha = material.base, material.base_sha256
     task = task_of(base.model)
     for key in ("keep", "protect_inputs"):
@@ -166,7 +245,6 @@ def train(
             )
     if lora.get("modules_to_save") and task != "CAUSAL_LM":
         raise UserError("lora.modules_to_save is for causal models: leave it out")
-    parameters = base.model.num_parameters()
     packed: dict[str, Any] = {}
     if original:
         packed = {
@@ -198,12 +276,8 @@ def train(
                 f"packed numbers ({original.label}) nothing is merged: leave out quantization, or "
                 "the new tokens and lora.modules_to_save"
             )
-    if dry_run:
-        return plan(base, material.train, lora_config, method, arguments, weights)
-
-    # --- initial factors, the anchor, and the check that step 0 is the base
     stored_base = resumed.get("base", {}).get("sha256", base_sha)
-    if stored_base != base_sha:
+    if processes.main and stored_base != base_sha:
         raise UserError(
             f"wrong base: {model} has sha256 {base_sha[:12]}, the run in {run} was made with "
             f"{stored_base[:12]}: use that base, or another output_dir"
@@ -214,16 +288,45 @@ def train(
                 f"--resume: {file} has changed since the run in {run} began: put it back, or use "
                 "another output_dir"
             )
+    return Ready(
+        asked, run, resumed, arguments, lora_config, material, gates, start, weights, packed,
+        base.model.num_parameters(),
+    )  # fmt: skip
+
+
+def _check_sharded(asked: Mapping[str, Any]) -> None:
+    """Raise UserError for what cannot be trained where each process has a slice of the weights."""
+    lora, named = asked["lora"], asked.get("tokenizer", {})
+    there = {
+        "method: full": asked["method"] == "full",
+        "quantization": bool(asked["quantization"] or asked["milora"]["factors_from"]),
+        "lora.target_parameters": bool(lora.get("target_parameters")),
+        "lora.modules_to_save": bool(lora.get("modules_to_save")),
+        "tokenizer.tokens": bool(named.get("tokens") or named.get("special_tokens")),
+        "milora.rank": bool(asked["milora"]["rank"]),
+    }
+    for key, is_there in there.items():
+        if is_there:
+            raise UserError(
+                f"{key} is not for weights that are shared out (FSDP): leave it out, or have every "
+                "process keep the whole model (examples/accelerate/ddp.yaml)"
+            )
+
+
+def _begin(ready: Ready, processes: Processes, progress: Progress) -> Begun:
+    """Initial factors, the anchor, the check that step 0 is the base, and the run folder."""
+    asked, run, material, resumed = ready.asked, ready.run, ready.material, ready.resumed
+    method, milora, seed = asked["method"], asked["milora"], asked["seed"]
+    base, start, init = material.base, ready.start, ready.init
     live: nn.Module = base.model
-    # With rows for new tokens it is no longer the one that came.
-    live_sha = adapter.base_sha256(live) if material.named.ids else base_sha
-    if lora_config is not None:
+    live_sha = adapter.base_sha256(live) if material.named.ids else material.base_sha256
+    if ready.lora_config is not None:
         store = None
         if start is None and method in adapter.COMPONENT:
             store = Store(say=progress.say, optional=True)
         live, start = adapter.add_adapter(
-            base.model, lora_config, method, seed=seed, start=start, begin=milora["start"],
-            decompose=store.components if store else components, weights=weights,
+            base.model, ready.lora_config, method, seed=seed, start=start, begin=milora["start"],
+            decompose=store.components if store else components, weights=ready.weights,
             progress=lambda name, done, total: progress("decomposing", done, total, name),
         )  # fmt: skip
         if store and store.found:
@@ -242,32 +345,34 @@ def train(
     tops: dict[str, Top] = {}
     inputs: dict[str, Tensor] = {}
     holds: dict[str, Held] = {}
-    keep: Keep | None = None
     if isinstance(live, PeftModel) and start is not None:
-        tops, inputs = _tops(live, weights, start, milora, material.general, init, seed, progress)
+        tops, inputs = _tops(
+            live, ready.weights, start, milora, material.general, init, seed, progress
+        )
         holds = _hold(live, start, tops, inputs, init, progress)
-        keep = Keep(material.general, **milora["keep"]) if milora["keep"] else None
-    collate = collator_for(base.reader, base.model)
-    probe = read_only(collate(material.train.examples[:4]))
-    probe = {name: tensor.to(base.model.device) for name, tensor in probe.items()}
+    task = task_of(base.model)
     record = resumed or {
         "state": "started",
         "method": method,
         "base": {
-            "model": model, "name": base.name, "license": base.license, "sha256": base_sha,
+            "model": asked["model"], "name": base.name, "license": base.license,
+            "sha256": material.base_sha256,
             "dtype": str(base.model.dtype).removeprefix("torch."),
-            **packed,
+            **ready.packed,
             **({"reads": "pictures"} if base.processor else {}),
         },
         "versions": _versions(),
         "data": data_record(material),
         "parameters": {
             "trainable": sum(p.numel() for p in live.parameters() if p.requires_grad),
-            "all": parameters,
+            "all": ready.parameters,
         },
         "coverage": coverage(live) if isinstance(live, PeftModel) else {},
         "seconds": {},
     }  # fmt: skip
+    record["rows_per_step"] = _rows_per_step(asked["training"], processes.number)
+    if processes.number > 1:
+        record["processes"] = processes.number
     if material.named.ids:
         record["tokens"] = {"ids": material.named.ids, "added": material.named.added}
     if task != "CAUSAL_LM":
@@ -275,18 +380,8 @@ def train(
     if task == "SEQ_CLS":
         record["labels"] = labels_of(base.model)
         record["pad_token_id"] = base.tokenizer.pad_token_id
-    if "step0" not in record and isinstance(live, PeftModel):
-        difference = adapter.step0_difference(live, probe)
-        bound = adapter.step0_bound(base.model.dtype)
-        if not math.isfinite(difference):
-            raise UserError(f"model: {model} gives logits that are no numbers{_damaged(live)}")
-        progress.say(f"step 0: adapted and base logits differ by {difference:.1e} (bound {bound})")
-        if not difference <= bound:
-            raise RuntimeError(
-                f"step 0 is not the base: the logits differ by {difference:.1e} of the largest, "
-                f"bound {bound}; nothing was trained, please report this"
-            )
-        record["step0"] = {"difference": difference, "bound": bound}
+    if "step0" not in record and isinstance(live, PeftModel) and not processes.sharded:
+        record["step0"] = step_zero(live, _probe(ready), asked["model"], progress)
     run.mkdir(parents=True, exist_ok=True)
     if not resumed:
         write_text(run / "config.yaml", yaml.safe_dump(asked, sort_keys=False, allow_unicode=True))
@@ -297,54 +392,70 @@ def train(
         adapter.save_start(init, start)
     if (tops or inputs) and start and not (init.parent / "top.safetensors").exists():
         save_tops(init.parent / "top.safetensors", tops, inputs, start.sha256)
+    return Begun(live, start, tops, holds, record, live_sha)
 
-    # --- training
-    final = run / "checkpoints" / STATE
-    if not final.exists():
-        began = time.monotonic()
-        watch = None
-        if tops and isinstance(live, PeftModel) and start is not None:
-            watch = Watch(
-                adapted_matrices(live), start, tops,
-                **{key: milora["interference"][key] for key in ("every", "limit", "stop")},
-                path=run / "metrics.jsonl", progress=progress,
-            )  # fmt: skip
-        callbacks: list[TrainerCallback] = []
-        if early_stopping_patience:
-            callbacks.append(EarlyStoppingCallback(early_stopping_patience))
-        if arguments.weight_decay and isinstance(live, PeftModel) and method != "lora":
-            callbacks.append(Decay(adapted_matrices(live), arguments.weight_decay))
-            arguments.weight_decay = 0.0
-        if watch:
-            callbacks.append(watch)
-        if holds and isinstance(live, PeftModel):
-            callbacks.append(Hold(adapted_matrices(live), holds))
-        _fit(live, arguments, material, collate, run, callbacks, watch, keep, progress)
-        if watch and watch.passed:
-            record["stopped"] = {"step": watch.passed, "interference_limit": watch.limit}
-        record["seconds"]["training"] = time.monotonic() - began
-        record["peak_memory_bytes"] = peak_memory()
-        save_state(final, live)
-        record["state"] = "trained"
-        write_json(run / "run.json", record)
-    else:
-        load_state(final, live)
 
-    # --- the result
+def _together(ready: Ready, begun: Begun | None, processes: Processes) -> Begun:
+    """The same state in every process: what the main one has begun, sent to the others.
+
+    Raises UserError where they do not see one folder, which checkpoints are read from.
+    """
+    if processes.number == 1 and begun:
+        return begun
+    with processes.agree():
+        if not (ready.run / "run.json").exists():
+            raise UserError(
+                f"output_dir: {ready.run} is not there, so the machines do not share it: use a "
+                "folder that all of them see"
+            )
+    files = [ready.init, ready.init.with_name("top.safetensors")]
+    sent = [processes.share(lambda f=file: f.read_bytes() if f.exists() else b"") for file in files]  # type: ignore[misc]
+    if begun is None:
+        live: nn.Module = ready.material.base.model
+        if ready.lora_config is None:
+            train_in_full(ready.material.base.model)
+            return Begun(live, None, {}, {}, {}, "")
+        with tempfile.TemporaryDirectory() as folder:
+            places = [Path(folder) / file.name for file in files]
+            for place, content in zip(places, sent, strict=True):
+                place.write_bytes(content)
+            start = adapter.load_start(places[0])
+            tops, inputs = load_tops(places[1], start.sha256) if sent[1] else ({}, {})
+        live, _ = adapter.add_adapter(
+            ready.material.base.model, ready.lora_config, ready.asked["method"],
+            seed=ready.asked["seed"], start=start, checked=True,
+        )  # fmt: skip
+        matrices = adapted_matrices(live)
+        holds = held(matrices, tops, inputs)
+        if start.method == "lora":
+            project(matrices, holds)
+        begun = Begun(live, start, tops, holds, {}, "")
+    if processes.sharded and isinstance(begun.live, PeftModel) and begun.start:
+        adapter.anchor_aside(begun.live, begun.start)
+    return begun
+
+
+def _finish(ready: Ready, begun: Begun, progress: Progress) -> dict[str, Any]:
+    """The result: export, evaluation, gates and the model card."""
+    asked, run, material = ready.asked, ready.run, ready.material
+    live, start, record, evaluate = begun.live, begun.start, begun.record, asked["evaluate"]
+    base, probe = material.base, _probe(ready)
     began = time.monotonic()
-    if tops and isinstance(live, PeftModel) and start is not None:
-        record["interference"] = interference_by_layer(live, start, tops)
+    if begun.tops and isinstance(live, PeftModel) and start is not None:
+        record["interference"] = interference_by_layer(live, start, begun.tops)
     if isinstance(live, PeftModel) and start is not None:
         head = adapter.head_of(live)
         plain = export.plain_lora(start, adapter.trained_factors(live), in_full=head)
         if "spectra" not in record:
-            record["spectra"] = spectra_before_and_after(adapted_matrices(live, weights), plain)
+            matrices = adapted_matrices(live, ready.weights)
+            record["spectra"] = spectra_before_and_after(matrices, plain)
         if adapter.trained_rows(live):
             pair = export_merged(live, plain, record, run, probe, asked, progress)
         else:
             live = export_plain(live, plain, start, record, base, run, probe, asked, progress)
             pair = Pair(live, headless=base.headless)
-        unchanged = adapter.base_sha256(pair.other_base or pair.model, base.fresh) == live_sha
+        found = adapter.base_sha256(pair.other_base or pair.model, base.fresh)
+        unchanged = found == begun.base_sha256
         record["base"]["unchanged"] = unchanged
         if not unchanged:
             raise RuntimeError("the base changed during the run, which must never be: report this")
@@ -354,8 +465,9 @@ def train(
                 live.save_pretrained(folder)  # type: ignore[operator]
                 base.reader.save_pretrained(folder)
         other = load_with_tokens(
-            model, dtype, trust_remote_code, tokenizer, labels=record.get("labels", ())
-        ).base.model
+            asked["model"], record["base"]["dtype"], asked["trust_remote_code"],
+            asked.get("tokenizer", {}), labels=record.get("labels", ()),
+        ).base.model  # fmt: skip
         pair = Pair(live, other, base.headless)
     pair.model.eval()
     record["seconds"]["export"] = time.monotonic() - began
@@ -368,8 +480,8 @@ def train(
         save_evaluation(run / "evaluation.json", run / "samples.jsonl", result, samples)
         record["seconds"]["evaluation"] = time.monotonic() - began
     evaluation = read_json(run / "evaluation.json")
-    record["gates"] = [verdict._asdict() for verdict in judge(parsed, evaluation, record)]
-    if method != "full":
+    record["gates"] = [verdict._asdict() for verdict in judge(ready.gates, evaluation, record)]
+    if asked["method"] != "full":
         kind = "adapter" if (run / "adapter").exists() else "model"
         write_text(run / kind / "README.md", model_card(record, asked, evaluation))
     record["state"] = "done"
@@ -377,7 +489,9 @@ def train(
     return record
 
 
-def _check_folder(run: Path, asked: Mapping[str, Any], resume: bool) -> dict[str, Any]:
+def _check_folder(
+    run: Path, asked: Mapping[str, Any], resume: bool, processes: int
+) -> dict[str, Any]:
     """run.json of the run to resume, or {} for a new one."""
     if run.exists() and not run.is_dir():
         raise UserError(f"output_dir: {run} is a file")
@@ -398,12 +512,36 @@ def _check_folder(run: Path, asked: Mapping[str, Any], resume: bool) -> dict[str
     differ = [
         f"{key} was {stored.get(key)!r} and is {value!r}"
         for key, value in asked.items()
-        if key != "output_dir" and stored.get(key) != value
+        if key != "output_dir" and _of_any_number(stored, key) != _of_any_number(asked, key)
     ]
     if differ:
         raise UserError(f"--resume: the configuration has changed: {'; '.join(differ)}")
     record: dict[str, Any] = read_json(run / "run.json")
+    rows = _rows_per_step(asked["training"], processes)
+    trained = (run / "checkpoints" / STATE).exists()
+    if not trained and record.get("rows_per_step", rows) != rows:
+        raise UserError(
+            f"--resume: a step was over {record['rows_per_step']} rows and would be over {rows} "
+            f"with {processes} processes: set training.per_device_train_batch_size or "
+            "gradient_accumulation_steps so that it stays the same"
+        )
     return record
+
+
+def _of_any_number(asked: Mapping[str, Any], key: str) -> Any:
+    """A key of the configuration without what may differ between numbers of processes."""
+    value = asked.get(key)
+    if key != "training" or value is None:
+        return value
+    return {k: v for k, v in value.items() if k not in PER_DEVICE}
+
+
+def _rows_per_step(training: Mapping[str, Any], processes: int) -> int:
+    """How many rows the optimizer's step is over."""
+    rows = 1
+    for key, default in PER_DEVICE.items():
+        rows *= int(training.get(key, default))
+    return rows * processes
 
 
 def _check_general(milora: Mapping[str, Any], method: str, progress: Progress) -> None:
@@ -420,27 +558,42 @@ def _check_general(milora: Mapping[str, Any], method: str, progress: Progress) -
 
 
 def _fit(
-    live: nn.Module,
-    arguments: TrainingArguments,
-    material: Material,
-    collate: Collate,
-    run: Path,
-    callbacks: Sequence[TrainerCallback],
-    watch: Watch | None,
-    keep: Keep | None,
-    progress: Progress,
-) -> None:
+    ready: Ready, begun: Begun, collate: Collate, processes: Processes, progress: Progress
+) -> dict[str, Any]:
+    """Train, or go on from the last checkpoint; returns where the interference stopped the run."""
+    asked, run, arguments, live = ready.asked, ready.run, ready.arguments, begun.live
     checkpoint = last_complete_checkpoint(run / "checkpoints")
     if checkpoint and has_ended(checkpoint):  # the Trainer would do one step more
         load_state(best_or_last(checkpoint, arguments) / STATE, live)
-        return
+        return {}
+    matrices = adapted_matrices(live) if isinstance(live, PeftModel) else {}
+    watch, keep = None, None
+    callbacks: list[TrainerCallback] = [Reporter(run / "metrics.jsonl", checkpoint, progress)]
+    if asked["early_stopping_patience"]:
+        callbacks.append(EarlyStoppingCallback(asked["early_stopping_patience"]))
+    if arguments.weight_decay and matrices and asked["method"] != "lora":
+        callbacks.append(Decay(matrices, arguments.weight_decay))
+        arguments.weight_decay = 0.0
+    if begun.tops and begun.start is not None:
+        wanted = asked["milora"]["interference"]
+        watch = Watch(
+            matrices, begun.start, begun.tops, wanted["every"], wanted["limit"], wanted["stop"],
+            path=run / "metrics.jsonl", progress=progress,
+        )  # fmt: skip
+        callbacks.append(watch)
+    if begun.holds:
+        callbacks.append(Hold(matrices, begun.holds))
+    if asked["milora"]["keep"]:
+        keep = Keep(ready.material.general, **asked["milora"]["keep"])
+    if processes.sharded and not ready.resumed.get("step0"):
+        callbacks.append(StepZero(ready, begun.record, progress))
     trainer = MiloraTrainer(
         model=live,
         args=arguments,
-        train_dataset=material.train.examples,  # type: ignore[arg-type]
-        eval_dataset=material.held_out.examples,  # type: ignore[arg-type]
+        train_dataset=ready.material.train.examples,  # type: ignore[arg-type]
+        eval_dataset=ready.material.held_out.examples,  # type: ignore[arg-type]
         data_collator=collate,
-        callbacks=[Reporter(run / "metrics.jsonl", checkpoint, progress), *callbacks],
+        callbacks=callbacks,
         compute_loss_func=None if task_of(live) == "CAUSAL_LM" else mean_loss,
         keep=keep,
     )
@@ -455,16 +608,65 @@ def _fit(
         raise DivergedError(str(error)) from error
     # Under bf16 or fp16 accelerate leaves autocast around forward; what follows is without.
     trainer.accelerator.unwrap_model(live, keep_fp32_wrapper=False)
-    if watch and watch.passed:
-        good = last_complete_checkpoint(run / "checkpoints")
-        if good is None:
-            raise UserError(
-                f"the interference passed milora.interference.limit ({watch.limit:g}) at step "
-                f"{watch.passed}, before there was a checkpoint to go back to: use a lower "
-                "training.learning_rate, milora.protect, or a higher limit, and a new output_dir"
-            )
-        progress.say(f"stopped at step {watch.passed}; the result is that of {good.name}")
-        load_state(good / STATE, live)
+    if not watch or not watch.passed:
+        return {}
+    good = last_complete_checkpoint(run / "checkpoints")
+    if good is None:
+        raise UserError(
+            f"the interference passed milora.interference.limit ({watch.limit:g}) at step "
+            f"{watch.passed}, before there was a checkpoint to go back to: use a lower "
+            "training.learning_rate, milora.protect, or a higher limit, and a new output_dir"
+        )
+    progress.say(f"stopped at step {watch.passed}; the result is that of {good.name}")
+    load_state(good / STATE, live)
+    return {"stopped": {"step": watch.passed, "interference_limit": watch.limit}}
+
+
+class StepZero(TrainerCallback):
+    """The check of step 0 where it takes all processes to run the model: once it is shared out."""
+
+    def __init__(self, ready: Ready, record: dict[str, Any], progress: Progress) -> None:
+        self.ready, self.record, self.progress = ready, record, progress
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step:
+            return
+        probe = {name: tensor.to(args.device) for name, tensor in _probe(self.ready).items()}
+        self.record["step0"] = step_zero(
+            kwargs["model"], probe, self.ready.asked["model"], self.progress
+        )
+        if state.is_world_process_zero:
+            write_json(self.ready.run / "run.json", self.record)
+
+
+def _probe(ready: Ready) -> dict[str, Tensor]:
+    """The first rows, on which step 0 and the export are checked."""
+    base = ready.material.base
+    probe = read_only(collator_for(base.reader, base.model)(ready.material.train.examples[:4]))
+    return {name: tensor.to(base.model.device) for name, tensor in probe.items()}
+
+
+def step_zero(
+    live: PeftModel, probe: Mapping[str, Tensor], model: str, progress: Progress
+) -> dict[str, float]:
+    """How far the adapted logits are from the base's, and the bound, for run.json.
+
+    Raises UserError where the base is damaged, RuntimeError where the bound is passed.
+    """
+    difference = adapter.step0_difference(live, probe)
+    base: Any = live.get_base_model()
+    bound = adapter.step0_bound(base.dtype)
+    if not math.isfinite(difference):
+        raise UserError(f"model: {model} gives logits that are no numbers{_damaged(live)}")
+    progress.say(f"step 0: adapted and base logits differ by {difference:.1e} (bound {bound})")
+    if not difference <= bound:
+        raise RuntimeError(
+            f"step 0 is not the base: the logits differ by {difference:.1e} of the largest, "
+            f"bound {bound}; nothing was trained, please report this"
+        )
+    return {"difference": difference, "bound": bound}
 
 
 def _damaged(model: nn.Module) -> str:
