@@ -3,7 +3,7 @@
     python benchmarks/protection.py     # benchmarks/results/protection.json
 
 Steps, projections and measurements take turns in one process, r = 32 on q, k, v, up and down, at
-4 x 256 and 16 x 128 tokens; medians. A minute or two on two quiet cores.
+4 x 256 and 16 x 128 tokens; medians. A quarter of an hour on two cores.
 """
 
 import json
