@@ -610,6 +610,11 @@ def main() -> None:
         init = sys.argv[1:2] in (["init"], ["compare"])
         again = "the same command" if init else "`milora train ... --resume`"
         sys.exit(_fail(f"stopped; {again} continues"))
+    except RuntimeError as error:
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not _lost(error):
+            raise
+        _fail("another process of this run has ended: see what it said; --resume goes on")
+        sys.exit(1)
     except OSError as error:
         where = f" {error.filename}" if error.filename else ""
         if error.errno in NO_ROOM:
@@ -617,6 +622,13 @@ def main() -> None:
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EISDIR):
             sys.exit(_fail(f"cannot write{where}: {os.strerror(error.errno)}"))
         raise
+
+
+def _lost(error: RuntimeError) -> bool:
+    """Whether it says that another process does not answer any more."""
+    from torch.distributed import DistError
+
+    return isinstance(error, DistError) or "onnection" in str(error)
 
 
 def _fail(sentence: str) -> int:

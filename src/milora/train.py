@@ -370,8 +370,8 @@ def _begin(ready: Ready, processes: Processes, progress: Progress) -> Begun:
         "coverage": coverage(live) if isinstance(live, PeftModel) else {},
         "seconds": {},
     }  # fmt: skip
-    record["rows_per_step"] = _rows_per_step(asked["training"], processes.number)
-    if processes.number > 1:
+    if not resumed:
+        record["rows_per_step"] = _rows_per_step(asked["training"], processes.number)
         record["processes"] = processes.number
     if material.named.ids:
         record["tokens"] = {"ids": material.named.ids, "added": material.named.added}
