@@ -27,7 +27,6 @@ WAYS = {
     "ddp": ["-m", "milora"],
     "fsdp2": [str(HERE / "sharded_on_cpu.py")],
 }
-TEXT = HERE.parent / "README.md"
 FSDP = yaml.safe_load((HERE.parent / "examples" / "accelerate" / "fsdp2.yaml").read_text())
 # What `accelerate launch` tells its processes of such a file.
 SHARDED = {"ACCELERATE_USE_FSDP": "true"} | {
@@ -42,8 +41,12 @@ def config(tiny: Tiny, folder: Path, name: str, rows: int, **changes: Any) -> Pa
     if not data.exists():
         write_rows(data, 40)
     changes.setdefault("lora", {}).setdefault("lora_dropout", 0.0)
+    (folder / "general.txt").write_text("Nothing that the rows say stands in here. " * 20)
     training = {"per_device_train_batch_size": rows, "average_tokens_across_devices": True}
     changes["training"] = training | changes.get("training", {})
+    if "milora" in changes:
+        text = str(folder / changes["milora"]["text"])
+        changes["milora"] = changes["milora"] | {"text": text}
     asked = settings(tiny("llama"), folder, output_dir=str(folder / name), **changes)
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(asked))
@@ -93,7 +96,7 @@ def apart(one: Path, other: Path) -> float:
 EVERYTHING = {
     "milora": {
         "protect": 4, "interference": {"top": 4, "every": 2},
-        "text": str(TEXT), "keep": {"tokens": 64}, "protect_inputs": 2,
+        "text": "general.txt", "keep": {"tokens": 64}, "protect_inputs": 2,
     },
     "training": {"weight_decay": 0.1},
 }  # fmt: skip
