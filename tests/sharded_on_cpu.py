@@ -1,6 +1,7 @@
 """`milora` in processes that share the weights out, on CPUs, for test_processes.py.
 
-accelerate shards on accelerators alone, by this one word; all else is its code and torch's.
+accelerate shards on accelerators alone, by the word of this state; all else is its code, torch's
+and DeepSpeed's.
 """
 
 from typing import Any
@@ -11,8 +12,9 @@ from accelerate.utils import DistributedType
 
 
 def state(**options: Any) -> PartialState:
-    found = PartialState(**options)
-    found.distributed_type = DistributedType.MULTI_GPU
+    found = PartialState(**options | {"backend": "gloo"})
+    if found.distributed_type == DistributedType.MULTI_CPU:
+        found.distributed_type = DistributedType.MULTI_GPU
     return found
 
 

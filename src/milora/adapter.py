@@ -274,6 +274,14 @@ def place(matrices: Mapping[str, Matrix], start: Start) -> None:
                 B.copy_(sign * B0)
 
 
+def unfused(model: PeftModel) -> None:
+    """Compute the update as PEFT does, module by module, as ZeRO-3 gathers them: the same function
+    in somewhat more time.
+    """
+    for layer in adapted_layers(model).values():
+        layer.__dict__.pop("forward", None)
+
+
 def anchor_aside(model: PeftModel, start: Start) -> None:
     """Take the anchor out of the state dict, which FSDP shares out, and place it as a whole.
 

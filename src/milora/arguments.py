@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ OWNED = {
     "restore_callback_states_from_checkpoint": "leave it out",
     "save_only_model": "it would make a run that cannot be resumed: leave it out",
     "push_to_hub": "upload the adapter folder when it is done",
-    "deepspeed": "milora does not train with it: use FSDP 2 (examples/accelerate)",
+    "deepspeed": "use accelerate launch --config_file examples/accelerate/zero3.yaml",
     "fsdp": "use accelerate launch --config_file examples/accelerate/fsdp2.yaml",
     "fsdp_config": "use accelerate launch --config_file examples/accelerate/fsdp2.yaml",
 }
@@ -59,7 +60,9 @@ def training_arguments(
         "save_strategy": "epoch",
         "save_total_limit": 2,
         "report_to": "none",
-        "use_cpu": not torch.cuda.is_available(),
+        # DeepSpeed has its own word for it, DS_ACCELERATOR=cpu.
+        "use_cpu": not torch.cuda.is_available()
+        and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true",
         "dataloader_pin_memory": torch.cuda.is_available(),
         # All that trains takes part in every step, and the anchor never changes.
         "ddp_find_unused_parameters": False,

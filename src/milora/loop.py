@@ -281,7 +281,7 @@ def save_state(path: Path, model: nn.Module, write: bool = True) -> None:
 
     Of shared-out weights all processes must call it; those that do not `write` give their slices.
     """
-    tensors = {name: whole(p.detach()).cpu().contiguous() for name, p in _trained(model).items()}
+    tensors = {name: whole(p).detach().cpu().contiguous() for name, p in _trained(model).items()}
     if write:
         write_bytes(path, save(tensors))
 
@@ -346,7 +346,9 @@ def last_complete_checkpoint(folder: Path) -> Path | None:
     found = []
     for path in folder.glob("checkpoint-*"):
         step = path.name.rpartition("-")[2]
-        needed = (STATE, "optimizer.pt", "scheduler.pt")
+        # DeepSpeed has a folder in place of the optimizer's file, and names it last.
+        optimizer = "latest" if (path / "latest").exists() else "optimizer.pt"
+        needed = (STATE, optimizer, "scheduler.pt")
         try:
             last = read_json(path / "trainer_state.json")["global_step"] == int(step)
         except (OSError, ValueError, KeyError):

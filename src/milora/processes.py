@@ -4,8 +4,9 @@
 transformers' Trainer shares the rows out. What is here is for what comes before and after: initial
 factors are made by one process and sent to the others, and files are written by one.
 
-Under FSDP 2 the weights are shared out too ("sharded"): each process holds a slice of every tensor
-that trains, a DTensor. `whole` and `put` are how the rest of milora reads and writes such a one.
+The weights may be shared out too ("sharded"). Under FSDP 2 each process then holds a slice of every
+tensor that trains, a DTensor, which `whole` and `put` read and write. Under DeepSpeed's ZeRO-3 it
+is `whole` alone: what would write there, between the optimizer's copy and the model's, is refused.
 """
 
 import os
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from milora.errors import ElsewhereError, UserError
 
@@ -40,7 +42,7 @@ class Processes(NamedTuple):
 
     rank: int
     number: int
-    sharded: bool  # the weights are shared out, not only the rows
+    sharded: Literal["fsdp", "zero3"] | None  # how the weights are shared out, not only the rows
     group: Any = None  # for what takes long; None where there is one process
 
     @property
@@ -106,24 +108,45 @@ def processes_of(arguments: TrainingArguments) -> Processes:
 
     Raises UserError for ways of sharing out that milora does not train with.
     """
-    count, rank = int(arguments.world_size), int(arguments.process_index)
-    sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
-    if sharded and os.environ.get("FSDP_VERSION", "1") != "2":
+    number, rank = int(arguments.world_size), int(arguments.process_index)
+    plugin = arguments.deepspeed_plugin
+    sharded: Literal["fsdp", "zero3"] | None = None
+    if plugin is not None:
+        if plugin.zero_stage != 3:
+            raise UserError(
+                f"DeepSpeed's stage {plugin.zero_stage} shares out the optimizer alone, which is "
+                "small for an adapter: use examples/accelerate/ddp.yaml, or zero3.yaml"
+            )
+        sharded = "zero3"
+        unset_hf_deepspeed_config()  # the weights are read whole, and shared out once decomposed
+    elif os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        sharded = "fsdp"
+    if sharded == "fsdp" and os.environ.get("FSDP_VERSION", "1") != "2":
         raise UserError(
             "FSDP 1 splits tensors so that no row of a factor is whole: use fsdp_version: 2 "
             "(examples/accelerate/fsdp2.yaml)"
         )
     state = arguments.distributed_state
-    if sharded and state is not None and state.distributed_type == DistributedType.MULTI_CPU:
+    if (
+        sharded == "fsdp"
+        and state is not None
+        and state.distributed_type == DistributedType.MULTI_CPU
+    ):
         raise UserError("FSDP is for GPUs, and here are none: use examples/accelerate/ddp.yaml")
-    if count == 1 or not dist.is_initialized():
-        return Processes(rank, 1, False)
-    return Processes(rank, count, sharded, dist.new_group(backend="gloo", timeout=LONG))
+    if number == 1 or not dist.is_initialized():
+        return Processes(rank, 1, None)
+    return Processes(rank, number, sharded, dist.new_group(backend="gloo", timeout=LONG))
 
 
-def whole(tensor: Tensor) -> Tensor:
+def whole(tensor: Any) -> Tensor:
     """All of a tensor of which each process has a slice; any other as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if hasattr(tensor, "ds_id"):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        found: Tensor = safe_get_full_fp32_param(tensor)
+        return found.view(tensor.ds_shape)
+    full: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return full
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import yaml
@@ -220,7 +220,7 @@ def _check(
             "quantization and milora.factors_from out"
         )
     if processes.sharded:
-        _check_sharded(asked)
+        _check_sharded(asked, arguments, processes.sharded)
     if (method == "full" or lora.get("modules_to_save")) and dtype == "auto":
         dtype = "float32"  # most steps of a small rate round to nothing in 16 bit
     set_seed(seed)
@@ -233,7 +233,7 @@ def _check(
     weights = original.weights if original else None
     if original:
         progress.say(_memory(original, dtype))
-    material = read_material(asked, dtype, processes.sharded, processes.main, progress)
+    material = read_material(asked, dtype, bool(processes.sharded), processes.main, progress)
     gates = [parse_gate(gate) for gate in asked["gates"]]
     check_subjects(gates, [task.name for task in material.tasks])
     base, base_sha = material.base, material.base_sha256
@@ -294,7 +294,9 @@ def _check(
     )  # fmt: skip
 
 
-def _check_sharded(asked: Mapping[str, Any]) -> None:
+def _check_sharded(
+    asked: Mapping[str, Any], arguments: TrainingArguments, how: Literal["fsdp", "zero3"]
+) -> None:
     """Raise UserError for what cannot be trained where each process has a slice of the weights."""
     lora, named = asked["lora"], asked.get("tokenizer", {})
     there = {
@@ -308,8 +310,28 @@ def _check_sharded(asked: Mapping[str, Any]) -> None:
     for key, is_there in there.items():
         if is_there:
             raise UserError(
-                f"{key} is not for weights that are shared out (FSDP): leave it out, or have every "
+                f"{key} is not for weights that are shared out: leave it out, or have every "
                 "process keep the whole model (examples/accelerate/ddp.yaml)"
+            )
+    if how == "fsdp":
+        return
+    milora, method = asked["milora"], asked["method"]
+    watched = milora["interference"]
+    there = {
+        "milora.protect": bool(milora["protect"]),
+        "milora.protect_inputs": bool(milora["protect_inputs"]),
+        "milora.keep": bool(milora["keep"]),
+        "milora.interference.limit": watched["limit"] is not None,
+        "training.weight_decay": bool(arguments.weight_decay) and method != "lora",
+        "load_best_model_at_end": bool(arguments.load_best_model_at_end),
+        "16 bit": asked["dtype"] != "float32" or arguments.bf16 or arguments.fp16,
+    }
+    for key, is_there in there.items():
+        if is_there:
+            raise UserError(
+                f"{key} is not for DeepSpeed, which keeps copies of its own of what trains, and in "
+                "16 bit rounds the adapter and the anchor: use dtype: float32 and leave it out, "
+                "or use FSDP 2 (examples/accelerate/fsdp2.yaml)"
             )
 
 
@@ -432,6 +454,8 @@ def _together(ready: Ready, begun: Begun | None, processes: Processes) -> Begun:
         begun = Begun(live, start, tops, holds, {}, "")
     if processes.sharded and isinstance(begun.live, PeftModel) and begun.start:
         adapter.anchor_aside(begun.live, begun.start)
+        if processes.sharded == "zero3":
+            adapter.unfused(begun.live)
     return begun
 
 
@@ -519,6 +543,12 @@ def _check_folder(
     record: dict[str, Any] = read_json(run / "run.json")
     rows = _rows_per_step(asked["training"], processes)
     trained = (run / "checkpoints" / STATE).exists()
+    latest = last_complete_checkpoint(run / "checkpoints")
+    if not trained and latest and (latest / "latest").exists() and record["processes"] != processes:
+        raise UserError(
+            f"--resume: DeepSpeed's checkpoints are for {record['processes']} processes, and here "
+            f"are {processes}: use as many, or a new output_dir"
+        )
     if not trained and record.get("rows_per_step", rows) != rows:
         raise UserError(
             f"--resume: a step was over {record['rows_per_step']} rows and would be over {rows} "
@@ -574,7 +604,7 @@ def _fit(
     if arguments.weight_decay and matrices and asked["method"] != "lora":
         callbacks.append(Decay(matrices, arguments.weight_decay))
         arguments.weight_decay = 0.0
-    if begun.tops and begun.start is not None:
+    if begun.tops and begun.start is not None and processes.sharded != "zero3":
         wanted = asked["milora"]["interference"]
         watch = Watch(
             matrices, begun.start, begun.tops, wanted["every"], wanted["limit"], wanted["stop"],
