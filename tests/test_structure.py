@@ -47,7 +47,7 @@ LAYERS = (
     {"material"},
     {"ggufs"},
     {"artefacts", "train", "inspection"},
-    {"compare_page", "fronts", "estimate"},
+    {"compare_page", "fronts", "estimate", "combine"},
     {"inspect_page"},
     {"report"},
     {"compare"},

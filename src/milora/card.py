@@ -291,6 +291,52 @@ def artefact_card(record: Mapping[str, Any]) -> str:
     )
 
 
+def combined_card(record: Mapping[str, Any]) -> str:
+    """README.md of a combination of adapters, from its milora.json."""
+    base, about = record["base"], record["combined"]
+    name = harmless(base["name"])
+    head: dict[str, Any] = {
+        "base_model": base["name"],
+        "library_name": "peft",
+        "pipeline_tag": pipeline(base),
+        "tags": ["lora", "transformers", "milora"],
+    }
+    if base["license"] != "unknown":
+        head["license"] = base["license"]
+    how = {"sum": "the sum", "ties": "TIES", "dare": "DARE"}[about["how"]]
+    kept = f", a share of {about['density']:g} of the entries kept" if "density" in about else ""
+    error = record["approximation_error"]
+    lines = [
+        "---", yaml.safe_dump(head, sort_keys=False).strip(), "---", "",
+        f"# LoRA adapters for {name}, combined", "",
+        f"A plain LoRA of rank {record['rank']} for the untouched base `{name}`: {how} of the "
+        f"adapters below{kept}"
+        + (f", approximated with a relative error of {error:.2e}" if error else "")
+        + ". It was not trained as such: evaluate it on the tasks of each.",
+        "",
+        *(
+            f"- {weight:g} × `{harmless(one['name'])}` ({harmless(one['method'])}), adapter sha256 "
+            f"`{one['adapter_sha256'][:16]}`"
+            for one, weight in zip(about["of"], about["weights"], strict=True)
+        ),
+        "",
+        "| | cosine | in inputs that the other reads | in outputs that it writes |",
+        "|---|---|---|---|",
+        *(
+            f"| {' and '.join(map(harmless, one['of']))} | {one['cosine']:+.3f} | "
+            f"{one['inputs']:.1%} | {one['outputs']:.1%} |"
+            for one in about["in_common"]
+        ),
+        "",
+        "## Load it", "", "```python",
+        *load_code(record, '"path/of/the/base"', '"this/folder"'),
+        "```", "",
+        *([] if _task(base) == "SEQ_2_SEQ_LM" else serving(record["rank"])),
+        "The licence of the base holds for it.", "",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
 def auto_class(base: Mapping[str, Any]) -> str:
     """The library's class that loads the base of a run, by what its record says of it."""
     return "AutoModelForImageTextToText" if "reads" in base else KINDS[_task(base)][0]

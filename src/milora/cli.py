@@ -473,6 +473,35 @@ def export(
     typer.echo(said)
 
 
+@app.command(epilog="Example: milora combine runs/a runs/b --how ties --rank 64 --out both")
+def combine(
+    runs: Annotated[list[Path], typer.Argument(help="Run or adapter folders of one base.")],
+    out: Annotated[Path, typer.Option(help="A new folder for the adapter.")],
+    how: Annotated[str, typer.Option(help="sum (exact), ties or dare.")] = "sum",
+    weights: Annotated[str, typer.Option(help="One for each, with commas; default 1.")] = "",
+    density: Annotated[
+        float, typer.Option(help="The share of entries that ties and dare keep.")
+    ] = 0.5,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="The most it may have; default: the ranks' sum.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of what dare drops.")] = 0,
+    base: Annotated[str | None, typer.Option(help="The base; default: as recorded.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Make one adapter of several of one base; what they have in common is said first."""
+    _quiet()
+    from milora.combine import combine as run_combination
+    from milora.progress import Progress
+
+    given = _numbers("--weights", weights, float) or None
+    with Progress() as progress:
+        said = run_combination(
+            runs, out, how, given, density, rank, seed, base, trust_remote_code, progress
+        )
+    typer.echo(said)
+
+
 @app.command(
     epilog="Example: milora verify runs/first/adapter --server http://localhost:8000 --model tuned"
 )
