@@ -16,15 +16,17 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import milora.store
 import milora.train
-from milora.adapter import add_adapter, lora_config
+from milora.adapter import add_adapter, load_start, lora_config
 from milora.artefacts import export_run
 from milora.errors import UserError
+from milora.export import load_plain_lora
 from milora.inspection import inspect_model
 from milora.matrices import adapted_matrices, fused_rows, matrix_in
 from milora.pretrained import load_pretrained, task_of
 from milora.preview import coverage, covered_lines
 from milora.progress import Progress
 from milora.store import Store, decompose_checkpoint
+from milora.verify import verify
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 258, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -188,6 +190,36 @@ def test_from_the_base_to_the_artefacts(
         found = load.from_pretrained(tmp_path / "merged")(**asked).logits
     assert float((wanted - plain).abs().max()) > 1e-2 * float(plain.abs().max())
     assert float((found - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
+
+
+@pytest.mark.parametrize("name", ["gpt2", "phi3", "mixtral"])
+@pytest.mark.parametrize("protect", [0, {"tasks": "all"}])
+def test_a_run_goes_on_from_another(
+    name: str, protect: Any, folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Every pair of the new adapter learns, outside of what the earlier one uses where asked."""
+    _, _, targets, parameters, _ = ARCHITECTURES[name]
+    lora = {"target_modules": targets, "target_parameters": parameters or None, "lora_dropout": 0.0}
+    short = {"max_steps": 3, "eval_strategy": "no"}
+    about: dict[str, Any] = {"lora": lora, "training": short, "evaluate": {"tasks": []}}
+    run(settings(folder(name), tmp_path, **about))
+    about |= {"milora": {"protect": protect}, "continue": {"run": str(tmp_path / "run")}}
+    record = run(settings(folder(name), tmp_path, output_dir=str(tmp_path / "next"), **about))
+    assert record["step0"]["difference"] <= record["step0"]["bound"]
+    assert all(check.holds for check in verify(tmp_path / "next"))
+    start = load_start(tmp_path / "next" / "init" / "factors.safetensors")
+    for one, (A, B) in start.factors.items():
+        assert ((A.norm(dim=1) > 1e-5) | (B.norm(dim=0) > 1e-5)).all(), one
+    skeleton = AutoModelForCausalLM.from_pretrained(folder(name))
+    before = load_plain_lora(tmp_path / "run" / "adapter", skeleton).factors
+    skeleton = AutoModelForCausalLM.from_pretrained(folder(name))
+    after = load_plain_lora(tmp_path / "next" / "adapter", skeleton).factors
+    for one, (A, B) in after.items():
+        earlier = before[one].B.double() @ before[one].A.double()
+        dW = B.double() @ A.double() - earlier
+        if protect and dW.norm() > 1e-6:
+            assert (earlier.T @ dW).norm() < 1e-4 * earlier.norm() * dW.norm()
+            assert (dW @ earlier.T).norm() < 1e-4 * earlier.norm() * dW.norm()
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -100,3 +100,46 @@ def test_killed_at_some_moment(
     child.kill()
     child.join()
     check_resumed(children, arguments, wanted)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_killed_while_it_continues(
+    tiny: Tiny,
+    tmp_path: Path,
+    unbroken: tuple[Path, dict[str, str], float],
+    children: ForkServerContext,
+) -> None:
+    """At any write: the earlier run is as it was, and resuming ends as an unbroken run does."""
+    folder, _, _ = unbroken
+    before = files(folder / "run")
+    rows = str(folder / "rows.jsonl")
+    changes = {
+        "data": {"train": rows},
+        "evaluate": {"tasks": [{"file": rows, "max_new_tokens": 3, "limit": 2}]},
+        "milora": {"protect": {"tasks": "all"}},
+        "continue": {"run": str(folder / "run"), "rank": 10},
+        "training": {"max_steps": 3, "save_steps": 1, "eval_strategy": "no"},
+    }
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    arguments = settings(tiny("llama"), tmp_path / "whole", **changes)
+    child = children.Process(target=run, args=(arguments,))
+    child.start()
+    child.join()
+    wanted = result_hashes(tmp_path / "whole" / "run")
+    arguments = settings(tiny("llama"), tmp_path / "killed", **changes)
+    ended = []
+    for at_write in (3, 5, 8, 20, 30):
+        begun = (tmp_path / "killed" / "run").exists()
+        child = children.Process(target=run_and_kill, args=(arguments, begun, at_write))
+        child.start()
+        child.join()
+        ended.append(child.exitcode)
+    assert ended[:3] == [-signal.SIGKILL] * 3
+    check_resumed(children, arguments, wanted)
+    assert files(folder / "run") == before
+    record = json.loads((tmp_path / "killed" / "run" / "run.json").read_text())
+    assert record["adapter"]["cut"]["rank"] == 10

@@ -29,7 +29,7 @@ LAYERS = (
         "costs",
         "processes",
     },
-    {"grade", "adapter", "data", "pretrained", "config", "card", "gates"},
+    {"grade", "adapter", "data", "pretrained", "config", "card", "gates", "lineage"},
     {
         "choices",
         "harness",
@@ -43,10 +43,11 @@ LAYERS = (
     },
     {"forms", "arguments"},
     {"export", "evaluate", "loop", "verify", "preview", "chat"},
-    {"store", "merge", "server", "material", "result"},
+    {"store", "merge", "server", "result", "continual", "transfer"},
+    {"material"},
     {"ggufs"},
     {"artefacts", "train", "inspection"},
-    {"compare_page", "fronts", "estimate"},
+    {"compare_page", "fronts", "estimate", "combine"},
     {"inspect_page"},
     {"report"},
     {"compare"},
@@ -112,18 +113,24 @@ def test_links_in_the_documents_resolve() -> None:
 def test_the_documents_name_every_configuration_key() -> None:
     from milora.config import (
         Config,
+        Continue,
         Data,
         Evaluate,
         Interference,
         KeepText,
         Milora,
         TaskFile,
+        Tasks,
         Tokenizer,
     )
 
     page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
-    for model in (Config, Data, Evaluate, Interference, KeepText, Milora, TaskFile, Tokenizer):
-        for key in model.model_fields:
+    for model in (
+        Config, Continue, Data, Evaluate, Interference, KeepText, Milora, TaskFile, Tasks,
+        Tokenizer,
+    ):  # fmt: skip
+        for name, field in model.model_fields.items():
+            key = field.alias or name
             assert f"`{key}`" in page, key
 
 

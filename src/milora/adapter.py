@@ -7,6 +7,9 @@ The base weight W is never changed. Two LoRA adapters of PEFT are active on ever
 One (A, B) trains and starts as a copy of the initial factors (A0, B0); the `anchor` (A0, -B0) holds
 buffers, which nobody's switches make trainable. At step 0 they cancel, and the gradients are those
 of the paper's rewritten base W - s B0 A0 plus a LoRA at (A0, B0).
+
+A run that continues another has that one's update dW' as a third pair, frozen too (`previous`):
+its components are those of W + dW', and step 0 is W x + dW' x.
 """
 
 import copy
@@ -19,7 +22,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import MethodType
+from types import MappingProxyType, MethodType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -36,6 +39,7 @@ from milora.anchored import anchored
 from milora.errors import UserError
 from milora.files import write_bytes
 from milora.matrices import (
+    PREVIOUS,
     Matrix,
     Weights,
     adapted_layers,
@@ -56,6 +60,7 @@ from milora.quantised import (
     linear_shape,
     plain_tensors,
 )
+from milora.spectra import apart, span
 from milora.svd import Component, Components, Decompose, components
 from milora.vision import leave_tower_alone, projectors
 
@@ -193,6 +198,8 @@ def add_adapter(
     decompose: Decompose = components,
     weights: Weights | None = None,
     checked: bool = False,
+    previous: Mapping[str, Factors] = MappingProxyType({}),
+    keep_apart: bool = False,
     progress: Callable[[str, int, int], None] = lambda name, done, total: None,
 ) -> tuple[PeftModel, Start]:
     """The model with the adapter of `method` in its starting state, and that state.
@@ -207,6 +214,10 @@ def add_adapter(
     On a quantised base `weights` reads the full-precision matrices (checkpoint.full_weights): the
     factors come from them, and so do the hashes. Method lora does without.
 
+    `previous` is a plain LoRA dW = B A of the same base, by module, that this adapter comes on top
+    of: the components are those of W + dW, the hashes those of W. With `keep_apart` they are those
+    of W + dW outside of what dW reads and writes.
+
     Raises UserError, before any decomposition, for targets that match nothing, embeddings, a tied
     output head, a rank that a weight does not allow, NaN weights, a `start` of another base, or a
     packed weight without `weights`.
@@ -216,9 +227,11 @@ def add_adapter(
     keep_packing(model)
     peft_model = _inject(model, config)
     matrices = adapted_matrices(peft_model, weights)
+    if previous:
+        _add_previous(peft_model, config, previous)
     if start is None:
         hashes = _hashes(matrices, method)
-        start = _start(matrices, method, hashes, seed, begin, decompose, progress)
+        start = _start(matrices, method, hashes, seed, begin, decompose, keep_apart, progress)
     elif not checked:
         check_base(start.sha256, _hashes(matrices, method))
     if method in COMPONENT:
@@ -314,21 +327,51 @@ def decay(matrices: Mapping[str, Matrix], share: float) -> None:
 
 def _add_anchor(peft_model: PeftModel, config: LoraConfig) -> None:
     """The frozen pair beside the one that trains, and the forward that computes both as one."""
+    _add_frozen(peft_model, copy.deepcopy(config), ANCHOR)
+    for matrix in adapted_matrices(peft_model).values():
+        if matrix.expert is None:  # of experts PEFT adds up the updates by itself
+            matrix.layer.forward = MethodType(_anchored_forward, matrix.layer)
+
+
+@torch.no_grad()
+def _add_previous(
+    peft_model: PeftModel, config: LoraConfig, previous: Mapping[str, Factors]
+) -> None:
+    """The update that this one comes on top of; nothing of it where `previous` has no factors."""
+    matrices = adapted_matrices(peft_model)
+    if left := sorted(set(previous) - set(matrices)):
+        raise UserError(
+            f"lora.target_modules: the run that this one continues adapted {left[0]} ({len(left)} "
+            "of its weights are not among the targets here): name all of them"
+        )
     frozen = copy.deepcopy(config)
+    rank = max(len(A) for A, _ in previous.values())
+    frozen.r, frozen.lora_alpha, frozen.use_rslora = rank, rank, False
+    frozen.rank_pattern, frozen.alpha_pattern = {}, {}
+    _add_frozen(peft_model, frozen, PREVIOUS)
+    for name, matrix in matrices.items():
+        A, B = matrix.factors(PREVIOUS)
+        A.zero_()
+        B.zero_()
+        if name in previous:
+            own = previous[name]
+            A[: len(own.A)].copy_(own.A)
+            B[:, : len(own.A)].copy_(own.B)
+
+
+def _add_frozen(peft_model: PeftModel, frozen: LoraConfig, adapter: str) -> None:
+    """One more adapter, of buffers, that is active with whichever trains."""
     frozen.lora_dropout = 0.0
     # What trains in full has its start in the base: nothing is to be taken away from it.
     frozen.modules_to_save = frozen.trainable_token_indices = None
     frozen.ensure_weight_tying, frozen.modules_to_tie = False, None  # type: ignore[attr-defined]
     # Not the method of a classifier's class, which would add a second head.
-    PeftModel.add_adapter(peft_model, ANCHOR, frozen)
+    PeftModel.add_adapter(peft_model, adapter, frozen)
     for layer in adapted_layers(peft_model).values():
-        for linear in (layer.lora_A[ANCHOR], layer.lora_B[ANCHOR]):
+        for linear in (layer.lora_A[adapter], layer.lora_B[adapter]):
             weight = linear.weight.detach()
             del linear.weight
             linear.register_buffer("weight", weight)
-    for matrix in adapted_matrices(peft_model).values():
-        if matrix.expert is None:  # of experts PEFT adds up the updates by itself
-            matrix.layer.forward = MethodType(_anchored_forward, matrix.layer)
     peft_model.save_pretrained = _refuse_bare_pair  # type: ignore[method-assign]
     peft_model.set_adapter = MethodType(_set_adapter, peft_model)  # type: ignore[method-assign]
 
@@ -461,6 +504,7 @@ def _start(
     seed: int,
     begin: Begin,
     decompose: Decompose,
+    keep_apart: bool,
     progress: Callable[[str, int, int], None],
 ) -> Start:
     factors, scaling, spectra = {}, {}, {}
@@ -470,7 +514,9 @@ def _start(
             factors[name] = _kept(*matrix.factors(TRAINED))
             continue
         progress(name, done, len(matrices))
-        weight = matrix.weight
+        weight = matrix.effective
+        if keep_apart and PREVIOUS in matrix.layer.lora_A:
+            weight = apart(weight, *span(*matrix.factors(PREVIOUS)))
         drawn = module_seed(seed, name)
         found = components_of_parts(
             weight, matrix.parts, matrix.rank(TRAINED), COMPONENT[method], drawn, decompose
@@ -490,11 +536,21 @@ def _start(
 
 
 def _anchored_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """W x + s (B A x - B0 A0 x), with PEFT's modules as the places of the factors."""
+    """W x + s (B A x - B0 A0 x), with PEFT's modules as the places of the factors.
+
+    With an update of earlier runs W x + dW' x in place of W x, summed as PEFT sums it, so that step
+    0 is to the last bit what their adapter gives.
+    """
     result: Tensor = layer.base_layer(x, *args, **kwargs)
+    if layer.disable_adapters or layer.merged:
+        return result
+    if PREVIOUS in layer.lora_A:
+        A, B = layer.lora_A[PREVIOUS], layer.lora_B[PREVIOUS]
+        result = (result + B(A(x.to(A.weight.dtype)))).to(result.dtype)
     # Usually TRAINED; a copy of it, where TRL keeps one as the reference.
-    names = [name for name in layer.active_adapters if name in layer.lora_A and name != ANCHOR]
-    if layer.disable_adapters or layer.merged or not names:
+    others = ANCHOR, PREVIOUS
+    names = [name for name in layer.active_adapters if name in layer.lora_A and name not in others]
+    if not names:
         return result
     if len(names) > 1:
         raise UserError(
@@ -518,7 +574,8 @@ def _set_adapter(model: PeftModel, adapter_name: str, *args: Any, **kwargs: Any)
     """PEFT's, and the anchor with whichever it is, since none of them is right without."""
     type(model).set_adapter(model, adapter_name, *args, **kwargs)
     tuner: Any = model.base_model
-    tuner.set_adapter([adapter_name, ANCHOR])
+    frozen = [name for name in (ANCHOR, PREVIOUS) if name in model.peft_config]
+    tuner.set_adapter([adapter_name, *frozen])
 
 
 def _refuse_bare_pair(*args: Any, **kwargs: Any) -> None:

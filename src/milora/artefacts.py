@@ -107,7 +107,7 @@ def export_run(
             said = f"{out / LORA}: GGUF LoRA of rank {provenance['rank']}, exact"
         elif to == "merged":
             rounding = merge_files(files, skeleton, plain.factors, hashes, folder, progress)
-            _copy_tokenizer(source, folder)
+            copy_tokenizer(source, folder)
             record |= {"format": MERGED, "rounding": rounding._asdict()}
             said = f"{out}: merged weights, {rounding.sentence()}"
         else:
@@ -125,7 +125,7 @@ def export_run(
     return said
 
 
-def _copy_tokenizer(source: Path, folder: Path) -> None:
+def copy_tokenizer(source: Path, folder: Path) -> None:
     """Of an adapter what is no weight and no record: tokenizer and chat template."""
     for file in source.iterdir():
         if file.name not in OWN:
@@ -145,7 +145,7 @@ def _classifier(source: Path, out: Path, to: str, base: str | None, trust_remote
     merge(model, load_plain_lora(source, skeleton))
     with new_folder(out) as folder:
         model.save_pretrained(folder)
-        _copy_tokenizer(source, folder)
+        copy_tokenizer(source, folder)
     return f"{out}: merged weights with the head, {opened.provenance['base']['dtype']}"
 
 
@@ -156,7 +156,7 @@ def _smaller(source: Path, out: Path, rank: int, base: str | None, trust_remote_
         skeleton = type(model)(model.config)
     plain = best_of_rank(load_plain_lora(source, skeleton), rank)
     with new_folder(out) as folder:
-        _copy_tokenizer(source, folder)
+        copy_tokenizer(source, folder)
         written = save_plain_lora(folder, plain, model, opened.base.name)
         loaded = PeftModel.from_pretrained(model, folder)
         provenance: dict[str, Any] = opened.provenance | {

@@ -42,7 +42,8 @@ def model_card(
     }
     if base["license"] != "unknown":
         head["license"] = base["license"]
-    training = asked["training"]
+    training, first = asked["training"], record["step0"]
+    whose = "those of the run that it continues" if "from" in first else "the base's"
     kinds = record["coverage"]["adapted"].items()
     adapted = ", ".join(f"{kind} ({found['weights']})" for kind, found in kinds)
     recipe = [
@@ -83,8 +84,10 @@ def model_card(
         f"- {record['parameters']['trainable']:,} trained parameters of "
         f"{record['parameters']['all']:,}; "
         f"{record['seconds'].get('training', 0):.0f} s of training",
-        f"- at step 0 the logits differed from the base's by "
-        f"{record['step0']['difference']:.1e} (relative to the largest)",
+        f"- at step 0 the {first.get('of', 'logits')} differed from "
+        f"{whose} by "
+        f"{first['difference']:.1e} (relative to the largest)",
+        *(f"- {line}" for line in _chain(record)),
         "",
     ]
     if evaluation:
@@ -115,7 +118,13 @@ def _adapter_head(record: Mapping[str, Any], asked: Mapping[str, Any], rank: int
         *BASE_NOTE.get(base["name"], ()),
         *_serving(record, rank),
     ]
-    if record["method"] != "lora":
+    if "continues" in record:
+        lines += [
+            f"**Why rank {rank}:** the update of the run that this one continues is part of it, so "
+            "that it goes on the base alone and on no other adapter.",
+            "",
+        ]
+    elif record["method"] != "lora":
         lines += [
             f"**Why rank {rank}:** training started at the initial factors (A0, B0), not at zero, "
             "and the base was left as it is. The update is s(BA - B0A0), which as one ordinary "
@@ -124,6 +133,23 @@ def _adapter_head(record: Mapping[str, Any], asked: Mapping[str, Any], rank: int
             "",
         ]
     return lines
+
+
+def _chain(record: Mapping[str, Any]) -> Iterator[str]:
+    """Of a run that continues another: which, and what was cut."""
+    if "continues" not in record:
+        return
+    earlier = record["continues"]
+    how = "trains its adapter on" if earlier["how"] == "same" else "adds an adapter to its result"
+    yield (
+        f"continues `{harmless(Path(earlier['run']).name)}` ({how}), adapter sha256 "
+        f"`{earlier['adapter_sha256'][:16]}`"
+    )
+    if cut := record["adapter"].get("cut"):
+        yield (
+            f"cut to rank {cut['rank']}: {cut['error']:.1e} of the update; all cuts of the chain "
+            f"add up to at most {cut['summed_error']:.1e}"
+        )
 
 
 def load_code(record: Mapping[str, Any], base: str, adapter: str) -> list[str]:
@@ -263,6 +289,52 @@ def artefact_card(record: Mapping[str, Any]) -> str:
             "",
         ]
     )
+
+
+def combined_card(record: Mapping[str, Any]) -> str:
+    """README.md of a combination of adapters, from its milora.json."""
+    base, about = record["base"], record["combined"]
+    name = harmless(base["name"])
+    head: dict[str, Any] = {
+        "base_model": base["name"],
+        "library_name": "peft",
+        "pipeline_tag": pipeline(base),
+        "tags": ["lora", "transformers", "milora"],
+    }
+    if base["license"] != "unknown":
+        head["license"] = base["license"]
+    how = {"sum": "the sum", "ties": "TIES", "dare": "DARE"}[about["how"]]
+    kept = f", a share of {about['density']:g} of the entries kept" if "density" in about else ""
+    error = record["approximation_error"]
+    lines = [
+        "---", yaml.safe_dump(head, sort_keys=False).strip(), "---", "",
+        f"# LoRA adapters for {name}, combined", "",
+        f"A plain LoRA of rank {record['rank']} for the untouched base `{name}`: {how} of the "
+        f"adapters below{kept}"
+        + (f", approximated with a relative error of {error:.2e}" if error else "")
+        + ". It was not trained as such: evaluate it on the tasks of each.",
+        "",
+        *(
+            f"- {weight:g} × `{harmless(one['name'])}` ({harmless(one['method'])}), adapter sha256 "
+            f"`{one['adapter_sha256'][:16]}`"
+            for one, weight in zip(about["of"], about["weights"], strict=True)
+        ),
+        "",
+        "| | cosine | in inputs that the other reads | in outputs that it writes |",
+        "|---|---|---|---|",
+        *(
+            f"| {' and '.join(map(harmless, one['of']))} | {one['cosine']:+.3f} | "
+            f"{one['inputs']:.1%} | {one['outputs']:.1%} |"
+            for one in about["in_common"]
+        ),
+        "",
+        "## Load it", "", "```python",
+        *load_code(record, '"path/of/the/base"', '"this/folder"'),
+        "```", "",
+        *([] if _task(base) == "SEQ_2_SEQ_LM" else serving(record["rank"])),
+        "The licence of the base holds for it.", "",
+    ]  # fmt: skip
+    return "\n".join(lines)
 
 
 def auto_class(base: Mapping[str, Any]) -> str:

@@ -64,6 +64,9 @@ def train(
         bool,
         typer.Option("--dry-run", help="Show data, coverage, memory and time; write nothing."),
     ] = False,
+    continue_from: Annotated[
+        Path | None, typer.Option(help="Start from the result of this run (continue.run).")
+    ] = None,
     print_default: Annotated[
         bool, typer.Option("--print-default", help="Print an annotated configuration.")
     ] = False,
@@ -76,7 +79,8 @@ def train(
         return
     if config is None:
         raise UserError("give a configuration: milora train run.yaml (or --print-default)")
-    settings = load_config(config, overrides or [])
+    earlier = [f"continue.run={json.dumps(str(continue_from))}"] if continue_from else []
+    settings = load_config(config, [*(overrides or []), *earlier])
     _quiet()
     from milora.files import write_text
     from milora.gates import Verdict
@@ -106,6 +110,24 @@ def train(
     _tell_gates([Verdict(**one) for one in record["gates"]])
 
 
+@app.command(epilog="Example: milora history runs/march")
+def history(
+    run: Annotated[Path, typer.Argument(help="The last run of the chain.")],
+) -> None:
+    """The runs that led to this one, with their gates and scores, and which of them to serve."""
+    from milora.compare_page import Table
+    from milora.lineage import chain, current
+    from milora.lineage import history as table
+
+    links = chain(run)
+    _print_table(Table(*table(links)))
+    released = current(links)
+    if released is None:
+        typer.echo("current release: none, since no run of the chain finished with its gates")
+        return
+    typer.echo(f"current release: {released.run / 'adapter'}")
+
+
 @app.command(epilog="Example: milora init run.yaml lora.r=64   (then any run of rank up to 64)")
 def init(
     config: Annotated[Path, typer.Argument(help="The configuration of the run to come.")],
@@ -117,6 +139,11 @@ def init(
     from milora.config import load_config
 
     settings = load_config(config, overrides or [])
+    if settings.continue_.run:
+        raise UserError(
+            "continue.run: the components of a run that continues another are not those of the "
+            "base: leave them to milora train"
+        )
     _quiet()
     from milora.progress import Progress, duration
     from milora.store import Store, decompose_checkpoint
@@ -267,6 +294,14 @@ def evaluate(
             help="The JSON file to write; default: evaluation.json of the run.", callback=_to_write
         ),
     ] = None,
+    all_tasks: Annotated[
+        bool,
+        typer.Option(
+            "--all-tasks",
+            help="Every run of the chain on every task of it, and what "
+            "updates did to earlier tasks.",
+        ),
+    ] = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Base against tuned: accuracy, format failures, loss, and knowledge kept.
@@ -289,6 +324,11 @@ def evaluate(
     from milora.verify import open_run
     from milora.vision import image_tokens
 
+    if all_tasks:
+        if tasks or knowledge:
+            raise UserError("--all-tasks are those of the chain: leave out --tasks and --knowledge")
+        _evaluate_chain(source, limit, out, trust_remote_code)
+        return
     if not (source / "milora.json").exists() and not (source / "run.json").exists():
         # A plain model has nothing to be compared with: base and tuned are the same.
         asked: dict[str, Any] = {
@@ -326,6 +366,34 @@ def evaluate(
             progress,
         )
     _print_scores(result)
+    own = source / "evaluation.json"
+    if out:
+        save_evaluation(out, out.with_suffix(".samples.jsonl"), result, samples)
+        typer.echo(f"written: {out}")
+    elif own.exists() and limit is None:
+        files = own, source / "samples.jsonl"
+        save_evaluation(*files, *merge_evaluations(*files, result, samples))
+        typer.echo(f"written: {own}")
+
+
+def _evaluate_chain(
+    source: Path, limit: int | None, out: Path | None, trust_remote_code: bool
+) -> None:
+    from milora.compare_page import Table
+    from milora.evaluate import merge_evaluations, save_evaluation
+    from milora.lineage import chain
+    from milora.progress import Progress
+    from milora.transfer import evaluate_chain, sentences, table
+    from milora.verify import open_run
+
+    links = chain(source)
+    pair, reader, _ = open_run(source, trust_remote_code)
+    with Progress() as progress:
+        result, samples = evaluate_chain(links, pair, reader, progress, limit)
+    _print_scores(result)
+    _print_table(Table(*table(result["continual"])))
+    for sentence in sentences(result["continual"]):
+        typer.echo(sentence)
     own = source / "evaluation.json"
     if out:
         save_evaluation(out, out.with_suffix(".samples.jsonl"), result, samples)
@@ -402,6 +470,35 @@ def export(
 
     with Progress() as progress:
         said = export_run(run, out, to, rank, trust_remote_code, base, progress)
+    typer.echo(said)
+
+
+@app.command(epilog="Example: milora combine runs/a runs/b --how ties --rank 64 --out both")
+def combine(
+    runs: Annotated[list[Path], typer.Argument(help="Run or adapter folders of one base.")],
+    out: Annotated[Path, typer.Option(help="A new folder for the adapter.")],
+    how: Annotated[str, typer.Option(help="sum (exact), ties or dare.")] = "sum",
+    weights: Annotated[str, typer.Option(help="One for each, with commas; default 1.")] = "",
+    density: Annotated[
+        float, typer.Option(help="The share of entries that ties and dare keep.")
+    ] = 0.5,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="The most it may have; default: the ranks' sum.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of what dare drops.")] = 0,
+    base: Annotated[str | None, typer.Option(help="The base; default: as recorded.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Make one adapter of several of one base; what they have in common is said first."""
+    _quiet()
+    from milora.combine import combine as run_combination
+    from milora.progress import Progress
+
+    given = _numbers("--weights", weights, float) or None
+    with Progress() as progress:
+        said = run_combination(
+            runs, out, how, given, density, rank, seed, base, trust_remote_code, progress
+        )
     typer.echo(said)
 
 

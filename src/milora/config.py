@@ -45,7 +45,8 @@ lora:                          # handed to peft.LoraConfig as it stands
 milora:
   factors_from: null           # the full-precision checkpoint behind a model that comes quantised
   rank: null                   # by layer: {energy: 0.001}, {parameters: 2000000}; else lora.r
-  protect: 0                   # top-k singular directions held fixed; {energy: 0.5}; or by pattern
+  protect: 0                   # top-k singular directions held fixed; {energy: 0.5}; or by pattern;
+                               # {tasks: all, weights: 0}: what earlier tasks use, and the same
   interference:                # how much of the update acts in the top directions, as it trains
     top: 16                    # k, or protect where that is more; 0 measures what is protected
     every: 50                  # steps
@@ -68,6 +69,11 @@ evaluate:
   knowledge: default           # text file(s), .txt or .jsonl; default: Python's help topics
   chunks: 16                   # pieces of 512 tokens of it
   batch_size: 16
+continue:
+  run: null                    # the finished run whose result this one starts from; null: the base
+  how: fold                    # fold: a new adapter on top of it | same: its adapter trained on
+  replay: 0                    # a share of every earlier run's training rows, trained on again
+  rank: null                   # the most that the exported adapter may have; null: all, 2r more
 gates: []                      # conditions on what was measured, checked at the end, exit code 3;
                                # for example [mail.accuracy >= base + 0.05, knowledge.kl <= 0.05]
 """
@@ -129,10 +135,15 @@ class KeepText(Strict):
     tokens: int = Field(default=512, ge=2)
 
 
+class Tasks(Strict):
+    tasks: Literal["all"]
+    weights: Number | Energy | dict[str, Number | Energy] = 0
+
+
 class Milora(Strict):
     factors_from: str | None = None
     rank: Energy | Parameters | None = None
-    protect: Number | Energy | dict[str, Number | Energy] = 0
+    protect: Number | Energy | Tasks | dict[str, Number | Energy] = 0
     interference: Interference = Interference()
     start: Literal["published", "directions", "balanced"] = "published"
     text: str | list[str] | None = None
@@ -160,7 +171,16 @@ class Evaluate(Strict):
     batch_size: int = Field(default=16, ge=1)
 
 
+class Continue(Strict):
+    run: str | None = None
+    how: Literal["same", "fold"] = "fold"
+    rank: int | None = Field(default=None, ge=1)
+    replay: float = Field(default=0.0, ge=0, le=1)
+
+
 class Config(Strict):
+    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)
+
     model: str
     method: Literal["milora", "pissa", "middle", "random", "lora", "full"] = "milora"
     output_dir: str
@@ -175,6 +195,7 @@ class Config(Strict):
     milora: Milora = Milora()
     training: dict[str, Any] = {}
     evaluate: Evaluate = Evaluate()
+    continue_: Continue = Field(default=Continue(), alias="continue")  # a keyword of Python
     gates: list[str] = []
 
 
@@ -211,7 +232,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold keys and values; see `milora train --print-default`")
-    for block in ("data", "tokenizer", "lora", "milora", "training", "evaluate"):
+    for block in ("data", "tokenizer", "lora", "milora", "training", "evaluate", "continue"):
         if block in values and values[block] is None:  # all its keys are commented out
             values[block] = {}
     for override in overrides:
@@ -257,6 +278,10 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
             f"{path}: milora.keep and milora.protect_inputs need milora.text, general text that "
             "evaluate.knowledge does not have"
         )
+    if config.continue_.run is None and config.continue_ != Continue():
+        raise UserError(
+            f"{path}: continue.run is missing: name the run to continue, or leave the block out"
+        )
     if config.lora.lora_alpha is None:
         config.lora.lora_alpha = config.lora.r  # the paper's setting: s = 1
     return config
@@ -291,13 +316,15 @@ def _nearest(where: Sequence[str]) -> str | None:
         "lora": ["r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora"],
         "milora": [*Milora.model_fields, *Interference.model_fields, *KeepText.model_fields],
         "evaluate": list(Evaluate.model_fields),
+        "continue": list(Continue.model_fields),
         "training": ["learning_rate", "num_train_epochs", "max_steps", "report_to"],
     }
     *block, key = where
     if "tasks" in block:
         known = list(TaskFile.model_fields)
     else:
-        known = blocks.get(block[0], []) if block else list(Config.model_fields)
+        top = [field.alias or name for name, field in Config.model_fields.items()]
+        known = blocks.get(block[0], []) if block else top
     near = difflib.get_close_matches(key, known, 1, 0.7)
     if near or block:
         return near[0] if near else None

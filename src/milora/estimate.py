@@ -19,7 +19,7 @@ from milora.errors import UserError
 from milora.pretrained import dtype_of, task_of
 from milora.preview import by_kind, compute_dtype, prepared, size
 from milora.progress import duration
-from milora.protect import FIRST
+from milora.protect import FIRST, parts_of
 
 # Of the rate of a product of its size, what a training step reaches: measured by
 # benchmarks/estimate.py (docs/speed.md).
@@ -43,6 +43,7 @@ def estimate(
     training: Mapping[str, Any],
     evaluate: Mapping[str, Any],
     gates: Sequence[str] = (),
+    continue_: Mapping[str, Any] = MappingProxyType({}),
     processes: int = 1,
     sharded: bool = False,
     speed: float | None = None,
@@ -132,7 +133,7 @@ def estimate(
             {name: (shape, rank) for name, (shape, rank, _) in shapes.items()},
             trained, checkpoints, top,
         ) if config else {"checkpoints/ and model/": (3 * checkpoints + 2) * trained_bytes},
-        "notes": _notes(milora, tokenizer),
+        "notes": _notes(milora, tokenizer, continue_),
     }  # fmt: skip
 
 
@@ -161,17 +162,21 @@ def _batches(data: Mapping[str, Any], arguments: TrainingArguments, processes: i
 
 def _top(milora: Mapping[str, Any]) -> int:
     """How many of the largest singular vectors are computed of each weight."""
-    protect = milora["protect"]
+    protect, _ = parts_of(milora["protect"])
     known = protect if isinstance(protect, int) else FIRST
     return max(known, int(milora["interference"]["top"]))
 
 
-def _notes(milora: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> list[str]:
+def _notes(
+    milora: Mapping[str, Any], tokenizer: Mapping[str, Any], continue_: Mapping[str, Any]
+) -> list[str]:
     notes = []
+    if continue_.get("run"):
+        notes.append("continue: the frozen update of the earlier run is not counted")
     if milora["rank"]:
         notes.append("milora.rank gives each weight the rank of its spectrum, which is not read "
                      "here: counted is lora.r for all")  # fmt: skip
-    if not isinstance(milora["protect"], int):
+    if not isinstance(parts_of(milora["protect"])[0], int):
         notes.append(f"milora.protect depends on the spectra: counted are {FIRST} directions")
     if milora["keep"]:
         notes.append("milora.keep: its passes over general text are not counted")

@@ -53,12 +53,14 @@ def plain_lora(
     trained: Mapping[str, Factors],
     rank: int | None = None,
     in_full: Mapping[str, Mapping[str, Tensor]] = MappingProxyType({}),
+    previous: Mapping[str, Factors] = MappingProxyType({}),
 ) -> PlainLora:
     """The update as one ordinary LoRA per module, and what was trained in full beside it.
 
     Without `rank` the concatenation above, exact, of rank 2r (r for method lora, which has no
-    anchor). With `rank` the best approximation of that rank in the Frobenius norm (Eckart and
-    Young), from the factors alone, in fp64, with the error it makes.
+    anchor); with `previous`, the update that this one came on top of, of that one's rank more.
+    With `rank` the best approximation of that rank in the Frobenius norm (Eckart and Young), from
+    the factors alone, in fp64, with the error it makes.
     """
     factors: dict[str, Factors] = {}
     for name, (A, B) in trained.items():
@@ -69,6 +71,9 @@ def plain_lora(
         else:
             joined = torch.cat([A, A0]).float(), s * torch.cat([B, -B0], dim=1).float()
             factors[name] = Factors(*joined)
+        if name in previous:
+            own, (A, B) = factors[name], previous[name]
+            factors[name] = Factors(torch.cat([own.A, A]), torch.cat([own.B, B], dim=1))
     plain = PlainLora(factors, 0.0, ("", 0.0), in_full)
     return plain if rank is None else best_of_rank(plain, rank)
 
@@ -85,6 +90,20 @@ def best_of_rank(plain: PlainLora, rank: int) -> PlainLora:
         worst = max(worst, (name, own), key=lambda pair: pair[1])
     error = math.sqrt(lost / whole) if whole else 0.0
     return PlainLora(factors, error, worst, plain.in_full)
+
+
+def exact_rank(plain: PlainLora) -> int:
+    """The rank that it is saved with."""
+    return max(len(A) for A, _ in plain.factors.values())
+
+
+def norm(plain: PlainLora) -> float:
+    """||dW|| over all modules, Frobenius."""
+    squared = (
+        (B.double().T @ B.double() * (A.double() @ A.double().T)).sum()
+        for A, B in plain.factors.values()
+    )
+    return math.sqrt(max(0.0, float(sum(squared))))
 
 
 def _truncate(factors: Factors, rank: int) -> tuple[Factors, Tensor]:
@@ -210,7 +229,7 @@ def _tensors(
 
 def _one_rank(plain: PlainLora) -> dict[str, Factors]:
     """By name, the factors of smaller rank filled up with zeros."""
-    rank = max(len(A) for A, _ in plain.factors.values())
+    rank = exact_rank(plain)
     return {
         name: Factors(
             nn.functional.pad(A, (0, 0, 0, rank - len(A))).contiguous(),

@@ -5,6 +5,8 @@
     measure  =  TASK "." KEY            of evaluation.json, for example mail.accuracy
              |  "knowledge." KEY        of every general text, or of one: "knowledge." TEXT "." KEY
              |  "interference." KEY     max, mean or size, of run.json
+             |  "continual." KEY        of a run that continues another: backward_transfer and the
+                                        rest of TRANSFER, over all tasks of the chain
 
 `base` is the same measure of the base. A measure that is missing, or no number, fails the gate.
 """
@@ -20,6 +22,8 @@ from milora.card import short
 from milora.errors import UserError
 from milora.files import read_json
 
+# What transfer.py measures of a chain of updates.
+TRANSFER = ("overall", "backward_transfer", "forward_transfer", "kl", "cut")
 COMPARE: dict[str, Callable[[float, float], bool]] = {
     ">=": lambda a, b: a >= b, "<=": lambda a, b: a <= b,
     ">": lambda a, b: a > b, "<": lambda a, b: a < b,
@@ -36,7 +40,7 @@ _GATE = re.compile(
 
 class Gate(NamedTuple):
     text: str
-    subject: str  # a task, "knowledge", "knowledge.TEXT" or "interference"
+    subject: str  # a task, "knowledge", "knowledge.TEXT", "interference" or "continual"
     key: str
     relation: str
     number: float | None  # None: relative to the base
@@ -65,8 +69,10 @@ def parse_gate(text: str) -> Gate:
     if not math.isfinite(number or 0.0) or not math.isfinite(by):
         raise UserError(f"gates: {text!r}: the bound is not finite")
     subject = found["measure"]
-    if subject == "interference" and number is None:
-        raise UserError(f"gates: {text!r}: the base has no interference: give a number")
+    if subject in ("interference", "continual") and number is None:
+        raise UserError(f"gates: {text!r}: the base has no {subject}: give a number")
+    if subject == "continual" and found["key"] not in TRANSFER:
+        raise UserError(f"gates: {text!r}: continual has {', '.join(TRANSFER)}")
     return Gate(text.strip(), subject, found["key"], found["relation"], number,
                 found["sign"] or "", by)  # fmt: skip
 
@@ -74,10 +80,9 @@ def parse_gate(text: str) -> Gate:
 def check_subjects(gates: Sequence[Gate], tasks: Sequence[str]) -> None:
     """Raise UserError for a gate on a task that the run does not have."""
     for gate in gates:
-        if gate.subject.partition(".")[0] not in ("knowledge", "interference", *tasks) and (
-            gate.subject not in tasks
-        ):
-            near = difflib.get_close_matches(gate.subject, [*tasks, "knowledge", "interference"], 1)
+        others = ("knowledge", "interference", "continual")
+        if gate.subject.partition(".")[0] not in (*others, *tasks) and gate.subject not in tasks:
+            near = difflib.get_close_matches(gate.subject, [*tasks, *others], 1)
             hint = f": did you mean {near[0]}?" if near else ""
             raise UserError(
                 f"gates: {gate.text!r} is on {gate.subject}, which is no task of this run{hint} "
@@ -129,6 +134,9 @@ def _measured(
     if gate.subject == "interference":
         found = record.get("interference", {})
         return [(found[gate.key], None)] if gate.key in found else []
+    if gate.subject == "continual":
+        value = evaluation.get("continual", {}).get(gate.key)
+        return [] if value is None else [(value, None)]
     first, _, text = gate.subject.partition(".")
     if first == "knowledge":
         kept = [one for one in evaluation["knowledge"] if not text or short(one["text"]) == text]

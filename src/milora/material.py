@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from milora.classification import check_labels, label, label_names
+from milora.continual import Earlier, replayed
 from milora.data import Prepared, Rows, overlap, prepare, read_rows, split_rows
 from milora.errors import UserError
 from milora.evaluate import (
@@ -40,12 +41,16 @@ class Material(NamedTuple):
     files: dict[str, str]  # name -> sha256
     base_sha256: str  # of the base as it came
     named: Named  # tokens of the user's own
+    replayed: dict[str, int]  # rows of earlier runs among those for training, by run
 
 
 def read_material(
-    asked: Mapping[str, Any], dtype: str, sharded: bool, main: bool, progress: Progress
-) -> Material:
+    asked: Mapping[str, Any], dtype: str, sharded: bool, main: bool, earlier: Earlier | None,
+    progress: Progress,
+) -> Material:  # fmt: skip
     """What the configuration `asked` names. Raises UserError for whatever cannot be used.
+
+    `earlier` is the run that it continues, whose rows it may train on again.
 
     `sharded` leaves the base where the files are read, for processes that share it out; its hash
     is then that of the `main` one, and "" in the others, which have no values.
@@ -66,6 +71,12 @@ def read_material(
         train_rows, held_rows = rows.rows, read_rows(held_out, **read, split="test").rows
     else:
         train_rows, held_rows = split_rows(rows.rows, held_out, asked["seed"])
+    again = None
+    if earlier and (share := asked["continue"]["replay"]):
+        again = replayed(earlier, share, asked["seed"], pictures)
+        train_rows = [*train_rows, *again.rows]
+        said = ", ".join(f"{count} of {run}" for run, count in again.counts.items())
+        progress.say(f"replayed: {len(again.rows)} rows of earlier runs ({said})")
     tasks = [load_task(task, pictures=pictures) for task in evaluate["tasks"]]
     names = [task.name for task in tasks]
     if len(set(names)) < len(names):
@@ -81,6 +92,8 @@ def read_material(
     used = [source, held_out, *(text_source for _, text_source in [*texts, *kept])]
     used += [_task_file(task) for task in evaluate["tasks"]]
     files = {f: sha256(Path(f)) for f in used if isinstance(f, str) and Path(f).is_file()}
+    if again:
+        files |= again.files
     seen = {"data": [*train_rows, *held_rows]}
     seen |= {task.name: task.rows for task in tasks if isinstance(task, Task)}
     for where, found in seen.items():
@@ -91,6 +104,7 @@ def read_material(
         counts = Counter(label(row) for row in rows.rows)
         progress.say("labels: " + ", ".join(f"{name} ({counts[name]})" for name in labels))
         check_labels(held_rows, labels)
+        check_labels(again.rows if again else [], labels)
     base, base_sha, named, template = load_with_tokens(
         model, dtype, trust_remote_code, asked.get("tokenizer", {}), asked["quantization"], labels,
         device="cpu" if sharded else None, hashed=main or not sharded,
@@ -149,8 +163,9 @@ def read_material(
         progress.say(f"warning: {common} held-out questions also stand in the training rows")
     pieces = cut(base.tokenizer, (text for text, _ in kept), longest) if kept else []
     return Material(
-        base, rows, prepared, prepared_held, common, tasks, texts, pieces, files, base_sha, named
-    )
+        base, rows, prepared, prepared_held, common, tasks, texts, pieces, files, base_sha, named,
+        again.counts if again else {},
+    )  # fmt: skip
 
 
 def _task_file(task: Any) -> str | None:
@@ -164,6 +179,7 @@ def data_record(material: Material) -> dict[str, Any]:
         "sha256": material.files,
         "skipped": len(material.rows.skipped),
         "overlap": material.overlap,
+        **({"replayed": material.replayed} if material.replayed else {}),
         **{
             name: {
                 "kept": part.kept, "shortened": part.shortened, "refused": part.refused,

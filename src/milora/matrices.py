@@ -25,6 +25,7 @@ from milora.quantised import is_packed, linear_shape
 from milora.svd import Component, Components, Decompose
 
 Weights = Callable[[str], Tensor]  # module name -> W (m, n) in full precision
+PREVIOUS = "previous"  # PEFT's name here for the update of the runs that this one continues
 
 
 class Matrix(NamedTuple):
@@ -50,6 +51,15 @@ class Matrix(NamedTuple):
         if self.expert is None:
             return _upright(base, base.weight.detach())
         return _upright(base, self.layer.get_param().detach()[self.expert])
+
+    @property
+    def effective(self) -> Tensor:
+        """W, or in fp32 W + dW where the model has the update of earlier runs on it."""
+        weight = self.weight
+        if PREVIOUS not in self.layer.lora_A:
+            return weight
+        A, B = (x.detach().to(weight.device) for x in self.factors(PREVIOUS))
+        return torch.addmm(weight.float(), B, A, alpha=self.scaling(PREVIOUS))
 
     @property
     def packed(self) -> bool:

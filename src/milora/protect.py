@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -31,15 +32,17 @@ from milora.adapter import (
 )
 from milora.errors import UserError
 from milora.files import write_bytes
-from milora.matrices import Matrix
-from milora.spectra import Interference, directions, interference
+from milora.matrices import PREVIOUS, Matrix
+from milora.spectra import Interference, directions, interference, span
 from milora.svd import Decompose, positions
 
 FORMAT = "milora top singular vectors 2"
+TINY = 1e-4  # of a factor: what is left of it is rounding
 FIRST = 64  # triplets that are computed before it is known how many an energy takes
 
 Energy = Mapping[str, float]  # {"energy": share of ||W||²}
 Protect = int | Energy | Mapping[str, int | Energy]  # the last by pattern of module names
+Tasks = Mapping[str, Any]  # {"tasks": "all", "weights": Protect}, what earlier tasks use too
 
 
 class Top(NamedTuple):
@@ -51,6 +54,13 @@ class Top(NamedTuple):
     norm: float  # ||W||
     protected: int  # how many of the first are held, 0 to k
     limited: bool  # fewer than were asked for, since the initial factors lie there
+
+
+def parts_of(protect: Protect | Tasks) -> tuple[Protect, bool]:
+    """What is protected of the weights' own spectra, and whether what earlier tasks use is too."""
+    if isinstance(protect, Mapping) and "tasks" in protect:
+        return protect["weights"], True  # type: ignore[return-value]
+    return protect, False
 
 
 def check_protect(protect: Protect, method: str) -> None:
@@ -117,7 +127,8 @@ def top_vectors(
         progress(name, done, len(matrices))
         rank = matrix.rank(TRAINED)
         top = top_of(
-            name, matrix.weight, matrix.parts, rank, start.method, protect, watched, seed, decompose
+            name, matrix.effective, matrix.parts, rank, start.method, protect, watched, seed,
+            decompose,
         )  # fmt: skip
         if top is not None:
             found[name] = top
@@ -185,11 +196,15 @@ class Held(NamedTuple):
 
 
 def held(
-    matrices: Mapping[str, Matrix], tops: Mapping[str, Top], inputs: Mapping[str, Tensor]
+    matrices: Mapping[str, Matrix],
+    tops: Mapping[str, Top],
+    inputs: Mapping[str, Tensor],
+    used: Mapping[str, Held] = MappingProxyType({}),
 ) -> dict[str, Held]:
-    """By module: the protected singular vectors, and the directions (k, n) of its inputs, if any.
+    """By module: the protected singular vectors, the directions (k, n) of its inputs, if any, and
+    what earlier tasks use of it.
 
-    Raises UserError where fewer of the n are left than the adapter's rank.
+    Raises UserError where fewer inputs or outputs are left than the adapter's rank.
     """
     found = {}
     for name, matrix in matrices.items():
@@ -199,34 +214,72 @@ def held(
             top = tops[name]
             U, Vh = top.U[:, : top.protected], top.Vh[: top.protected]
         if name in inputs:
-            both = torch.cat([Vh, inputs[name].to(Vh)]).double()
-            _, S, basis = torch.linalg.svd(both, full_matrices=False)
-            Vh = basis[S > 1e-6].float()  # what both have counts once
-            if A.shape[1] - len(Vh) < len(A):
+            Vh = _joint(Vh, inputs[name])
+        if name in used:
+            U, Vh = _joint(U.T, used[name].U.T).T, _joint(Vh, used[name].Vh)
+        for what, count, size in (
+            ("inputs", len(Vh), A.shape[1]), ("outputs", U.shape[1], len(B))
+        ):  # fmt: skip
+            if size - count < len(A) and (name in inputs or name in used):
+                tasks = ", or continue.rank of the run that this one continues" * (name in used)
                 raise UserError(
-                    f"milora.protect and protect_inputs hold {len(Vh)} of the {A.shape[1]} inputs "
-                    f"of {name}, whose adapter has rank {len(A)}: lower one of them"
+                    f"milora.protect and protect_inputs hold {count} of the {size} {what} of "
+                    f"{name}, whose adapter has rank {len(A)}: lower one of them{tasks}"
                 )
         if len(Vh):
             found[name] = Held(U, Vh)
     return found
 
 
+def _joint(one: Tensor, other: Tensor) -> Tensor:
+    """Orthonormal rows (k, n), fp32, of all that both have; what both have counts once."""
+    both = torch.cat([one, other.to(one)]).double()
+    _, S, basis = torch.linalg.svd(both, full_matrices=False)
+    kept: Tensor = basis[S > 1e-6].float()
+    return kept
+
+
+def used_by_tasks(matrices: Mapping[str, Matrix]) -> dict[str, Held]:
+    """By module all that the update of the earlier runs reads and writes."""
+    found = {}
+    for name, matrix in matrices.items():
+        if PREVIOUS in matrix.layer.lora_A:
+            U, Vh = span(*matrix.factors(PREVIOUS))
+            if len(Vh):
+                found[name] = Held(U.float(), Vh.float())
+    return found
+
+
 @torch.no_grad()
 def moved(
-    start: Start, matrices: Mapping[str, Matrix], holds: Mapping[str, Held]
+    start: Start,
+    matrices: Mapping[str, Matrix],
+    holds: Mapping[str, Held],
+    tops: Mapping[str, Top],
 ) -> dict[str, Factors]:
     """The initial factors that do not lie outside of what is held, put there, by module.
 
     Those of a weight that is several matrices (`Matrix.parts`), whose own largest singular vectors
-    are not orthogonal to the smallest of its parts, and where inputs are held.
+    are not orthogonal to the smallest of its parts, and where more is held than those of `tops`.
+    A pair of which nothing is left outside could not learn: it gets B = 0 and for A a direction
+    drawn outside of what is held, of the length that it had.
     """
     found = {}
     for name, hold in holds.items():
-        if start.method != "lora" and (matrices[name].parts or len(hold.Vh) > hold.U.shape[1]):
-            A, B = (x.double() for x in start.factors[name])
+        own = tops[name].protected if name in tops else 0
+        if start.method != "lora" and (matrices[name].parts or len(hold.Vh) > own):
+            A0, B0 = (x.double() for x in start.factors[name])
             U, Vh = (x.cpu().double() for x in hold)
-            found[name] = Factors((A - A @ Vh.T @ Vh).float(), (B - U @ (U.T @ B)).float())
+            A, B = A0 - A0 @ Vh.T @ Vh, B0 - U @ (U.T @ B0)
+            length = A0.norm(dim=1)
+            dead = (A.norm(dim=1) <= TINY * length) & (B.norm(dim=0) <= TINY * B0.norm(dim=0))
+            if dead.any():
+                generator = torch.Generator().manual_seed(module_seed(0, name))
+                drawn = torch.randn(int(dead.sum()), A.shape[1], generator=generator).to(A)
+                drawn = drawn - drawn @ Vh.T @ Vh
+                A[dead] = drawn * (length[dead] / drawn.norm(dim=1))[:, None]
+                B[:, dead] = 0.0
+            found[name] = Factors(A.float(), B.float())
     return found
 
 

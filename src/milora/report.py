@@ -21,6 +21,7 @@ from milora.inspect_page import heat, spectra_panels
 from milora.matrices import kind_of
 from milora.pages import inked, inline, render, svg
 from milora.progress import duration
+from milora.transfer import table
 
 LANGUAGES = ("en", "ja")
 ANSWERS, LONGEST = 10, 600  # side by side; characters of each
@@ -48,6 +49,7 @@ def report(run: Path, lang: str = "en") -> str:
         cards=_cards(record, evaluation, words),
         scores=Table(head, [list(row) for row in learned]),
         kept=Table(head, [list(row) for row in kept_scores(evaluation["knowledge"], words)]),
+        chain=_chain(evaluation.get("continual"), words),
         asked=_asked(record, asked),
         data=_data(record["data"], words),
         loss=_drawn(_loss_plot, metrics, words["curves"]),
@@ -80,6 +82,15 @@ def _lead(record: Mapping[str, Any], rank: int | None, words: Mapping[str, str])
             words["stopped"].format(step=stopped["step"], limit=stopped["interference_limit"])
         )
     return lead
+
+
+def _chain(found: Mapping[str, Any] | None, words: Mapping[str, str]) -> dict[str, Any] | None:
+    """Every release on every task, where they were evaluated."""
+    if found is None:
+        return None
+    keys = ("overall", "backward_transfer", "forward_transfer")
+    said = [f"{words[key]}: {found[key]:.3f}" for key in keys if found[key] is not None]
+    return {"table": Table(*table(found)), "said": said}
 
 
 def _cards(
@@ -118,6 +129,7 @@ def _asked(record: Mapping[str, Any], asked: Mapping[str, Any]) -> list[tuple[st
         chosen += [(f"lora.{key}", value) for key, value in asked["lora"].items()]
         milora = asked.get("milora", {})
         chosen += [(f"milora.{key}", milora[key]) for key in ("protect", "rank") if milora.get(key)]
+    chosen += [(f"continue.{key}", v) for key, v in asked.get("continue", {}).items() if v]
     chosen += [(f"tokenizer.{key}", v) for key, v in asked.get("tokenizer", {}).items() if v]
     chosen += [(f"training.{key}", value) for key, value in asked["training"].items()]
     chosen += [("seed", asked["seed"]), ("data.max_length", asked["data"]["max_length"])]

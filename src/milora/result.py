@@ -20,6 +20,8 @@ from milora.spectra import thinned
 from milora.tokens import load_with_tokens
 from milora.verify import head_sha256, make_probes
 
+KEPT = ("rank", "exported_against_trained", "cut")  # of milora.json in run.json
+
 
 def interference_by_layer(
     live: PeftModel, start: adapter.Start, tops: Mapping[str, Top]
@@ -68,9 +70,13 @@ def export_plain(
     run: Path,
     probe: Mapping[str, Tensor],
     asked: Mapping[str, Any],
+    cut: Mapping[str, Any] | None,
     progress: Progress,
 ) -> PeftModel:
-    """Write adapter/ and return the base with that very adapter, loaded by PEFT."""
+    """Write adapter/ and return the base with that very adapter, loaded by PEFT.
+
+    `cut` says what `plain` is short of what was trained.
+    """
     live.eval()
     with torch.no_grad():
         trained_logits = adapter.logits_of(live, probe)
@@ -102,21 +108,31 @@ def export_plain(
             }
             if head:
                 provenance |= {"labels": record["labels"], "head_sha256": head}
-            record["adapter"] = {"rank": rank, "exported_against_trained": difference}
+            if cut:
+                provenance["cut"] = dict(cut)
+            record["adapter"] = {k: provenance[k] for k in KEPT if k in provenance}
             write_json(folder / "milora.json", provenance)
             write_text(folder / "README.md", model_card(record, asked, None))
         twice = "" if start.method == "lora" else " (2r: B, A and the initial factors)"
+        if "continues" in record:
+            twice = " (with the update of the runs that it continues)"
         progress.say(
             f"{run / 'adapter'}: plain LoRA of rank {rank}{twice}, logits as trained to "
             f"{difference:.1e}"
         )
-        if not difference <= (1e-5 if base.dtype == torch.float32 else 0.05):
+        if cut:
+            progress.say(
+                f"cut to rank {cut['rank']}: {cut['error']:.1e} of the update (Frobenius, worst "
+                f"{cut['worst'][0]} {cut['worst'][1]:.1e}); all cuts of the chain add up to at "
+                f"most {cut['summed_error']:.1e}"
+            )
+        elif not difference <= (1e-5 if base.dtype == torch.float32 else 0.05):
             progress.say(
                 "its factors are those that were trained, to the last bit; the update is so large "
                 f"that the order of the sums shows in {record['base']['dtype']}"
             )
     written = read_json(run / "adapter" / "milora.json")
-    record["adapter"] = {k: written[k] for k in ("rank", "exported_against_trained")}
+    record["adapter"] = {k: written[k] for k in KEPT if k in written}
     record["state"] = "exported"
     write_json(run / "run.json", record)
     return PeftModel.from_pretrained(base, run / "adapter")

@@ -44,6 +44,29 @@ def interference(
     return Interference(_share(left), _share(right), inside, total**0.5 / norm if norm else 0.0)
 
 
+def span(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """U (m, k) and Vh (k, n), orthonormal, fp64: all that B A (m, n) reads and writes.
+
+    The k singular vectors of B A whose value is above 1e-6 of the largest, which fp32 factors have.
+    """
+    Q, R = torch.linalg.qr(B.double())
+    P, T = torch.linalg.qr(A.double().mT)
+    U, S, Vh = torch.linalg.svd(R @ T.mT)
+    k = int((S / S[0] > 1e-6).sum()) if S[0] > 0 else 0
+    return Q @ U[:, :k], Vh[:k] @ P.mT
+
+
+def apart(weight: Tensor, U: Tensor, Vh: Tensor) -> Tensor:
+    """(m, n) fp64 with the components of `weight` outside of U (m, k) and Vh (k, n), and those two
+    as its largest: whatever is small in it lies outside of both.
+    """
+    W, U, Vh = weight.double(), U.to(weight.device).double(), Vh.to(weight.device).double()
+    W = W - U @ (U.mT @ W)
+    W = W - (W @ Vh.mT) @ Vh
+    shifted: Tensor = W + 2 * torch.linalg.norm(W) * (U @ Vh)
+    return shifted
+
+
 def _share(value: float) -> float:
     return min(1.0, max(0.0, value))
 

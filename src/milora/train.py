@@ -4,7 +4,8 @@ Everything the user can get wrong is checked before anything is written. Then ea
 one whole artefact in the run folder, and `resume` continues after the last one there is:
 
     config.yaml, run.json           what was asked; state, versions, hashes, checks, times
-    init/factors.safetensors        initial factors, computed once
+    init/factors.safetensors        initial factors, computed once; previous.safetensors, the
+                                    update of the run that this one continues
     checkpoints/checkpoint-N/       the trainer's resumable states
     checkpoints/trained.safetensors the trained factors
     adapter/                        the result; model/ where no plain LoRA can hold it: full
@@ -40,6 +41,18 @@ from milora import adapter, export
 from milora.arguments import training_arguments
 from milora.card import model_card
 from milora.checkpoint import Original, original_of
+from milora.continual import (
+    FILE,
+    Earlier,
+    check_material,
+    folded,
+    logits_before,
+    open_earlier,
+    previous_update,
+    save_previous,
+    step0,
+    within,
+)
 from milora.errors import DivergedError, UserError
 from milora.evaluate import Pair, evaluate_all, save_evaluation
 from milora.files import new_folder, read_json, write_json, write_text
@@ -73,9 +86,11 @@ from milora.protect import (
     held,
     load_tops,
     moved,
+    parts_of,
     project,
     save_tops,
     top_vectors,
+    used_by_tasks,
 )
 from milora.quantised import loaded_bytes
 from milora.ranks import ranks, with_ranks
@@ -86,8 +101,9 @@ from milora.result import (
     spectra_before_and_after,
 )
 from milora.store import Store
-from milora.svd import components
+from milora.svd import Decompose, components
 from milora.tokens import load_with_tokens
+from milora.transfer import extend_evaluation
 from milora.vision import train_in_full
 
 CALIBRATION = 16  # pieces of milora.text that the inputs are measured on
@@ -105,7 +121,9 @@ class Ready(NamedTuple):
     lora_config: LoraConfig | None
     material: Material
     gates: list[Gate]
-    start: adapter.Start | None  # of a run that began before
+    start: adapter.Start | None  # of a run that began before, or that this one trains on
+    earlier: Earlier | None  # the run that this one continues
+    previous: dict[str, adapter.Factors]  # the update that its own comes on top of
     weights: Weights | None  # reads the full-precision matrices of a quantised base
     packed: dict[str, Any]  # what run.json says of such a base
     parameters: int  # of the base
@@ -113,6 +131,15 @@ class Ready(NamedTuple):
     @property
     def init(self) -> Path:
         return self.run / "init" / "factors.safetensors"
+
+    @property
+    def origin(self) -> Path:
+        """Where the start is read from: of an adapter that is trained on, from that one's run."""
+        return _origin(self.init, self.earlier)
+
+    @property
+    def apart(self) -> bool:
+        return parts_of(self.asked["milora"]["protect"])[1]
 
 
 class Begun(NamedTuple):
@@ -143,6 +170,7 @@ def train(
     training: Mapping[str, Any],
     evaluate: Mapping[str, Any],
     gates: Sequence[str] = (),
+    continue_: Mapping[str, Any] = MappingProxyType({}),
     resume: bool = False,
     dry_run: bool = False,
     progress: Progress,
@@ -166,6 +194,8 @@ def train(
     }  # fmt: skip
     if any(tokenizer.values()):
         asked["tokenizer"] = dict(tokenizer)
+    if continue_.get("run"):
+        asked["continue"] = dict(continue_)
     run = Path(output_dir)
     arguments = training_arguments(method, training, run, seed, early_stopping_patience)
     processes = processes_of(arguments)
@@ -212,7 +242,9 @@ def _check(
         lora_config = adapter.lora_config(lora)
     elif milora["rank"]:
         raise UserError("milora.rank: full fine-tuning has no rank: use an adapter")
-    check_protect(milora["protect"], method)
+    protect, apart = parts_of(milora["protect"])
+    check_protect(protect, method)
+    earlier = open_earlier(asked, run, resumed, apart)
     _check_general(milora, method, progress)
     if method == "full" and (quantization or milora["factors_from"]):
         raise UserError(
@@ -224,7 +256,7 @@ def _check(
     if (method == "full" or lora.get("modules_to_save")) and dtype == "auto":
         dtype = "float32"  # most steps of a small rate round to nothing in 16 bit
     set_seed(seed)
-    watched = milora["protect"] or milora["interference"]["top"]
+    watched = protect or milora["interference"]["top"]
     original = original_of(
         model, quantization, milora["factors_from"], dtype=dtype,
         needed=bool(method in adapter.COMPONENT or watched or milora["rank"]),
@@ -233,9 +265,14 @@ def _check(
     weights = original.weights if original else None
     if original:
         progress.say(_memory(original, dtype))
-    material = read_material(asked, dtype, bool(processes.sharded), processes.main, progress)
+    material = read_material(
+        asked, dtype, bool(processes.sharded), processes.main, earlier, progress
+    )
     gates = [parse_gate(gate) for gate in asked["gates"]]
     check_subjects(gates, [task.name for task in material.tasks])
+    over_all = [gate.text for gate in gates if gate.subject == "continual"]
+    if over_all and not earlier:
+        raise UserError(f"gates: {over_all[0]!r} needs earlier tasks: name a run in continue.run")
     base, base_sha = material.base, material.base_sha256
     task = task_of(base.model)
     for key in ("keep", "protect_inputs"):
@@ -252,15 +289,23 @@ def _check(
             "bytes": loaded_bytes(base.model), "full_precision_bytes": original.full_bytes,
         }  # fmt: skip
     init = run / "init" / "factors.safetensors"
-    start = adapter.load_start(init) if method != "full" and init.exists() else None
+    origin = _origin(init, earlier)
+    start = adapter.load_start(origin) if method != "full" and origin.exists() else None
+    previous: dict[str, adapter.Factors] = {}
+    if earlier:
+        labels = labels_of(base.model) if task == "SEQ_CLS" else []
+        in_rows = [*material.named.ids, *(lora.get("modules_to_save") or ())]
+        check_material(earlier, base_sha, model, labels, in_rows)
+        previous = previous_update(earlier, base.model, init.parent)
     names: dict[str, adapter.Target] = {}
-    if method != "full" and (milora["rank"] or isinstance(milora["protect"], dict)):
+    if method != "full" and (milora["rank"] or isinstance(protect, dict)):
         names = _targets(base, lora)
-        check_patterns(milora["protect"], list(names))
+        check_patterns(protect, list(names))
     if method != "full":
         options, ranked = lora, milora["rank"]
         if ranked:
-            options = with_ranks(lora, _ranks(base, names, ranked, start, weights, progress))
+            read = folded(base.model, weights, previous) if previous else weights
+            options = with_ranks(lora, _ranks(base, names, ranked, start, read, progress))
         lora_config = adapter.lora_config(options, task, base.in_full)
     if lora_config is not None:
         whole = lora_config.modules_to_save or ()
@@ -289,9 +334,13 @@ def _check(
                 "another output_dir"
             )
     return Ready(
-        asked, run, resumed, arguments, lora_config, material, gates, start, weights, packed,
-        base.model.num_parameters(),
+        asked, run, resumed, arguments, lora_config, material, gates, start, earlier, previous,
+        weights, packed, base.model.num_parameters(),
     )  # fmt: skip
+
+
+def _origin(init: Path, earlier: Earlier | None) -> Path:
+    return earlier.init if earlier and earlier.how == "same" and not init.exists() else init
 
 
 def _check_sharded(
@@ -306,6 +355,7 @@ def _check_sharded(
         "lora.modules_to_save": bool(lora.get("modules_to_save")),
         "tokenizer.tokens": bool(named.get("tokens") or named.get("special_tokens")),
         "milora.rank": bool(asked["milora"]["rank"]),
+        "continue.run": "continue" in asked,
     }
     for key, is_there in there.items():
         if is_there:
@@ -339,16 +389,21 @@ def _begin(ready: Ready, processes: Processes, progress: Progress) -> Begun:
     """Initial factors, the anchor, the check that step 0 is the base, and the run folder."""
     asked, run, material, resumed = ready.asked, ready.run, ready.material, ready.resumed
     method, milora, seed = asked["method"], asked["milora"], asked["seed"]
-    base, start, init = material.base, ready.start, ready.init
+    base, start, init, origin = material.base, ready.start, ready.init, ready.origin
+    earlier, previous = ready.earlier, ready.previous
+    before = None
+    if earlier and "step0" not in resumed:
+        before = logits_before(earlier, base.model, _probe(ready))
     live: nn.Module = base.model
     live_sha = adapter.base_sha256(live) if material.named.ids else material.base_sha256
     if ready.lora_config is not None:
         store = None
-        if start is None and method in adapter.COMPONENT:
+        if start is None and method in adapter.COMPONENT and not previous:
             store = Store(say=progress.say, optional=True)
         live, start = adapter.add_adapter(
             base.model, ready.lora_config, method, seed=seed, start=start, begin=milora["start"],
             decompose=store.components if store else components, weights=ready.weights,
+            previous=previous, keep_apart=ready.apart,
             progress=lambda name, done, total: progress("decomposing", done, total, name),
         )  # fmt: skip
         if store and store.found:
@@ -368,10 +423,13 @@ def _begin(ready: Ready, processes: Processes, progress: Progress) -> Begun:
     inputs: dict[str, Tensor] = {}
     holds: dict[str, Held] = {}
     if isinstance(live, PeftModel) and start is not None:
+        take = components if previous else Store(say=progress.say, optional=True).components
         tops, inputs = _tops(
-            live, ready.weights, start, milora, material.general, init, seed, progress
+            live, ready.weights, start, milora, material.general, origin, seed, take, progress
         )
-        holds = _hold(live, start, tops, inputs, init, progress)
+        holds = _hold(live, start, tops, inputs, ready.apart, origin, progress)
+    if earlier and earlier.how == "same":
+        load_state(earlier.run / "checkpoints" / STATE, live)
     task = task_of(base.model)
     record = resumed or {
         "state": "started",
@@ -395,6 +453,8 @@ def _begin(ready: Ready, processes: Processes, progress: Progress) -> Begun:
     if not resumed:
         record["rows_per_step"] = _rows_per_step(asked["training"], processes.number)
         record["processes"] = processes.number
+    if earlier and not resumed:
+        record["continues"] = earlier.record
     if material.named.ids:
         record["tokens"] = {"ids": material.named.ids, "added": material.named.added}
     if task != "CAUSAL_LM":
@@ -403,13 +463,21 @@ def _begin(ready: Ready, processes: Processes, progress: Progress) -> Begun:
         record["labels"] = labels_of(base.model)
         record["pad_token_id"] = base.tokenizer.pad_token_id
     if "step0" not in record and isinstance(live, PeftModel) and not processes.sharded:
-        record["step0"] = step_zero(live, _probe(ready), asked["model"], progress)
+        first = None
+        if earlier and before is not None and start is not None:
+            now = export.plain_lora(start, adapter.trained_factors(live), previous=previous)
+            first = step0(earlier, live, before, _probe(ready), now, base.model)
+        record["step0"] = step_zero(live, _probe(ready), asked["model"], progress, first)
     run.mkdir(parents=True, exist_ok=True)
     if not resumed:
         write_text(run / "config.yaml", yaml.safe_dump(asked, sort_keys=False, allow_unicode=True))
         write_json(run / "run.json", record)
     if start is not None and not init.exists():
         init.parent.mkdir(exist_ok=True)
+        if earlier and previous:
+            save_previous(init.with_name(FILE), previous, earlier.record["adapter_sha256"])
+        if origin != init:
+            start = start._replace(spectra=read_json(origin.with_name("spectra.json")))
         write_json(run / "init" / "spectra.json", start.spectra)
         adapter.save_start(init, start)
     if (tops or inputs) and start and not (init.parent / "top.safetensors").exists():
@@ -445,12 +513,14 @@ def _together(ready: Ready, begun: Begun | None, processes: Processes) -> Begun:
             tops, inputs = load_tops(places[1], start.sha256) if sent[1] else ({}, {})
         live, _ = adapter.add_adapter(
             ready.material.base.model, ready.lora_config, ready.asked["method"],
-            seed=ready.asked["seed"], start=start, checked=True,
+            seed=ready.asked["seed"], start=start, checked=True, previous=ready.previous,
         )  # fmt: skip
         matrices = adapted_matrices(live)
-        holds = held(matrices, tops, inputs)
+        holds = held(matrices, tops, inputs, used_by_tasks(matrices) if ready.apart else {})
         if start.method == "lora":
             project(matrices, holds)
+        if ready.earlier and ready.earlier.how == "same":
+            load_state(ready.earlier.run / "checkpoints" / STATE, live)
         begun = Begun(live, start, tops, holds, {}, "")
     if processes.sharded and isinstance(begun.live, PeftModel) and begun.start:
         adapter.anchor_aside(begun.live, begun.start)
@@ -469,14 +539,18 @@ def _finish(ready: Ready, begun: Begun, progress: Progress) -> dict[str, Any]:
         record["interference"] = interference_by_layer(live, start, begun.tops)
     if isinstance(live, PeftModel) and start is not None:
         head = adapter.head_of(live)
-        plain = export.plain_lora(start, adapter.trained_factors(live), in_full=head)
+        trained = adapter.trained_factors(live)
+        plain = export.plain_lora(start, trained, in_full=head, previous=ready.previous)
         if "spectra" not in record:
             matrices = adapted_matrices(live, ready.weights)
             record["spectra"] = spectra_before_and_after(matrices, plain)
+        cut = None
+        if ready.earlier:
+            plain, cut = within(plain, asked["continue"]["rank"], ready.earlier)
         if adapter.trained_rows(live):
             pair = export_merged(live, plain, record, run, probe, asked, progress)
         else:
-            live = export_plain(live, plain, start, record, base, run, probe, asked, progress)
+            live = export_plain(live, plain, start, record, base, run, probe, asked, cut, progress)
             pair = Pair(live, headless=base.headless)
         found = adapter.base_sha256(pair.other_base or pair.model, base.fresh)
         unchanged = found == begun.base_sha256
@@ -504,6 +578,9 @@ def _finish(ready: Ready, begun: Begun, progress: Progress) -> dict[str, Any]:
         save_evaluation(run / "evaluation.json", run / "samples.jsonl", result, samples)
         record["seconds"]["evaluation"] = time.monotonic() - began
     evaluation = read_json(run / "evaluation.json")
+    over_all = any(gate.subject == "continual" for gate in ready.gates)
+    if over_all and "continual" not in evaluation:
+        evaluation = extend_evaluation(run, pair, base.reader, progress)
     record["gates"] = [verdict._asdict() for verdict in judge(ready.gates, evaluation, record)]
     if asked["method"] != "full":
         kind = "adapter" if (run / "adapter").exists() else "model"
@@ -679,24 +756,33 @@ def _probe(ready: Ready) -> dict[str, Tensor]:
 
 
 def step_zero(
-    live: PeftModel, probe: Mapping[str, Tensor], model: str, progress: Progress
-) -> dict[str, float]:
-    """How far the adapted logits are from the base's, and the bound, for run.json.
+    live: PeftModel, probe: Mapping[str, Tensor], model: str, progress: Progress,
+    first: dict[str, Any] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """How far the adapted logits are from the base's, and the bound, for run.json; `first` is what
+    continual.step0 says in its place of a run that continues another.
 
     Raises UserError where the base is damaged, RuntimeError where the bound is passed.
     """
-    difference = adapter.step0_difference(live, probe)
     base: Any = live.get_base_model()
-    bound = adapter.step0_bound(base.dtype)
+    if first is None:
+        first = {
+            "difference": adapter.step0_difference(live, probe),
+            "bound": adapter.step0_bound(base.dtype),
+        }
+    difference, bound, what = first["difference"], first["bound"], first.get("of", "logits")
     if not math.isfinite(difference):
         raise UserError(f"model: {model} gives logits that are no numbers{_damaged(live)}")
-    progress.say(f"step 0: adapted and base logits differ by {difference:.1e} (bound {bound})")
+    whose = (
+        f"the {what} and those of {first['from']}" if "from" in first else "adapted and base logits"
+    )
+    progress.say(f"step 0: {whose} differ by {difference:.1e} (bound {bound})")
     if not difference <= bound:
         raise RuntimeError(
-            f"step 0 is not the base: the logits differ by {difference:.1e} of the largest, "
-            f"bound {bound}; nothing was trained, please report this"
+            f"step 0 is not {first.get('from', 'the base')}: the {what} differ by {difference:.1e} "
+            f"of the largest, bound {bound}; nothing was trained, please report this"
         )
-    return {"difference": difference, "bound": bound}
+    return first
 
 
 def _damaged(model: nn.Module) -> str:
@@ -739,7 +825,7 @@ def _ranks(
 
 def _tops(
     live: PeftModel, weights: Weights | None, start: adapter.Start, milora: Mapping[str, Any],
-    general: list[list[int]], init: Path, seed: int, progress: Progress,
+    general: list[list[int]], init: Path, seed: int, decompose: Decompose, progress: Progress,
 ) -> tuple[dict[str, Top], dict[str, Tensor]]:  # fmt: skip
     """The singular vectors to hold and to watch, from the run folder or the store, and the
     directions of inputs to hold, from the run folder or the text.
@@ -753,10 +839,11 @@ def _tops(
             for name, top in tops.items()
         }, inputs
     tops, inputs = {}, {}
-    if milora["protect"] or milora["interference"]["top"]:
+    protect, _ = parts_of(milora["protect"])
+    if protect or milora["interference"]["top"]:
         tops = top_vectors(
-            matrices, start, milora["protect"], milora["interference"]["top"], seed,
-            Store(say=progress.say, optional=True).components,
+            matrices, start, protect, milora["interference"]["top"], seed,
+            decompose,
             lambda name, done, total: progress("the largest components", done, total, name),
         )  # fmt: skip
     if milora["protect_inputs"]:
@@ -768,13 +855,14 @@ def _tops(
 
 def _hold(
     live: PeftModel, start: adapter.Start, tops: Mapping[str, Top], inputs: Mapping[str, Tensor],
-    init: Path, progress: Progress,
+    apart: bool, init: Path, progress: Progress,
 ) -> dict[str, Held]:  # fmt: skip
     """What the update is kept out of. What the run starts from is moved out of it, unless it was
     when `init` was written.
     """
     matrices = adapted_matrices(live)
-    holds = held(matrices, tops, inputs)
+    used = used_by_tasks(matrices) if apart else {}
+    holds = held(matrices, tops, inputs, used)
     protected = [top for top in tops.values() if top.protected]
     if protected:
         counts = sorted(top.protected for top in protected)
@@ -788,10 +876,16 @@ def _hold(
             progress.say(
                 f"in {limited} of them fewer than asked for, since the initial factors begin there"
             )
+    if used:
+        counts = sorted(len(one.Vh) for one in used.values())
+        progress.say(
+            f"kept apart: {counts[0]} to {counts[-1]} directions that earlier tasks use, in "
+            f"{len(used)} weights"
+        )
     if start.method == "lora":  # its A starts anywhere, and B at 0: step 0 stays the base
         project(matrices, holds)
-    elif not init.exists() and (apart := moved(start, matrices, holds)):
-        start.factors.update(apart)
+    elif not init.exists() and (outside := moved(start, matrices, holds, tops)):
+        start.factors.update(outside)
         adapter.place(matrices, start)
     return holds
 

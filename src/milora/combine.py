@@ -1,0 +1,230 @@
+"""Two or more adapters of one base as one plain LoRA: their sum, TIES or DARE.
+
+The sum of updates is exact, of the sum of their ranks. TIES (Yadav et al., 2023, arXiv 2306.01708)
+and DARE (Yu et al., 2024, arXiv 2311.03099) work on the entries of dW and give matrices of full
+rank, of which the best approximation within a rank is written and its error said; both are PEFT's
+own functions, as its add_weighted_adapter applies them (`ties_svd`, `dare_linear_svd`), one weight
+at a time. PEFT's `linear`, `ties` and `dare_linear` on A and B apart would not be those of B A.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftModel
+from peft.utils.merge_utils import dare_linear, ties
+from torch import Tensor
+
+from milora.adapter import Factors, module_seed, take_off
+from milora.artefacts import copy_tokenizer
+from milora.card import combined_card
+from milora.errors import UserError
+from milora.export import PlainLora, best_of_rank, exact_rank, load_plain_lora, save_plain_lora
+from milora.files import new_folder, read_json, sha256, write_json, write_text
+from milora.progress import Progress
+from milora.spectra import interference, span
+from milora.svd import components
+from milora.verify import ADAPTER, find_adapter, make_probes, open_adapter
+
+HOW = ("sum", "ties", "dare")
+
+
+class Shared(NamedTuple):
+    """What two updates have in common, over all weights that both adapt."""
+
+    cosine: float  # of the two as vectors: 1 the same, 0 nothing, -1 opposite
+    inputs: float  # share of each one's ||dW||² in the inputs that the other reads, mean of both
+    outputs: float  # and in the outputs that the other writes
+    module: str  # where the larger share is the largest
+    worst: float
+
+
+def shared(one: Mapping[str, Factors], other: Mapping[str, Factors]) -> Shared:
+    """From the factors alone, in fp64. 0 everywhere for updates with no weight in common."""
+    dot, sizes, worst = 0.0, [0.0, 0.0], ("", 0.0)
+    reads, writes = [0.0, 0.0], [0.0, 0.0]
+    for name in sorted(set(one) & set(other)):
+        pair = [Factors(*(x.double() for x in side[name])) for side in (one, other)]
+        (A, B), (C, D) = pair
+        dot += float(((B.T @ D) * (A @ C.T)).sum())
+        spans = [span(*each) for each in pair]
+        for i in (0, 1):
+            P, Q = pair[i].B, pair[i].A
+            size = float(((P.T @ P) * (Q @ Q.T)).sum())
+            found = interference(P, Q, *spans[1 - i], 1.0, None)
+            sizes[i] += size
+            reads[i] += size * found.right
+            writes[i] += size * found.left
+            worst = max(worst, (name, max(found.left, found.right)), key=lambda each: each[1])
+    if not all(sizes):
+        return Shared(0.0, 0.0, 0.0, *worst)
+    inputs, outputs = (
+        sum(x / y for x, y in zip(v, sizes, strict=True)) / 2 for v in (reads, writes)
+    )
+    return Shared(dot / math.sqrt(sizes[0] * sizes[1]), inputs, outputs, *worst)
+
+
+def combined(
+    updates: Sequence[Mapping[str, Factors]], how: str, weights: Sequence[float],
+    density: float, rank: int | None, seed: int,
+) -> PlainLora:  # fmt: skip
+    """One update of `rank`, or of the sum of the ranks; with the error of the approximation."""
+    names = sorted({name for update in updates for name in update})
+    if how == "sum":
+        joined = {}
+        for name in names:
+            own = [(update[name], w) for update, w in zip(updates, weights, strict=True)
+                   if name in update]  # fmt: skip
+            joined[name] = Factors(
+                torch.cat([factors.A for factors, _ in own]),
+                torch.cat([w * factors.B for factors, w in own], 1),
+            )
+        plain = PlainLora(joined, 0.0, ("", 0.0))
+        return best_of_rank(plain, rank) if rank and rank < exact_rank(plain) else plain
+    rank = rank or sum(max(len(A) for A, _ in update.values()) for update in updates)
+    factors, lost, whole, worst = {}, 0.0, 0.0, ("", 0.0)
+    for name in names:
+        dense = [_dense(update[name]) for update in updates if name in update]
+        own_weights = [w for update, w in zip(updates, weights, strict=True) if name in update]
+        mixed = _mixed(dense, how, own_weights, density, module_seed(seed, name))
+        total = float(mixed.double().square().sum())
+        found = components(mixed, min(rank, *mixed.shape), "principal", seed)
+        cut = max(0.0, total - float(found.S.square().sum()))
+        root = found.S.sqrt()
+        A, B = root[:, None] * found.Vh, found.U * root
+        factors[name] = Factors(A.float().contiguous(), B.float().contiguous())
+        lost, whole = lost + cut, whole + total
+        error = math.sqrt(cut / total) if total else 0.0
+        worst = max(worst, (name, error), key=lambda each: each[1])
+    return PlainLora(factors, math.sqrt(lost / whole) if whole else 0.0, worst)
+
+
+def _dense(factors: Factors) -> Tensor:
+    return factors.B @ factors.A
+
+
+def _mixed(
+    dense: Sequence[Tensor], how: str, weights: Sequence[float], density: float, seed: int
+) -> Tensor:
+    each = torch.tensor(weights, dtype=dense[0].dtype)
+    if how == "ties":
+        return ties(list(dense), each, density)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return dare_linear(list(dense), each, density)
+
+
+def combine(
+    runs: Sequence[Path],
+    out: Path,
+    how: str = "sum",
+    weights: Sequence[float] | None = None,
+    density: float = 0.5,
+    rank: int | None = None,
+    seed: int = 0,
+    base: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> str:
+    """Write the plain LoRA that the adapters of `runs` make together; returns what is to be said.
+
+    Says first what each two of them have in common. `density` is the share of entries that TIES
+    and DARE keep. Raises UserError for adapters of different bases or with a head of their own,
+    and for an existing `out`.
+    """
+    progress = progress or Progress()
+    weights = list(weights or [1.0] * len(runs))
+    _check(runs, out, how, weights, density)
+    folders = [find_adapter(run) for run in runs]
+    stored = [read_json(folder / "milora.json") for folder in folders]
+    _check_alike(runs, stored)
+    opened = open_adapter(folders[0], base, trust_remote_code)
+    model = take_off(opened.model)
+    updates = []
+    for folder in folders:
+        with torch.device("meta"):
+            skeleton = type(model)(model.config)
+        updates.append(load_plain_lora(folder, skeleton).factors)
+    common = []
+    for i, one in enumerate(updates):
+        for j in range(i + 1, len(updates)):
+            found = shared(one, updates[j])
+            common.append({"of": [runs[i].name, runs[j].name], **found._asdict()})
+            progress.say(
+                f"{runs[i]} and {runs[j]}: cosine {found.cosine:+.3f}; {found.inputs:.1%} of each "
+                f"is in inputs that the other reads, {found.outputs:.1%} in outputs that it writes"
+                + f" (most in {found.module}, {found.worst:.1%})"
+                * bool(found.module)
+            )
+    plain = combined(updates, how, weights, density, rank, seed)
+    first = max((one["step0"] for one in stored), key=lambda each: each["difference"])
+    record: dict[str, Any] = opened.provenance | {
+        "method": f"{how} of {len(runs)} adapters",
+        "step0": first,
+        "weights_sha256": _joined(stored, "weights_sha256"),
+        "quantised_sha256": _joined(stored, "quantised_sha256"),
+        "approximation_error": plain.error,
+        "combined": {
+            "how": how, "weights": weights, "seed": seed,
+            **({} if how == "sum" else {"density": density}),
+            "of": [
+                {"name": run.name, "method": one["method"],
+                 "adapter_sha256": sha256(folder / "adapter_model.safetensors")}
+                for run, folder, one in zip(runs, folders, stored, strict=True)
+            ],
+            "in_common": common,
+        },
+    }  # fmt: skip
+    record.pop("cut", None)
+    with new_folder(out) as folder:
+        copy_tokenizer(folders[0], folder)
+        record["rank"] = save_plain_lora(folder, plain, model, opened.base.name)
+        loaded = PeftModel.from_pretrained(model, folder).eval()
+        record["probes"] = make_probes(loaded, opened.base.reader)
+        write_json(folder / "milora.json", record)
+        write_text(folder / "README.md", combined_card(record))
+    said = f"{out}: plain LoRA of rank {record['rank']}, {how} of {len(runs)} adapters"
+    if plain.error == 0:
+        return f"{said}, exact"
+    return (
+        f"{said}; relative error of the approximation {plain.error:.2e}, worst module "
+        f"{plain.worst[0]} {plain.worst[1]:.2e}"
+    )
+
+
+def _check(
+    runs: Sequence[Path], out: Path, how: str, weights: Sequence[float], density: float
+) -> None:
+    if len(runs) < 2:
+        raise UserError("name two adapters or more: milora combine RUN RUN --out DIR")
+    if how not in HOW:
+        raise UserError(f"--how {how}: use {', '.join(HOW[:-1])} or {HOW[-1]}")
+    if len(weights) != len(runs) or not all(math.isfinite(w) for w in weights):
+        raise UserError(f"--weights: one number for each of the {len(runs)} adapters is needed")
+    if not 0 < density < 1:
+        raise UserError(f"--density {density}: a share between 0 and 1 is needed")
+    if out.exists():
+        raise UserError(f"--out {out} exists already: choose a new folder")
+
+
+def _check_alike(runs: Sequence[Path], stored: Sequence[Mapping[str, Any]]) -> None:
+    for run, one in zip(runs, stored, strict=True):
+        if one["format"] != ADAPTER:
+            raise UserError(f"{run} holds {one['format']}, not an adapter: name its run")
+        if one.get("labels"):
+            raise UserError(f"{run} is a classifier, and of two heads nothing is made: train one")
+        if one["base"]["sha256"] != stored[0]["base"]["sha256"]:
+            raise UserError(
+                f"wrong base: {run} is of {one['base']['name']} {one['base']['sha256'][:12]} "
+                f"({one['base']['dtype']}), and {runs[0]} of {stored[0]['base']['name']} "
+                f"{stored[0]['base']['sha256'][:12]} ({stored[0]['base']['dtype']})"
+            )
+
+
+def _joined(stored: Sequence[Mapping[str, Any]], key: str) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for one in stored:
+        found |= one.get(key, {})
+    return found

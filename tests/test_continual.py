@@ -1,0 +1,376 @@
+"""Runs that continue runs: step 0 is the earlier result, the base is the first one's."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import PeftModel
+from safetensors.torch import load_file
+from tiny_run import break_off, run, settings
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from typer.testing import CliRunner
+
+from milora.adapter import (
+    Factors,
+    add_adapter,
+    base_only,
+    base_sha256,
+    logits_of,
+    lora_config,
+    place,
+    trained_factors,
+)
+from milora.cli import app
+from milora.errors import UserError
+from milora.export import best_of_rank, norm, plain_lora
+from milora.files import sha256
+from milora.lineage import chain, current
+from milora.matrices import adapted_matrices, matrix_in
+from milora.protect import held, moved, project, used_by_tasks
+from milora.spectra import apart, span
+from milora.svd import components
+from milora.verify import verify
+
+Tiny = Callable[[str], Path]
+Load = Callable[..., PreTrainedModel]
+
+
+def config() -> Any:
+    return lora_config({"r": 4, "lora_alpha": 4, "target_modules": ["q_proj", "down_proj"]})
+
+
+def shaken(model: PeftModel, size: float, seed: int = 0) -> None:
+    """What training does: the factors move."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for matrix in adapted_matrices(model).values():
+            for factor in matrix.factors("default"):
+                factor.add_(size * (factor.abs().mean() + 0.02) * torch.randn_like(factor))
+
+
+@pytest.mark.parametrize("method", ["milora", "lora", "middle"])
+@pytest.mark.parametrize("keep_apart", [False, True])
+def test_five_foldings_without_a_step_are_one_function(
+    method: str, keep_apart: bool, load: Load, batch: dict[str, Tensor]
+) -> None:
+    model, _ = add_adapter(load("llama"), config(), "milora")
+    shaken(model, 1.0)
+    first = add_adapter(load("llama"), config(), "milora")[1]
+    previous = plain_lora(first, trained_factors(model)).factors
+    with torch.no_grad():
+        wanted = logits_of(model, batch)
+        with base_only(model):
+            base = logits_of(model, batch)
+    assert (wanted - base).abs().max() > 1e-2 * base.abs().max()
+    for _ in range(5):
+        model, start = add_adapter(
+            load("llama"), config(), method, previous=previous, keep_apart=keep_apart
+        )
+        with torch.no_grad():
+            assert (logits_of(model, batch) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+            with base_only(model):
+                assert torch.equal(logits_of(model, batch), base)
+        previous = plain_lora(start, trained_factors(model), previous=previous).factors
+
+
+def test_the_components_are_those_of_the_effective_weight(load: Load) -> None:
+    _, first = add_adapter(load("llama"), config(), "milora")
+    torch.manual_seed(0)
+    previous = {
+        name: Factors(torch.randn(3, A.shape[1]) / 5, torch.randn(len(B), 3) / 5)
+        for name, (A, B) in first.factors.items()
+    }
+    _, start = add_adapter(load("llama"), config(), "milora", previous=previous)
+    base = load("llama")
+    for name, (A0, B0) in start.factors.items():
+        A, B = previous[name]
+        found = components((matrix_in(base, name) + B @ A).double(), 4, "minor")
+        torch.testing.assert_close((B0 @ A0).double(), (found.U * found.S) @ found.Vh,
+                                   atol=1e-5, rtol=1e-4)  # fmt: skip
+        assert start.sha256[name] == first.sha256[name]  # of W, not of W + dW
+
+
+@given(
+    shape=st.tuples(st.integers(12, 40), st.integers(12, 40)),
+    used=st.integers(1, 6),
+    seed=st.integers(0, 99),
+)
+def test_apart_leaves_what_is_small_outside(shape: tuple[int, int], used: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    m, n = shape
+    W, A, B = torch.randn(m, n), torch.randn(used, n), torch.randn(m, used)
+    U, Vh = span(A, B)
+    assert len(Vh) == used
+    dW = B.double() @ A.double()
+    torch.testing.assert_close(U @ (U.T @ dW) @ Vh.T @ Vh, dW)
+    found = components(apart(W, U, Vh), min(m, n) - used, "minor")
+    assert (U.T @ found.U).abs().max() < 1e-5
+    assert (found.Vh @ Vh.T).abs().max() < 1e-5
+    outside = W.double() - U @ (U.T @ W.double())
+    outside = outside - outside @ Vh.T @ Vh
+    torch.testing.assert_close(
+        found.S, torch.linalg.svdvals(outside)[: min(m, n) - used], atol=1e-4, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("method", ["milora", "lora"])
+@pytest.mark.parametrize("steps", [1, 7])
+def test_what_earlier_tasks_use_is_untouched(method: str, steps: int, load: Load) -> None:
+    """U'ᵀ dW = 0 and dW V' = 0 to rounding, whatever the steps were."""
+    model, first = add_adapter(load("qwen2"), config(), "milora")
+    shaken(model, 3.0)
+    previous = plain_lora(first, trained_factors(model)).factors
+    model, start = add_adapter(load("qwen2"), config(), method, previous=previous, keep_apart=True)
+    matrices = adapted_matrices(model)
+    holds = held(matrices, {}, {}, used_by_tasks(matrices))
+    start.factors.update(moved(start, matrices, holds, {}))
+    place(matrices, start)
+    for step in range(steps):
+        shaken(model, 0.5, step + 10)
+        project(matrices, holds)
+    update = plain_lora(start, trained_factors(model)).factors
+    for name, (A, B) in update.items():
+        dW = B.double() @ A.double()
+        P, Q = previous[name].B.double(), previous[name].A.double()
+        assert dW.norm() > 1e-3  # it does learn
+        size = dW.norm()
+        assert (torch.linalg.qr(P).Q.T @ dW).norm() < 1e-5 * size
+        assert (dW @ torch.linalg.qr(Q.T).Q).norm() < 1e-5 * size
+
+
+def test_the_cuts_of_a_chain_add_up(load: Load) -> None:
+    """The result is never further from the sum of all updates than the errors said."""
+    budget, said = 9, 0.0
+    exact: dict[str, Tensor] = {}
+    previous: dict[str, Factors] = {}
+    for update in range(5):
+        model, start = add_adapter(load("llama"), config(), "milora", previous=previous)
+        shaken(model, 1.0, update)
+        own = plain_lora(start, trained_factors(model))
+        for name, (A, B) in own.factors.items():
+            exact[name] = exact.get(name, 0) + B.double() @ A.double()
+        whole = plain_lora(start, trained_factors(model), previous=previous)
+        cut = best_of_rank(whole, budget)
+        assert max(len(A) for A, _ in cut.factors.values()) <= budget
+        said += cut.error * norm(whole)
+        previous = cut.factors
+        off = sum(
+            float((B.double() @ A.double() - exact[name]).square().sum())
+            for name, (A, B) in previous.items()
+        )
+        assert off**0.5 <= said * (1 + 1e-6) + 1e-5
+    assert said > 0
+
+
+# --- whole runs
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {str(p.relative_to(folder)): sha256(p) for p in folder.rglob("*") if p.is_file()}
+
+
+def further(
+    tiny: Tiny, folder: Path, name: str, earlier: Path | None = None, how: str = "fold",
+    rank: int | None = None, kind: str = "llama", **changes: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """The arguments of a run in folder/name that continues `earlier`."""
+    if earlier:
+        changes["continue"] = {"run": str(earlier), "how": how, "rank": rank}
+    changes["training"] = {"max_steps": 3, "eval_strategy": "no"} | changes.get("training", {})
+    return settings(tiny(kind), folder, output_dir=str(folder / name), **changes)
+
+
+@pytest.fixture(scope="module")
+def first(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, shared by those that continue it, which must leave it as it is."""
+    folder = tmp_path_factory.mktemp("chain")
+    run(further(tiny, folder, "first", gates=["rows.accuracy >= 0"]))
+    return folder / "first"
+
+
+@pytest.fixture(autouse=True)
+def first_is_untouched(request: pytest.FixtureRequest) -> Iterator[None]:
+    if "first" not in request.fixturenames:
+        yield
+        return
+    folder = request.getfixturevalue("first")
+    before = hashes(folder)
+    yield
+    assert hashes(folder) == before
+
+
+@pytest.mark.parametrize("method", ["milora", "lora"])
+@pytest.mark.parametrize("protect", [0, 2, {"tasks": "all"}, {"tasks": "all", "weights": 2}])
+def test_a_new_adapter_on_the_earlier_result(
+    method: str, protect: Any, first: Path, tiny: Tiny, tmp_path: Path
+) -> None:
+    base = {p.name: sha256(p) for p in tiny("llama").iterdir()}
+    arguments = further(
+        tiny, tmp_path, "second", first, method=method, milora={"protect": protect}, lora={"r": 3},
+        evaluate={"tasks": []},
+    )  # fmt: skip
+    record = run(arguments)
+    assert {p.name: sha256(p) for p in tiny("llama").iterdir()} == base
+    assert record["step0"]["difference"] <= 1e-6
+    assert record["step0"]["from"] == "first"
+    assert record["continues"]["run"] == os.path.relpath(first, tmp_path / "second")
+    assert record["continues"]["gates"][0]["holds"]
+    assert record["adapter"]["rank"] == 8 + (3 if method == "lora" else 6)
+    assert record["adapter"]["exported_against_trained"] <= 1e-5
+    assert all(check.holds for check in verify(tmp_path / "second"))
+    before, after = (
+        load_file(folder / "adapter/adapter_model.safetensors")
+        for folder in (first, tmp_path / "second")
+    )
+    for name, A in after.items():
+        if "lora_A" not in name:
+            continue
+        key = name.replace("lora_A", "lora_B")
+        P, Q = before[key].double(), before[name].double()
+        dW = after[key].double() @ A.double() - P @ Q
+        assert dW.norm() > 0
+        if isinstance(protect, dict):
+            assert (torch.linalg.qr(P).Q.T @ dW).norm() < 1e-4 * dW.norm()
+            assert (dW @ torch.linalg.qr(Q.T).Q).norm() < 1e-4 * dW.norm()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_in_sixteen_bit_it_starts_at_the_very_bits(dtype: str, tiny: Tiny, tmp_path: Path) -> None:
+    run(further(tiny, tmp_path, "first", dtype=dtype, evaluate={"tasks": []}))
+    arguments = further(
+        tiny, tmp_path, "second", tmp_path / "first", dtype=dtype, evaluate={"tasks": []}
+    )
+    record = run(arguments)
+    assert record["step0"] == {"difference": 0.0, "bound": 0.0, "from": "first"}
+    assert all(check.holds for check in verify(tmp_path / "second"))
+
+
+@pytest.mark.parametrize("method", ["milora", "lora"])
+@pytest.mark.parametrize("protect", [0, 2])
+def test_the_same_adapter_is_trained_on(
+    method: str, protect: int, tiny: Tiny, tmp_path: Path
+) -> None:
+    """And, with a rate of zero, comes out as it was; on top of another too."""
+    common: dict[str, Any] = {"milora": {"protect": protect}, "evaluate": {"tasks": []}}
+    still = {"learning_rate": 0.0}
+    run(further(tiny, tmp_path, "zero", method="milora", evaluate={"tasks": []}))
+    run(further(tiny, tmp_path, "one", tmp_path / "zero", method=method, **common))
+    arguments = further(
+        tiny, tmp_path, "two", tmp_path / "one", "same", method=method, training=still, **common
+    )
+    record = run(arguments)
+    assert record["step0"] == {"difference": 0.0, "bound": 0.0, "of": "factors", "from": "one"}
+    one, two = (
+        load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("one", "two")
+    )
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, atol=1e-6 if protect else 0.0, rtol=0.0)
+    record = run(
+        further(tiny, tmp_path, "three", tmp_path / "one", "same", method=method, **common)
+    )
+    assert record["adapter"]["rank"] == (12 if method == "lora" else 16)  # it did not grow
+    three = load_file(tmp_path / "three/adapter/adapter_model.safetensors")
+    assert not all(torch.equal(one[name], three[name]) for name in one)
+
+
+def test_a_chain_within_a_budget(first: Path, tiny: Tiny, tmp_path: Path) -> None:
+    earlier, cuts = first, []
+    for name in ("second", "third"):
+        record = run(
+            further(tiny, tmp_path, name, earlier, rank=6, kind="llama", evaluate={"tasks": []})
+        )
+        assert record["adapter"]["rank"] == 6
+        cuts.append(record["adapter"]["cut"])
+        earlier = tmp_path / name
+        assert all(check.holds for check in verify(earlier))
+    assert cuts[0]["summed"] == pytest.approx(cuts[0]["norm"])
+    assert cuts[1]["summed"] == pytest.approx(cuts[0]["norm"] + cuts[1]["norm"])
+    assert 0 < cuts[0]["error"] < 0.5
+    assert "cut to rank 6" in (earlier / "adapter/README.md").read_text()
+    with pytest.raises(UserError, match=r"was cut to rank 6, .*: use how: fold"):
+        run(further(tiny, tmp_path, "fourth", earlier, "same"))
+
+
+def test_stock_peft_reads_the_chain(first: Path, tiny: Tiny, tmp_path: Path) -> None:
+    run(further(tiny, tmp_path, "second", first, evaluate={"tasks": []}))
+    base = AutoModelForCausalLM.from_pretrained(tiny("llama"))
+    sha = base_sha256(base)
+    loaded = PeftModel.from_pretrained(base, tmp_path / "second" / "adapter")
+    assert base_sha256(loaded) == sha
+
+
+def test_a_failed_gate_leaves_the_earlier_release(first: Path, tiny: Tiny, tmp_path: Path) -> None:
+    arguments = further(tiny, tmp_path, "second", first, gates=["knowledge.kl <= 0"])
+    record = run(arguments)
+    assert not record["gates"][0]["holds"]
+    links = chain(tmp_path / "second")
+    assert [link.released for link in links] == [True, False]
+    released = current(links)
+    assert released
+    assert released.run.samefile(first)
+    with pytest.raises(UserError, match=r"failed 1 of its gates .*first, which is the current rel"):
+        run(further(tiny, tmp_path, "third", tmp_path / "second"))
+    done = CliRunner().invoke(app, ["history", str(tmp_path / "second")])
+    assert done.exit_code == 0
+    assert "FAILED: 0 of 1 hold" in " ".join(done.stdout.split())
+    assert done.stdout.splitlines()[-1].endswith("first/adapter")
+
+
+def test_history_notices_what_changed(first: Path, tiny: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "first").symlink_to(first)
+    run(further(tiny, tmp_path, "second", tmp_path / "first", evaluate={"tasks": []}))
+    (tmp_path / "first").unlink()
+    with pytest.raises(UserError, match="holds no run: put it back"):
+        chain(tmp_path / "second")
+
+
+@pytest.mark.parametrize(
+    ("changes", "how", "match"),
+    [
+        ({"method": "full"}, "fold", "full fine-tuning has no adapter"),
+        ({"lora": {"r": 2}}, "same", "whose lora is .* use the same, or how: fold"),
+        ({"milora": {"start": "balanced"}}, "same", "whose milora.start is 'published'"),
+        ({"milora": {"protect": {"tasks": "all"}}}, "same", "use how: fold"),
+        ({"milora": {"protect": {"tasks": "all"}}, "method": "random"}, "fold", "random starts"),
+        ({"dtype": "bfloat16"}, "fold", "wrong base: .*float32"),
+        ({"lora": {"target_modules": ["q_proj"]}}, "fold", "name all of them"),
+        ({"lora": {"modules_to_save": ["embed_tokens"]}}, "fold", "rows of embed_tokens"),
+        ({"milora": {"protect": {"tasks": "all"}}, "lora": {"r": 12}}, "fold",
+         "hold 8 of the 16 outputs of .* whose adapter has rank 12"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_continued_is_refused(
+    changes: dict[str, Any], how: str, match: str, first: Path, tiny: Tiny, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=match):
+        run(further(tiny, tmp_path, "second", first, how, **changes))
+    assert not (tmp_path / "second").exists()
+
+
+def test_without_an_earlier_run(tiny: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"needs earlier tasks: name the run with continue.run"):
+        run(further(tiny, tmp_path, "run", milora={"protect": {"tasks": "all"}}))
+    with pytest.raises(UserError, match=r"holds no run\.json"):
+        run(further(tiny, tmp_path, "run", tmp_path))
+    page = tmp_path / "run.yaml"
+    page.write_text("model: m\noutput_dir: o\ndata: {train: d}\ncontinue: {rank: 8}\n")
+    done = CliRunner().invoke(app, ["train", str(page)])
+    assert "continue.run is missing" in str(done.exception)
+    done = CliRunner().invoke(app, ["train", str(page), "continue.hows=same"])
+    assert "unknown key continue.hows, did you mean how" in str(done.exception)
+    done = CliRunner().invoke(app, ["train", str(page), "--continue-from", str(tmp_path / "none")])
+    assert f"{tmp_path / 'none'} holds no run.json" in str(done.exception)
+
+
+def test_an_unfinished_run_is_not_continued(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    break_off(further(tiny, tmp_path, "first", training={"save_steps": 1}), 3, monkeypatch)
+    with pytest.raises(UserError, match="is not finished: finish it with"):
+        run(further(tiny, tmp_path, "second", tmp_path / "first"))
