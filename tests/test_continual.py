@@ -119,6 +119,15 @@ def test_apart_leaves_what_is_small_outside(shape: tuple[int, int], used: int, s
     )
 
 
+def test_an_update_that_cancels_uses_nothing() -> None:
+    torch.manual_seed(0)
+    A, B = torch.randn(3, 20), torch.randn(12, 3)
+    U, Vh = span(torch.cat([A, A]), torch.cat([B, -B], 1))
+    assert (U.shape, Vh.shape) == ((12, 0), (0, 20))
+    assert span(torch.zeros(3, 20), B)[1].shape == (0, 20)
+    torch.testing.assert_close(apart(B @ A, U, Vh).float(), B @ A)
+
+
 @pytest.mark.parametrize("method", ["milora", "lora"])
 @pytest.mark.parametrize("steps", [1, 7])
 def test_what_earlier_tasks_use_is_untouched(method: str, steps: int, load: Load) -> None:

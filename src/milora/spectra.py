@@ -47,12 +47,14 @@ def interference(
 def span(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     """U (m, k) and Vh (k, n), orthonormal, fp64: all that B A (m, n) reads and writes.
 
-    The k singular vectors of B A whose value is above 1e-6 of the largest, which fp32 factors have.
+    The k singular vectors of B A whose value is above 1e-6 of the largest, which fp32 factors have;
+    none of products that cancel, such as [B0, -B0] [A0; A0].
     """
     Q, R = torch.linalg.qr(B.double())
     P, T = torch.linalg.qr(A.double().mT)
     U, S, Vh = torch.linalg.svd(R @ T.mT)
-    k = int((S / S[0] > 1e-6).sum()) if S[0] > 0 else 0
+    nothing = 1e-12 * float(torch.linalg.norm(T) * torch.linalg.norm(R))
+    k = int((max(1e-6 * float(S[0]), nothing) < S).sum())
     return Q @ U[:, :k], Vh[:k] @ P.mT
 
 
