@@ -123,7 +123,7 @@ def test_two_give_what_one_gives(way: str, tiny: Tiny, tmp_path: Path) -> None:
     one, two = (json.loads((tmp_path / n / "run.json").read_text()) for n in ("one", "two"))
     assert two["processes"] == 2
     assert two["rows_per_step"] == one["rows_per_step"] == 8
-    assert two["step0"]["difference"] == 0
+    assert two["step0"]["difference"] <= (1e-6 if way == "zero3" else 0)
     assert two["interference"]["max"] < 1e-6 or way == "zero3"  # which does without protection
     assert two["base"]["unchanged"]
     assert two["state"] == "done"
