@@ -24,26 +24,12 @@ from milora.processes import Processes, put, whole
 pytestmark = pytest.mark.slow  # each starts Python and torch two or three times
 Tiny = Callable[..., Path]
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+# What is started for each file of examples/accelerate: accelerate leaves sharding to GPUs.
 WAYS = {
     "ddp": ["-m", "milora"],
     "fsdp2": [str(HERE / "sharded_on_cpu.py")],
     "zero3": [str(HERE / "sharded_on_cpu.py")],
-}
-FSDP = yaml.safe_load((HERE.parent / "examples" / "accelerate" / "fsdp2.yaml").read_text())
-# What `accelerate launch` tells its processes of such a file.
-TOLD: dict[str, dict[str, str]] = {
-    "ddp": {},
-    "fsdp2": {"ACCELERATE_USE_FSDP": "true"}
-    | {
-        key.upper(): str(value).lower() if isinstance(value, bool) else str(value)
-        for key, value in FSDP["fsdp_config"].items()
-    },
-    "zero3": {
-        "ACCELERATE_USE_DEEPSPEED": "true",
-        "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(HERE.parent / "examples/accelerate/zero3.json"),
-        "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",
-        "DS_ACCELERATOR": "cpu",
-    },
 }
 
 
@@ -66,12 +52,15 @@ def config(tiny: Tiny, folder: Path, name: str, rows: int, **changes: Any) -> Pa
 
 
 def start(way: str, *words: str) -> "subprocess.Popen[str]":
-    """Two processes of the command line."""
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *WAYS[way]]
-    own = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | TOLD[way]
+    """Two processes of the command line, with the file of examples/accelerate of that name."""
+    file = ROOT / "examples" / "accelerate" / f"{way}.yaml"
+    own = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     return subprocess.Popen(
-        [sys.executable, *command, *words], env=own, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        [
+            sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file),
+            "--num_processes", "2", "--main_process_port", "0", *WAYS[way], *words,
+        ],
+        env=own, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 
 
@@ -196,8 +185,8 @@ def test_one_goes_on_shared_out(tiny: Tiny, tmp_path: Path) -> None:
         for file in (folder / gone).iterdir():
             file.unlink()
         (folder / gone).rmdir()
-    for file in ("checkpoints/trained.safetensors", "evaluation.json", "samples.jsonl"):
-        (folder / file).unlink()
+    for left in ("checkpoints/trained.safetensors", "evaluation.json", "samples.jsonl"):
+        (folder / left).unlink()
     config(tiny, tmp_path, "stopped", 4, **EVERYTHING)
     said = finish(start("fsdp2", "train", str(stopped), "--resume"))
     assert "continuing from checkpoint-4" in said

@@ -133,6 +133,8 @@ def processes_of(arguments: TrainingArguments) -> Processes:
         and state.distributed_type == DistributedType.MULTI_CPU
     ):
         raise UserError("FSDP is for GPUs, and here are none: use examples/accelerate/ddp.yaml")
+    if number == 1 and sharded:
+        raise UserError("there is one process, and nothing to share out: start it without FSDP")
     if number == 1 or not dist.is_initialized():
         return Processes(rank, 1, None)
     return Processes(rank, number, sharded, dist.new_group(backend="gloo", timeout=LONG))
