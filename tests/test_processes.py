@@ -120,6 +120,19 @@ def test_two_give_what_one_gives(way: str, tiny: Tiny, tmp_path: Path) -> None:
     assert len(lines[0]) == len(lines[1]) or way == "zero3"
 
 
+@pytest.mark.parametrize("how", ["fold", "same"])
+def test_two_go_on_from_a_run_as_one_does(how: str, tiny: Tiny, tmp_path: Path) -> None:
+    alone(config(tiny, tmp_path, "first", 8))
+    changes: dict[str, Any] = {"continue": {"run": str(tmp_path / "first"), "how": how}}
+    if how == "fold":
+        changes["milora"] = {"protect": {"tasks": "all"}, "text": "general.txt"}
+    alone(config(tiny, tmp_path, "one", 8, **changes))
+    finish(start("ddp", "train", str(config(tiny, tmp_path, "two", 4, **changes))))
+    assert apart(tmp_path / "one", tmp_path / "two") < 1e-5
+    said = finish(start("fsdp2", "train", str(config(tiny, tmp_path, "three", 4, **changes))), 1)
+    assert "continue.run is not for weights that are shared out" in said
+
+
 @pytest.mark.parametrize("way", ["ddp", "fsdp2", "zero3"])
 def test_one_killed_ends_all_and_any_number_resumes(way: str, tiny: Tiny, tmp_path: Path) -> None:
     training = {

@@ -219,6 +219,40 @@ def test_killed_and_resumed(finished: Path, tmp_path: Path) -> None:
     assert result_hashes(tmp_path / "run") == wanted
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_five_updates_without_a_step_are_one_function(dtype: str, base_folder: Path) -> None:
+    """Folded and decomposed again five times: the first update's function, and the base below."""
+    base = load_pretrained(BUNDLED, dtype).model
+    before = adapter.base_sha256(base)
+    model, start = adapter.add_adapter(base, adapter.lora_config(LORA), "milora")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.01 * torch.randn_like(parameter)
+    previous, norms = plain_lora(start, adapter.trained_factors(model)).factors, []
+    base = adapter.take_off(model)
+    wanted = None
+    for _ in range(5):
+        model, start = adapter.add_adapter(
+            base, adapter.lora_config(LORA), "milora", previous=previous
+        )
+        model.eval()  # or the dropout of LORA acts
+        with torch.no_grad():
+            logits = adapter.logits_of(model, some_text())
+            with adapter.base_only(model):
+                norms.append(float((logits - adapter.logits_of(model, some_text())).abs().max()))
+        wanted = logits if wanted is None else wanted
+        assert (logits - wanted).abs().max() <= (1e-5 if dtype == "float32" else 2e-2) * (
+            wanted.abs().max()
+        )
+        trained = adapter.trained_factors(model)
+        previous = plain_lora(start, trained, previous=previous).factors
+        base = adapter.take_off(model)
+    assert min(norms) > 0.1
+    assert adapter.base_sha256(base) == before
+
+
 def test_what_is_protected_stays(base_folder: Path) -> None:
     """Two hundred steps at a high rate: the top 64 directions, and their singular values, stay."""
     base: Any = load_pretrained(BUNDLED, "float32").model

@@ -204,6 +204,10 @@ def test_what_is_refused(home: Path, tiny: Tiny, tmp_path: Path) -> None:
         assert isinstance(done.exception, UserError)
         assert f"the task plus of {home / 'runs' / 'plus'}: " in str(done.exception)
         about |= {"continue": {"run": str(home / "runs" / "plus"), "replay": 0.5}}
+        gated = about | {"continue": {"run": str(home / "runs" / "plus")}}
+        with pytest.raises(UserError, match=r"the task plus of .*plus.jsonl"):
+            run(settings(tiny("llama"), tmp_path, **gated, gates=["continual.overall >= 0"]))
+        assert not (tmp_path / "runs").exists()
         with pytest.raises(UserError, match=r"plus.jsonl is not the file that .* was trained on"):
             run(settings(tiny("llama"), tmp_path, **about))
     finally:

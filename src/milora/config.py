@@ -179,7 +179,7 @@ class Continue(Strict):
 
 
 class Config(Strict):
-    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)
+    model_config = ConfigDict(populate_by_name=True)
 
     model: str
     method: Literal["milora", "pissa", "middle", "random", "lora", "full"] = "milora"

@@ -59,6 +59,7 @@ from milora.files import new_folder, read_json, write_json, write_text
 from milora.forms import Collate, collator_for, mean_loss, read_only
 from milora.gates import Gate, check_subjects, judge, parse_gate
 from milora.keep import Keep, input_directions
+from milora.lineage import Link, chain
 from milora.loop import (
     STATE,
     Decay,
@@ -103,7 +104,7 @@ from milora.result import (
 from milora.store import Store
 from milora.svd import Decompose, components
 from milora.tokens import load_with_tokens
-from milora.transfer import extend_evaluation
+from milora.transfer import check_tasks, extend_evaluation
 from milora.vision import train_in_full
 
 CALIBRATION = 16  # pieces of milora.text that the inputs are measured on
@@ -274,6 +275,9 @@ def _check(
     if over_all and not earlier:
         raise UserError(f"gates: {over_all[0]!r} needs earlier tasks: name a run in continue.run")
     base, base_sha = material.base, material.base_sha256
+    if over_all and earlier:
+        links = [*chain(earlier.run), Link(run, {}, asked, {})]
+        check_tasks(links, base.reader, base.model)
     task = task_of(base.model)
     for key in ("keep", "protect_inputs"):
         if milora[key] and task != "CAUSAL_LM":

@@ -14,19 +14,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from peft import PeftModel
+from torch import nn
 
 from milora.adapter import take_off
 from milora.errors import UserError
 from milora.evaluate import (
     AnyTask,
     Pair,
+    check_lengths,
     check_task,
     evaluate_all,
     general_texts,
     load_task,
     merge_evaluations,
+    positions,
     save_evaluation,
 )
+from milora.forms import answers_apart
 from milora.lineage import Link, chain
 from milora.progress import Progress
 from milora.vision import Reader, image_tokens
@@ -79,6 +83,18 @@ def load_tasks(links: Sequence[Link], reader: Reader, limit: int | None = None) 
     return tasks
 
 
+def check_tasks(links: Sequence[Link], reader: Reader, model: nn.Module) -> list[AnyTask]:
+    """The tasks of the chain. Raises UserError where there are none, or one is not for `model`."""
+    tasks = load_tasks(links, reader)
+    if not tasks:
+        raise UserError(f"no run of the chain of {links[-1].run} has evaluate.tasks")
+    apart = answers_apart(model)
+    for task in tasks:
+        check_task(task, model)
+        check_lengths(task, reader, positions(model), apart)
+    return tasks
+
+
 def evaluate_chain(
     links: Sequence[Link], pair: Pair, reader: Reader, progress: Progress, limit: int | None = None
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -89,11 +105,8 @@ def evaluate_chain(
     asked before is asked again.
     """
     asked = links[-1].asked["evaluate"]
+    check_tasks(links, reader, pair.model)
     tasks = load_tasks(links, reader, limit)
-    if not tasks:
-        raise UserError(f"no run of the chain of {links[-1].run} has evaluate.tasks")
-    for task in tasks:
-        check_task(task, pair.model)
     texts = general_texts(asked["knowledge"])
     live: Any = pair.model
     results: list[dict[str, Any]] = []
