@@ -9,8 +9,9 @@ import json
 import math
 import os
 import shutil
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -168,39 +169,71 @@ def merge_files(
             changed.setdefault(piece.tensor, []).append((name, piece))
     lost, norms, dtypes = dict.fromkeys(factors, 0.0), dict[str, float](), set[torch.dtype]()
     files = sorted(set(shards.files.values()))
-    beside = ThreadPoolExecutor(1)  # hashes, and the way to the disk, while the next is summed
-    with beside:
-        for file in files:
-            waiting = []
-            with TensorFile(source, file, shards) as old, (folder / file).open("wb") as new:
-                at = 0  # so much of the file is written
-                for tensor in (one for one in old.order if one in changed):
-                    for name, piece in sorted(changed[tensor], key=lambda p: p[1].expert or 0):
-                        if name not in norms:
-                            progress("merging", len(norms), len(factors), name)
-                            norms[name] = norm_of(factors[name])
-                            checked = name, pieces[name], shards, source, hashes[name]
-                            waiting.append(beside.submit(check_weight, *checked))
-                        L, R = factors[name].B[piece.rows], factors[name].A
-                        if piece.transposed:
-                            L, R = R.T, L.T
-                        start, end, kind, width = old.place(piece)
-                        dtypes.add(DTYPES[kind])
-                        _copy(old.handle, new, at, start)
-                        for rows, block in old.blocks(start, end, DTYPES[kind], width):
-                            merged, off = summed(name, block, L[rows], R)
-                            new.write(merged.view(torch.uint8).numpy().data)
-                            lost[name] += off
-                        at = end
-                _copy(old.handle, new, at, old.size)
-            for check in waiting:
-                check.result()
-            beside.submit(_to_disk, folder / file)
+    threads, written = torch.get_num_threads(), list[Future[None]]()
+    try:
+        # Blocks and hashes side by side, each on one thread, while the main one reads and writes:
+        # threads that share a product wait for one another where the hash has taken a core.
+        with _workers(threads) as workers, ThreadPoolExecutor(1) as disk:
+            for file in files:
+                checks: dict[str, Future[float]] = {}
+                with TensorFile(source, file, shards) as old, (folder / file).open("wb") as new:
+                    at = 0  # so much of the file is written
+                    for tensor in (one for one in old.order if one in changed):
+                        for name, piece in sorted(changed[tensor], key=lambda p: p[1].expert or 0):
+                            if name not in norms and name not in checks:
+                                progress("merging", len(norms) + len(checks), len(factors), name)
+                                of = name, factors[name], pieces[name], shards, source
+                                checks[name] = workers.submit(_checked, *of, hashes[name])
+                            L, R = factors[name].B[piece.rows], factors[name].A
+                            if piece.transposed:
+                                L, R = R.T, L.T
+                            start, end, kind, width = old.place(piece)
+                            dtypes.add(DTYPES[kind])
+                            _copy(old.handle, new, at, start)
+                            blocks = old.blocks(start, end, DTYPES[kind], width)
+                            asked = ((name, block, L[rows], R) for rows, block in blocks)
+                            for merged, off in _in_order(workers, threads, asked):
+                                new.write(merged.view(torch.uint8).numpy().data)
+                                lost[name] += off
+                            at = end
+                    _copy(old.handle, new, at, old.size)
+                norms |= {name: check.result() for name, check in checks.items()}
+                written.append(disk.submit(_to_disk, folder / file))
+            for file_on_disk in written:
+                file_on_disk.result()
+    finally:
+        torch.set_num_threads(threads)
     progress("merging", len(factors), len(factors))
     if len(files) > 1 and (index := shards.path_of(INDEX)):
         shutil.copyfile(index, folder / INDEX)
     _copy_others(source, folder)
     return rounding_of(lost, norms, dtypes)
+
+
+def _workers(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+
+
+def _in_order(
+    workers: ThreadPoolExecutor, threads: int, asked: Iterable[tuple[str, Tensor, Tensor, Tensor]]
+) -> Iterator[tuple[Tensor, float]]:
+    """`summed` of each, some of them at a time."""
+    begun = deque[Future[tuple[Tensor, float]]]()
+    for one in asked:
+        begun.append(workers.submit(summed, *one))
+        if len(begun) > 2 * threads:
+            yield begun.popleft().result()
+    while begun:
+        yield begun.popleft().result()
+
+
+def _checked(
+    name: str, factors: Factors, pieces: Sequence[Piece], shards: Shards, source: str,
+    recorded: Recorded,
+) -> float:  # fmt: skip
+    """The norm of the update, once the weight that it is for is known to be the right one."""
+    check_weight(name, pieces, shards, source, recorded)
+    return norm_of(factors)
 
 
 def summed(name: str, W: Tensor, L: Tensor, R: Tensor) -> tuple[Tensor, float]:
