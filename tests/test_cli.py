@@ -180,7 +180,7 @@ CONFIGURATIONS = [
     ({"methud": "milora"}, "unknown key methud, did you mean method?"),
     ({"training": {"learning_rat": 1e-4}}, "training.learning_rat is not a field of Training"),
     ({"training": {"output_dir": "x"}}, "training.output_dir is set by milora"),
-    ({"training": {"deepspeed": "z3.json"}}, "training.deepspeed is set by milora: training is"),
+    ({"training": {"deepspeed": "z3.json"}}, "training.deepspeed is set by milora: use accelerate"),
     ({"training": {"packing": True}}, "training.packing is not a field of TrainingArguments"),
     ({"training": {"report_to": "nobody"}}, "training.report_to: nobody is not installed"),
     ({"data": {"max_lenght": 5}}, "unknown key data.max_lenght, did you mean max_length?"),

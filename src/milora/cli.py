@@ -679,8 +679,11 @@ def _quiet() -> None:
     import warnings
     from logging import ERROR, getLogger
 
+    import torch
     from transformers.utils import logging
 
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it found none
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
     logging.set_verbosity_error()
