@@ -160,6 +160,16 @@ def test_what_cannot_be_combined_is_refused(runs: list[Path], tiny: Tiny, tmp_pa
     assert "one number for each of the 2" in said(one, two, "--weights", "1,2,3", *out)
     assert "--density 1.5: a share between 0 and 1" in said(one, two, "--density", "1.5", *out)
     assert "exists already" in said(one, two, "--out", str(tmp_path))
+    short: dict[str, Any] = {
+        "lora": {"r": 4, "target_modules": ["q_proj", "down_proj"]},
+        "training": {"max_steps": 1}, "evaluate": {"tasks": []},
+    }  # fmt: skip
+    for name, earlier in (("child", runs[0]), ("grandchild", tmp_path / "child")):
+        about = short | {"output_dir": str(tmp_path / name), "continue": {"run": str(earlier)}}
+        run(settings(tiny("llama"), tmp_path, **about))
+        assert f"{name} continues {one}, whose update is part of" in said(
+            one, str(tmp_path / name), *out
+        )
     run(settings(tiny("qwen2"), tmp_path, training={"max_steps": 1}, evaluate={"tasks": []}))
     assert "wrong base: " in said(one, str(tmp_path / "run"), *out)
     assert not (tmp_path / "new").exists()

@@ -1,12 +1,14 @@
 """Runs that continue runs: step 0 is the earlier result, the base is the first one's."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
@@ -26,7 +28,7 @@ from milora.adapter import (
     place,
     trained_factors,
 )
-from milora.cli import app
+from milora.cli import app, main
 from milora.errors import UserError
 from milora.export import best_of_rank, norm, plain_lora
 from milora.files import sha256
@@ -329,6 +331,29 @@ def test_a_failed_gate_leaves_the_earlier_release(first: Path, tiny: Tiny, tmp_p
     assert done.exit_code == 0
     assert "FAILED: 0 of 1 hold" in " ".join(done.stdout.split())
     assert done.stdout.splitlines()[-1].endswith("first/adapter")
+
+
+def test_the_command_goes_on_and_a_failed_gate_ends_it_with_3(
+    first: Path, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    page = tmp_path / "run.yaml"
+    asked = further(tiny, tmp_path, "second")
+    asked.pop("continue_")  # as Python has it
+    page.write_text(yaml.safe_dump(asked))
+    for gate, code in (("rows.accuracy >= 0", 0), ("continual.overall >= 2", 3)):
+        out = tmp_path / f"ends-with-{code}"
+        words = ["train", str(page), "--continue-from", str(first), f"output_dir={out}",
+                 f"gates=[{gate}]"]  # fmt: skip
+        monkeypatch.setattr(sys, "argv", ["milora", *words])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == code
+        links = chain(out)
+        assert [link.run.name for link in links] == ["first", out.name]
+        assert links[-1].released is (code == 0)
+        assert links[-1].asked["continue"]["run"] == str(first)
+    assert "the logits and those of first differ by 0.0e+00" in capsys.readouterr().err
 
 
 def test_history_notices_what_changed(first: Path, tiny: Tiny, tmp_path: Path) -> None:

@@ -139,7 +139,8 @@ def combine(
     _check(runs, out, how, weights, density)
     folders = [find_adapter(run) for run in runs]
     stored = [read_json(folder / "milora.json") for folder in folders]
-    _check_alike(runs, stored)
+    digests = [sha256(folder / "adapter_model.safetensors") for folder in folders]
+    _check_alike(runs, stored, digests)
     opened = open_adapter(folders[0], base, trust_remote_code)
     model = take_off(opened.model)
     updates = []
@@ -170,14 +171,14 @@ def combine(
             "how": how, "weights": weights, "seed": seed,
             **({} if how == "sum" else {"density": density}),
             "of": [
-                {"name": run.name, "method": one["method"],
-                 "adapter_sha256": sha256(folder / "adapter_model.safetensors")}
-                for run, folder, one in zip(runs, folders, stored, strict=True)
+                {"name": run.name, "method": one["method"], "adapter_sha256": digest}
+                for run, digest, one in zip(runs, digests, stored, strict=True)
             ],
             "in_common": common,
         },
     }  # fmt: skip
-    record.pop("cut", None)
+    for key in ("cut", "lineage"):  # of the first alone
+        record.pop(key, None)
     with new_folder(out) as folder:
         copy_tokenizer(folders[0], folder)
         record["rank"] = save_plain_lora(folder, plain, model, opened.base.name)
@@ -209,8 +210,16 @@ def _check(
         raise UserError(f"--out {out} exists already: choose a new folder")
 
 
-def _check_alike(runs: Sequence[Path], stored: Sequence[Mapping[str, Any]]) -> None:
+def _check_alike(
+    runs: Sequence[Path], stored: Sequence[Mapping[str, Any]], digests: Sequence[str]
+) -> None:
     for run, one in zip(runs, stored, strict=True):
+        for other, digest in zip(runs, digests, strict=True):
+            if digest in one.get("lineage", ()):
+                raise UserError(
+                    f"{run} continues {other}, whose update is part of its own: the two together "
+                    f"would have it twice; {run} is what they make"
+                )
         if one["format"] != ADAPTER:
             raise UserError(f"{run} holds {one['format']}, not an adapter: name its run")
         if one.get("labels"):

@@ -85,11 +85,16 @@ def current(links: Sequence[Link]) -> Link | None:
 
 
 def continues(earlier: Link, child: Path, how: str) -> dict[str, Any]:
-    """What run.json of `child` keeps of the run that it continues."""
+    """What run.json of `child` keeps of the run that it continues.
+
+    `lineage` are the hashes of all adapters that it comes from, the first first.
+    """
+    digest = sha256(earlier.run / WEIGHTS)
     return {
         "run": Path(os.path.relpath(earlier.run, child)).as_posix(),
         "how": how,
-        "adapter_sha256": sha256(earlier.run / WEIGHTS),
+        "adapter_sha256": digest,
+        "lineage": [*earlier.record.get("continues", {}).get("lineage", ()), digest],
         "data_sha256": earlier.record["data"]["sha256"],
         "gates": earlier.record.get("gates", []),
     }

@@ -110,6 +110,8 @@ def export_plain(
                 provenance |= {"labels": record["labels"], "head_sha256": head}
             if cut:
                 provenance["cut"] = dict(cut)
+            if "continues" in record:
+                provenance["lineage"] = record["continues"]["lineage"]
             record["adapter"] = {k: provenance[k] for k in KEPT if k in provenance}
             write_json(folder / "milora.json", provenance)
             write_text(folder / "README.md", model_card(record, asked, None))
