@@ -187,7 +187,7 @@ def plan() -> None:
         found = estimate(**asked, rates=rates, speed=1.0)
         whole = Step(found["memory"], found["training"]["operations"])
         for count in counts:
-            one = per_device(whole, 0, count, True, found["block_bytes"])
+            one = per_device(whole, 0, count, True, found["gathered_bytes"])
             rows.append(
                 {"model": name, "parameters": found["parameters"], "devices": count,
                  "memory": one.memory, "operations": whole.operations,

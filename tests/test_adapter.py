@@ -1,6 +1,7 @@
 """Invariants 1, 2 and 4 on tiny models, and that the anchor is the paper's method."""
 
 import copy
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from milora import adapter
+from milora import adapter, costs
 from milora.adapter import ANCHOR, TRAINED, base_only, initial_factors
 from milora.errors import UserError
 from milora.matrices import adapted_matrices
@@ -47,6 +48,26 @@ def test_step_0_is_the_base(
     assert difference <= adapter.step0_bound(dtype)
     perturb(model)
     assert adapter.step0_difference(model, batch) > 1e-4  # the figure can fail
+
+
+def test_step_0_is_checked_in_the_memory_of_one_row(load: Load) -> None:
+    """And a NaN in any row is found."""
+    model, _ = adapter.add_adapter(load("llama"), config("llama"), "milora")
+    peaks = []
+    for rows in (1, 8):
+        ids = torch.randint(0, 250, (rows, 32))
+        live = costs._Live()
+        with live:
+            adapter.step0_difference(
+                model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            )
+        peaks.append(live.peak)
+    assert peaks[1] < 1.2 * peaks[0]
+    ids = torch.tensor([[1, 2], [3, 4], [1, 2]])
+    with torch.no_grad():
+        model.get_input_embeddings().weight[4] = torch.nan
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    assert math.isnan(adapter.step0_difference(model, batch))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -96,10 +96,23 @@ def test_several_devices() -> None:
     replicated = costs.per_device(whole, 1000, 4, False, 0).memory
     assert replicated == whole.memory | {"gradients": whole.memory["gradients"] + 1000}
     shared = costs.per_device(whole, 1000, 4, True, 500).memory
-    assert shared["weights"] == -(-whole.memory["weights"] // 4) + 1000
+    assert shared["weights"] == -(-whole.memory["weights"] // 4) + 500
     assert shared["optimizer"] == -(-whole.memory["optimizer"] // 4)
     for kind in ("anchor", "activations", "logits"):
         assert shared[kind] == whole.memory[kind]
+
+
+def test_what_is_whole_in_a_sharded_run() -> None:
+    """Two blocks, and embedding, head and last norm, which are in none."""
+    with torch.device("meta"):
+        model = make_model("llama")
+    body: Any = model.model
+    block, *others = (
+        sum(p.nbytes for p in module.parameters())
+        for module in (body.layers[0], body.embed_tokens, body.norm, model.lm_head)
+    )
+    assert costs.gathered(model, ["LlamaDecoderLayer"]) == 2 * block + sum(others)
+    assert costs.gathered(model, []) == sum(p.nbytes for p in model.parameters())
 
 
 def test_decomposition_at_the_measured_rates() -> None:
@@ -143,6 +156,7 @@ def test_no_weight_is_read(tiny: Tiny, tmp_path: Path) -> None:
     assert found["training"]["batches"] == 9  # 20 of 24 rows, 8 at a time, three times
     assert found["training"]["seconds"] == pytest.approx(9 * found["training"]["operations"] / 1e9)
     assert found["peak_bytes"] == sum(found["memory"].values())
+    assert found["parameters"]["all"] == make_model("llama").num_parameters()
     assert not (tmp_path / "run").exists()
     said = "\n".join(lines(found))
     assert "each of 2 devices" in said

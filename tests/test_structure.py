@@ -28,6 +28,7 @@ LAYERS = (
         "vision",
         "costs",
         "processes",
+        "allocator",
     },
     {"grade", "adapter", "data", "pretrained", "config", "card", "gates", "lineage"},
     {

@@ -118,9 +118,13 @@ def original_of(
 
     Raises UserError when it is missing, quantised itself, or named for a base in full precision.
     """
-    _, config = _configuration(model, trust_remote_code)
-    # The weights of a GGUF file are dequantised, once, before anything is done with them.
-    packed = None if model.endswith(".gguf") else config
+    # The weights of a GGUF file are dequantised, once, before anything is done with them. Its
+    # configuration takes as much memory to read as all its tokens, which stays with the process.
+    gguf = model.endswith(".gguf")
+    config: Any = None
+    if quantization or not gguf:
+        _, config = _configuration(model, trust_remote_code)
+    packed = None if gguf else config
     method = method_of(packed)
     if method is None and not quantization:
         if factors_from:

@@ -4,7 +4,8 @@ A training step of the model with its adapter is gone through with fake tensors,
 shape, a dtype and a device and no values. Each tensor that would be made counts from there to
 where it would be freed, and the products are counted, so that architecture, adapter, batch and
 gradient checkpointing need no formula of their own. Not counted is what a library takes beside
-its tensors: some hundred MB for a GPU's context, and on a CPU what the allocator does not reuse.
+its tensors: some hundred MB for a GPU's context. On a CPU the allocator adds what it keeps of what
+was freed, where allocator.py cannot tell it not to.
 """
 
 import time
@@ -153,22 +154,24 @@ def _fake(model: nn.Module) -> None:
             setattr(module, name, made[id(old)])
 
 
-def largest_block(model: nn.Module, classes: Sequence[str]) -> int:
-    """Bytes of the largest module of `classes`, which a sharded run gathers one after the other."""
-    sizes = [
-        sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
-        for module in model.modules()
-        if type(module).__name__ in classes
-    ]
-    return max(sizes, default=0)
+def gathered(model: nn.Module, classes: Sequence[str]) -> int:
+    """Bytes of weights that each device of a sharded run has whole at a time.
+
+    Two of the largest module of `classes`, the one that computes and the one that is fetched
+    meanwhile, and from first to last what is in none of them: embedding, head, the last norm.
+    """
+    blocks = [module for module in model.modules() if type(module).__name__ in classes]
+    inside = {id(t) for block in blocks for t in block.parameters()}
+    largest = max((sum(t.nbytes for t in block.parameters()) for block in blocks), default=0)
+    return 2 * largest + sum(t.nbytes for t in model.parameters() if id(t) not in inside)
 
 
-def per_device(step: Step, trained: int, processes: int, sharded: bool, block: int) -> Step:
+def per_device(step: Step, trained: int, processes: int, sharded: bool, whole: int) -> Step:
     """`step` on each of `processes`, of which each has its own rows.
 
     Without `sharded` each has everything, and a second copy of the gradients to exchange. With it
-    (FSDP, ZeRO-3) weights, adapter, gradients and optimizer state are shared out, and two blocks
-    of `block` bytes are whole at a time; the anchor, which is no parameter, is on each.
+    (FSDP, ZeRO-3) weights, adapter, gradients and optimizer state are shared out, and `whole` bytes
+    of weights are whole at a time (see `gathered`); the anchor, which is no parameter, is on each.
     """
     if processes == 1:
         return step
@@ -178,7 +181,7 @@ def per_device(step: Step, trained: int, processes: int, sharded: bool, block: i
         return step._replace(memory=memory)
     for kind in ("weights", "adapter", "gradients", "optimizer"):
         memory[kind] = -(-memory[kind] // processes)
-    memory["weights"] += 2 * block
+    memory["weights"] += whole
     return step._replace(memory=memory)
 
 

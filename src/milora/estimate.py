@@ -78,7 +78,8 @@ def estimate(
     device = "cpu" if arguments.use_cpu else "cuda"
     rows, tokens = arguments.per_device_train_batch_size, int(data["max_length"])
     vocabulary, widest = skeleton.config.get_text_config().vocab_size, _widest(skeleton)
-    block = costs.largest_block(skeleton, skeleton._no_split_modules or ())
+    gathered = costs.gathered(skeleton, skeleton._no_split_modules or ())
+    parameters = sum(p.numel() for p in skeleton.parameters())
     live, shapes = prepared(skeleton, config, method, arguments)
     trained = sum(p.numel() for p in live.parameters() if p.requires_grad)
     trained_bytes = sum(p.nbytes for p in live.parameters() if p.requires_grad)
@@ -87,7 +88,7 @@ def estimate(
         live, rows, tokens, vocabulary,
         accumulated=arguments.gradient_accumulation_steps > 1, autocast=cast,
     )  # fmt: skip
-    step = costs.per_device(whole, trained_bytes, processes, sharded, block)
+    step = costs.per_device(whole, trained_bytes, processes, sharded, gathered)
     if rates is None:
         rates = {
             one: costs.product_rate(one, device, (1024, 1024, 1024))
@@ -118,8 +119,8 @@ def estimate(
         "model": model, "method": method, "dtype": dtype_of(dtype), "rows": rows, "tokens": tokens,
         "processes": processes, "sharded": sharded,
         "checkpointing": bool(arguments.gradient_checkpointing),
-        "parameters": {"all": sum(p.numel() for p in skeleton.parameters()), "trained": trained},
-        "memory": step.memory, "peak_bytes": step.peak, "block_bytes": block,
+        "parameters": {"all": parameters, "trained": trained},
+        "memory": step.memory, "peak_bytes": step.peak, "gathered_bytes": gathered,
         "decomposition": {
             "weights": len(shapes), "seconds": decompose, "rate": rates[torch.float64],
             "top": top,

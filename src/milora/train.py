@@ -38,6 +38,7 @@ from transformers import (
 )
 
 from milora import adapter, export
+from milora.allocator import give_back_freed
 from milora.arguments import training_arguments
 from milora.card import model_card
 from milora.checkpoint import Original, original_of
@@ -257,6 +258,8 @@ def _check(
     if (method == "full" or lora.get("modules_to_save")) and dtype == "auto":
         dtype = "float32"  # most steps of a small rate round to nothing in 16 bit
     set_seed(seed)
+    if not torch.cuda.is_available():
+        give_back_freed()
     watched = protect or milora["interference"]["top"]
     original = original_of(
         model, quantization, milora["factors_from"], dtype=dtype,
