@@ -1,6 +1,6 @@
 """A 13 GB checkpoint is merged in little memory: against copying its files, by turns.
 
-    python benchmarks/merge.py run FOLDER [--blocks 32] [--rounds 3]
+    python benchmarks/merge.py run FOLDER [--blocks 32] [--rounds 3] [--beside WHAT]
     python benchmarks/merge.py docs
 
 Writes a checkpoint of Llama-2-7B's shape in bf16 into FOLDER (one shard a block; the same drawn
@@ -132,7 +132,7 @@ def merge(adapter: Path, out: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def run(folder: Path, blocks: int, rounds: int) -> None:
+def run(folder: Path, blocks: int, rounds: int, beside: str) -> None:
     if folder.exists():
         raise SystemExit(f"{folder} exists: name a folder that may be made and removed")
     try:
@@ -159,7 +159,7 @@ def run(folder: Path, blocks: int, rounds: int) -> None:
             "blocks": blocks, "rank": RANK, "bytes": size, "weights": len(hashes),
             "device": machine("cpu"), "cores": len(os.sched_getaffinity(0)),
             "threads": torch.get_num_threads(), "torch": torch.__version__,
-            "copy_seconds": copies, "merge": merges,
+            "beside": beside, "niceness": os.nice(0), "copy_seconds": copies, "merge": merges,
             "speed_of_copying": statistics.median(ratios),
         },
     )  # fmt: skip
@@ -183,12 +183,14 @@ def docs() -> None:
         speed = found["bytes"] / statistics.median(seconds) / 1e9
         listed = ", ".join(f"{one:.0f}" for one in seconds)
         lines.append(f"| {name} | {listed} | {speed:.2f} | {rest}")
+    loads = "; ".join(f"{one['load_before']:.1f}, {one['load_after']:.1f}" for one in merges)
     lines += [
         "",
         f"{found['bytes'] / 1e9:.1f} GB, {found['weights']} weights merged at rank "
         f"{found['rank']}, {found['cores']} cores of {found['device']}: "
         f"{found['speed_of_copying']:.2f} of the speed of copying (median of the rounds); "
-        f"{merges[0]['said']}.",
+        f"{merges[0]['said']}. Meanwhile the machine did {found['beside']} (load before and after "
+        f"the rounds {loads}, niceness {found['niceness']}).",
     ]
     text = DOCUMENT.read_text(encoding="utf-8")
     head, mark, rest = text.partition("<!-- table: merge -->\n")
@@ -203,10 +205,11 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--blocks", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--beside", default="nothing", help="what else the machine does meanwhile")
     given = parser.parse_args()
     if given.what == "docs":
         docs()
     elif given.folder is None:
         parser.error("name a folder")
     else:
-        run(given.folder.resolve(), given.blocks, given.rounds)
+        run(given.folder.resolve(), given.blocks, given.rounds, given.beside)

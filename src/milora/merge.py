@@ -10,9 +10,10 @@ import math
 import os
 import shutil
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from threading import Event, Lock
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
@@ -32,6 +33,7 @@ DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16
 }  # fmt: skip
 BLOCK = 1 << 19  # numbers that are worked on at a time, few enough for a cache
+FILES_AT_ONCE = 3
 # Where the files of a mixture of experts keep one by one what the library stacks: the folder of
 # the experts, then the matrices that lie one above the other in the stack.
 EXPERTS = {
@@ -167,73 +169,111 @@ def merge_files(
     for name, found in pieces.items():
         for piece in found:
             changed.setdefault(piece.tensor, []).append((name, piece))
-    lost, norms, dtypes = dict.fromkeys(factors, 0.0), dict[str, float](), set[torch.dtype]()
     files = sorted(set(shards.files.values()))
-    threads, written = torch.get_num_threads(), list[Future[None]]()
+    threads, said, stopped = torch.get_num_threads(), list[str](), Event()
+    one_at_a_time = Lock()
+
+    def say(name: str) -> None:
+        with one_at_a_time:
+            progress("merging", len(said), len(factors), name)
+            said.append(name)
+
+    # Blocks and hashes take a thread each, since threads that share a product wait, spinning, for
+    # one whose core has other work. What waits for the disk are the files, some at a time.
     try:
-        # Blocks and hashes side by side, each on one thread, while the main one reads and writes:
-        # threads that share a product wait for one another where the hash has taken a core.
-        with _workers(threads) as workers, ThreadPoolExecutor(1) as disk:
-            for file in files:
-                checks: dict[str, Future[float]] = {}
-                with TensorFile(source, file, shards) as old, (folder / file).open("wb") as new:
-                    at = 0  # so much of the file is written
-                    for tensor in (one for one in old.order if one in changed):
-                        for name, piece in sorted(changed[tensor], key=lambda p: p[1].expert or 0):
-                            if name not in norms and name not in checks:
-                                progress("merging", len(norms) + len(checks), len(factors), name)
-                                of = name, factors[name], pieces[name], shards, source
-                                checks[name] = workers.submit(_checked, *of, hashes[name])
-                            L, R = factors[name].B[piece.rows], factors[name].A
-                            if piece.transposed:
-                                L, R = R.T, L.T
-                            start, end, kind, width = old.place(piece)
-                            dtypes.add(DTYPES[kind])
-                            _copy(old.handle, new, at, start)
-                            blocks = old.blocks(start, end, DTYPES[kind], width)
-                            asked = ((name, block, L[rows], R) for rows, block in blocks)
-                            for merged, off in _in_order(workers, threads, asked):
-                                new.write(merged.view(torch.uint8).numpy().data)
-                                lost[name] += off
-                            at = end
-                    _copy(old.handle, new, at, old.size)
-                norms |= {name: check.result() for name, check in checks.items()}
-                written.append(disk.submit(_to_disk, folder / file))
-            for file_on_disk in written:
-                file_on_disk.result()
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            job = _Job(
+                source, shards, factors, hashes, pieces, changed, folder, pool, threads, say,
+                stopped,
+            )  # fmt: skip
+            with ThreadPoolExecutor(FILES_AT_ONCE) as readers:
+                begun = [readers.submit(_merge_file, job, file) for file in files]
+                try:
+                    shares = [one.result() for one in begun]
+                except BaseException:
+                    stopped.set()
+                    raise
     finally:
         torch.set_num_threads(threads)
     progress("merging", len(factors), len(factors))
     if len(files) > 1 and (index := shards.path_of(INDEX)):
         shutil.copyfile(index, folder / INDEX)
     _copy_others(source, folder)
-    return rounding_of(lost, norms, dtypes)
+    lost = {name: sum(share.lost.get(name, 0.0) for share in shares) for name in factors}
+    norms = {name: norm for share in shares for name, norm in share.norms.items()}
+    return rounding_of(lost, norms, set[torch.dtype]().union(*(one.dtypes for one in shares)))
 
 
-def _workers(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+class _Job(NamedTuple):
+    """What is the same for all files; see `merge_files`."""
+
+    source: str
+    shards: Shards
+    factors: Mapping[str, Factors]
+    hashes: Mapping[str, Recorded]
+    pieces: Mapping[str, Sequence[Piece]]  # by matrix
+    changed: Mapping[str, Sequence[tuple[str, Piece]]]  # by tensor of the files
+    folder: Path
+    pool: ThreadPoolExecutor
+    threads: int  # of it
+    say: Callable[[str], None]
+    stopped: Event  # another file failed
+
+
+class _Share(NamedTuple):
+    """Of one file: squared errors and norms by matrix, and the dtypes that were merged into."""
+
+    lost: dict[str, float]
+    norms: dict[str, float]
+    dtypes: set[torch.dtype]
+
+
+def _merge_file(job: _Job, file: str) -> _Share:
+    share, checks, path = _Share({}, {}, set()), dict[str, Future[float]](), job.folder / file
+    with TensorFile(job.source, file, job.shards) as old, path.open("wb") as new:
+        at = 0  # so much of the file is written
+        for tensor in (one for one in old.order if one in job.changed):
+            for name, piece in sorted(job.changed[tensor], key=lambda p: p[1].expert or 0):
+                if piece == job.pieces[name][0]:
+                    job.say(name)
+                    checks[name] = job.pool.submit(_checked, job, name)
+                L, R = job.factors[name].B[piece.rows], job.factors[name].A
+                if piece.transposed:
+                    L, R = R.T, L.T
+                start, end, kind, width = old.place(piece)
+                share.dtypes.add(DTYPES[kind])
+                _copy(old.handle, new, at, start)
+                blocks = old.blocks(start, end, DTYPES[kind], width)
+                for merged, off in _in_order(job, ((name, W, L[rows], R) for rows, W in blocks)):
+                    new.write(merged.view(torch.uint8).numpy().data)
+                    share.lost[name] = share.lost.get(name, 0.0) + off
+                    if job.stopped.is_set():
+                        return share
+                at = end
+        _copy(old.handle, new, at, old.size)
+        share.norms.update({name: check.result() for name, check in checks.items()})
+        new.flush()
+        os.fsync(new.fileno())
+    return share
 
 
 def _in_order(
-    workers: ThreadPoolExecutor, threads: int, asked: Iterable[tuple[str, Tensor, Tensor, Tensor]]
+    job: _Job, asked: Iterable[tuple[str, Tensor, Tensor, Tensor]]
 ) -> Iterator[tuple[Tensor, float]]:
     """`summed` of each, some of them at a time."""
     begun = deque[Future[tuple[Tensor, float]]]()
     for one in asked:
-        begun.append(workers.submit(summed, *one))
-        if len(begun) > 2 * threads:
+        begun.append(job.pool.submit(summed, *one))
+        if len(begun) > 2 * job.threads:
             yield begun.popleft().result()
     while begun:
         yield begun.popleft().result()
 
 
-def _checked(
-    name: str, factors: Factors, pieces: Sequence[Piece], shards: Shards, source: str,
-    recorded: Recorded,
-) -> float:  # fmt: skip
+def _checked(job: _Job, name: str) -> float:
     """The norm of the update, once the weight that it is for is known to be the right one."""
-    check_weight(name, pieces, shards, source, recorded)
-    return norm_of(factors)
+    check_weight(name, job.pieces[name], job.shards, job.source, job.hashes[name])
+    return norm_of(job.factors[name])
 
 
 def summed(name: str, W: Tensor, L: Tensor, R: Tensor) -> tuple[Tensor, float]:
@@ -281,11 +321,6 @@ def check_weight(
             f"wrong base: {name} in the files of {source} is not the weight that the adapter was "
             "trained on: give the model (and revision) that it was trained on"
         )
-
-
-def _to_disk(path: Path) -> None:
-    with path.open("rb") as handle:
-        os.fsync(handle.fileno())
 
 
 class TensorFile:
@@ -352,7 +387,7 @@ class TensorFile:
             last = min(first + step, rows)
             data = bytearray((last - first) * row)
             self.handle.seek(start + first * row)
-            self.handle.readinto(data)
+            _fill(data, self.handle)
             yield slice(first, last), torch.frombuffer(data, dtype=dtype).view(-1, width)
             first = last
 
@@ -363,12 +398,19 @@ class TensorFile:
         return weight.T if piece.transposed else weight
 
 
+def _fill(data: bytearray | memoryview, handle: BinaryIO) -> None:
+    if handle.readinto(data) != len(data):  # type: ignore[attr-defined]
+        raise UserError(f"{handle.name} was cut short while it was read: merge again")
+
+
 def _copy(old: BinaryIO, new: BinaryIO, first: int, last: int) -> None:
     old.seek(first)
+    buffer = memoryview(bytearray(1 << 20))  # a fresh one each time costs more than the copy
     while first < last:
-        data = old.read(min(1 << 24, last - first))
-        new.write(data)
-        first += len(data)
+        part = buffer[: last - first]
+        _fill(part, old)
+        new.write(part)
+        first += len(part)
 
 
 def _copy_others(source: str, folder: Path) -> None:
