@@ -376,6 +376,18 @@ def test_all_linear_layers_are_those_of_the_language_model(folder: Callable[[str
     }
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_wrong_targets_name_the_eligible(kind: str, folder: Callable[[str], Path]) -> None:
+    """Those of the language model; with exclude_modules: [] the tower's and the projector's too."""
+    for exclude, tower in ((None, False), ([], True)):
+        model = AutoModelForImageTextToText.from_pretrained(folder(kind))
+        config = LoraConfig(r=2, target_modules=["q_prj"], exclude_modules=exclude)
+        with pytest.raises(UserError, match=r"'q_prj' matches no module.*did you mean q_proj") as e:
+            add_adapter(model, config, "milora")
+        assert all(target in str(e.value) for target in LLAMA)
+        assert ("fc1" in str(e.value)) == tower
+
+
 def test_targets_of_the_tower_alone_are_said(folder: Callable[[str], Path]) -> None:
     model = AutoModelForImageTextToText.from_pretrained(folder("llava"))
     config = lora_config({"r": 2, "lora_alpha": 2, "target_modules": ["q_proj", "fc1"]})
