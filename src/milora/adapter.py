@@ -641,17 +641,17 @@ def _check_targets(model: PreTrainedModel, config: LoraConfig) -> None:
     eligible = f"its linear layers are {', '.join(linear)}"
     if stacked:
         eligible += f"; of its experts, by lora.target_parameters: {', '.join(_short(stacked))}"
-    if isinstance(config.target_modules, str):
-        pattern = config.target_modules
-        if not any(re.fullmatch(pattern, name) for name in modules):
-            a_list = f"as a list, [{pattern}], it means the ends of names; "
+    asked: Any = config.target_modules
+    if isinstance(asked, str):
+        if not any(re.fullmatch(asked, name) for name in modules):
+            a_list = f"as a list, [{asked}], it means the ends of names; "
             raise UserError(
-                f"lora.target_modules: as a regular expression {pattern!r} matches the full name "
+                f"lora.target_modules: as a regular expression {asked!r} matches the full name "
                 "of no module of this model; "
-                f"{a_list * any(is_suffix(pattern, name) for name in modules)}{eligible}"
+                f"{a_list * any(is_suffix(asked, name) for name in modules)}{eligible}"
             )
         return
-    for entry in sorted(config.target_modules or ()):
+    for entry in sorted(asked or ()):
         found = [name for name in modules if is_suffix(entry, name)]
         if found and set(found) <= set(in_full):
             raise UserError(
@@ -698,10 +698,10 @@ def _check_covered(
                     f"of which one is {names[0]}"
                 )
     entries = [] if asked is None or isinstance(asked, str) else sorted(asked)
-    pattern = asked if isinstance(asked, str) and asked != "all-linear" else ""
-    if pattern and not any(re.fullmatch(pattern, name) for name in names):
+    regex = asked if isinstance(asked, str) and asked != "all-linear" else ""
+    if regex and not any(re.fullmatch(regex, name) for name in names):
         raise UserError(
-            f"lora.target_modules: {pattern!r} is adapted nowhere, since lora.exclude_modules or "
+            f"lora.target_modules: {regex!r} is adapted nowhere, since lora.exclude_modules or "
             "lora.layers_to_transform leaves it out"
         )
     for entry in entries:
@@ -905,7 +905,8 @@ def base_weights(model: nn.Module, without: Sequence[str] = ()) -> dict[str, Ten
     `without` are modules that are not of the base: a head that it came without.
     """
     inner: Any = model.base_model.model if isinstance(model, PeftModel) else model
-    ours = (".lora_", f".{SAVED}.", ".trainable_tokens_")
+    # The last is PEFT's other name for the base layer, where that is packed by GPTQ or AWQ.
+    ours = (".lora_", f".{SAVED}.", ".trainable_tokens_", ".quant_linear_module.")
     found = {
         name_in_base(name): tensor
         for name, tensor in inner.state_dict().items()
