@@ -383,12 +383,16 @@ def _add_previous(
 def _add_frozen(peft_model: PeftModel, frozen: LoraConfig, adapter: str) -> None:
     """One more adapter, of buffers, that is active with whichever trains."""
     frozen.lora_dropout = 0.0
+    layers = adapted_layers(peft_model)
+    if frozen.modules_to_save:  # in which PEFT would find linear layers for all-linear, too
+        names = [name for name, one in layers.items() if not hasattr(one, "parameter_name")]
+        frozen.target_modules = names or frozen.target_modules
     # What trains in full has its start in the base: nothing is to be taken away from it.
     frozen.modules_to_save = frozen.trainable_token_indices = None
     frozen.ensure_weight_tying, frozen.modules_to_tie = False, None  # type: ignore[attr-defined]
     # Not the method of a classifier's class, which would add a second head.
     PeftModel.add_adapter(peft_model, adapter, frozen)
-    for layer in adapted_layers(peft_model).values():
+    for layer in layers.values():
         for linear in (layer.lora_A[adapter], layer.lora_B[adapter]):
             weight = linear.weight.detach()
             del linear.weight

@@ -229,7 +229,8 @@ def _is_classifier(config: Any) -> bool:
 
 def _is_encoder(config: Any) -> bool:
     """Every token sees every other, as in BERT: it cannot write."""
-    return type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    writes = config.is_encoder_decoder or getattr(config, "is_decoder", False)  # BART fills in too
+    return type(config) in MODEL_FOR_MASKED_LM_MAPPING and not writes
 
 
 def _check_kind(model: str, config: Any, labels: Sequence[str], quantization: Any) -> None:
