@@ -168,6 +168,7 @@ def test_from_the_base_to_the_artefacts(
     assert adapters["unbroken"] == adapters["resumed"]
     assert record["base"]["unchanged"]
     assert record["step0"]["difference"] <= record["step0"]["bound"]
+    assert record["adapter"]["exported_against_trained"] <= 1e-5
     kinds = {target.rpartition(".")[2] for target in [*targets, *parameters]}
     assert set(record["coverage"]["adapted"]) == kinds
     assert set(record["coverage"]["trained"]) == HEADS.get(name, set())
