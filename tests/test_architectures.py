@@ -168,6 +168,7 @@ def test_from_the_base_to_the_artefacts(
     assert adapters["unbroken"] == adapters["resumed"]
     assert record["base"]["unchanged"]
     assert record["step0"]["difference"] <= record["step0"]["bound"]
+    assert record["adapter"]["exported_against_trained"] <= 1e-5
     kinds = {target.rpartition(".")[2] for target in [*targets, *parameters]}
     assert set(record["coverage"]["adapted"]) == kinds
     assert set(record["coverage"]["trained"]) == HEADS.get(name, set())
@@ -234,6 +235,49 @@ def test_wrong_targets_name_the_eligible(
         assert target.rpartition(".")[2] in str(error.value)
     for head in HEADS.get(name, ()):
         assert head not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "lora", "said"),
+    [
+        ("llama", {"target_modules": ["q_proj", "mlp"]},
+         r"'mlp' means model.layers.0.mlp, of class LlamaMLP; only linear layers"),
+        ("llama", {"target_modules": ["input_layernorm"]}, "LlamaRMSNorm; only linear layers"),
+        ("mixtral", {"target_modules": ["experts"]}, "MixtralExperts; only linear layers"),
+        ("mixtral", {"target_modules": ["gate"]}, "MixtralTopKRouter; only linear layers"),
+        ("llama", {"target_modules": "q_prj"}, "'q_prj' matches the full name of no module"),
+        ("llama", {"target_modules": "q_proj"}, r"as a list, \[q_proj\], it means the ends of"),
+        ("mixtral", {"target_modules": r".*\.w1", "target_parameters": EXPERTS},
+         "matches the full name of no module"),
+    ],
+)  # fmt: skip
+def test_what_is_no_linear_layer_is_said(
+    name: str, lora: dict[str, Any], said: str, folder: Callable[[str], Path]
+) -> None:
+    """In one sentence, with what can be adapted; PEFT passes over a router and an odd regex."""
+    model = AutoModelForCausalLM.from_pretrained(folder(name))
+    config = lora_config({"r": 2, "lora_alpha": 2} | lora)
+    with pytest.raises(UserError, match=said) as error:
+        add_adapter(model, config, "milora")
+    assert "its linear layers are " in str(error.value)
+    assert "k_proj, lm_head, o_proj, q_proj" in str(error.value)
+    assert ("lora.target_parameters: experts.down_proj" in str(error.value)) == (name == "mixtral")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("lora", "said"),
+    [
+        ({"target_modules": ".*(q_proj"}, "target_modules: .* is no regular expression"),
+        ({"target_modules": [3]}, "target_modules: 3 is no name of a module"),
+        ({"exclude_modules": "*x"}, "exclude_modules: .* is no regular expression"),
+        ({"rank_pattern": {"(": 2}}, "rank_pattern: .* is no regular expression"),
+        ({"alpha_pattern": {"(": 2}}, "alpha_pattern: .* is no regular expression"),
+    ],
+)
+def test_patterns_are_checked(lora: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        lora_config({"r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]} | lora)
 
 
 FUSED = {
@@ -425,6 +469,10 @@ def test_a_weight_of_two_layers_is_refused(what: str, folder: Callable[[str], Pa
         (
             {"target_modules": ["q_proj", "up_proj"], "exclude_modules": ["up_proj"]},
             "'up_proj' is adapted nowhere, since .*exclude_modules",
+        ),
+        (
+            {"target_modules": r".*\.q_proj", "exclude_modules": ["q_proj"]},
+            "No modules were targeted",
         ),
         ({"exclude_modules": ["lm_hed"]}, "exclude_modules: 'lm_hed' matches no module"),
         ({"exclude_modules": ".*vision.*"}, r"exclude_modules: '\.\*vision\.\*' matches no module"),

@@ -19,7 +19,7 @@ from sklearn.metrics import f1_score
 from tiny_run import run, settings
 
 from milora import get_milora_model
-from milora.adapter import base_sha256
+from milora.adapter import add_adapter, base_sha256, head_of, lora_config
 from milora.artefacts import export_run
 from milora.card import all_scores
 from milora.chat import replies
@@ -313,6 +313,23 @@ def test_a_head_that_the_base_has(bert: Path, tmp_path: Path) -> None:
     assert load_pretrained(str(tmp_path / "numbered"), labels=["no", "yes"]).headless
 
 
+def test_all_linear_leaves_heads_of_several_layers(bert: Path, tmp_path: Path) -> None:
+    """DistilBERT's has two, which PEFT counted among the linear layers for the anchor."""
+    config = hf.DistilBertConfig(
+        vocab_size=258, dim=32, hidden_dim=64, n_layers=2, n_heads=4, pad_token_id=1
+    )
+    hf.DistilBertForMaskedLM(config).save_pretrained(tmp_path)
+    make_tokenizer(chat=False).save_pretrained(tmp_path)
+    base = load_pretrained(str(tmp_path), labels=["a", "b"])
+    assert base.in_full == ("classifier", "pre_classifier")
+    asked = lora_config({"r": 2, "target_modules": "all-linear"}, "SEQ_CLS", base.in_full)
+    model, start = add_adapter(base.model, asked, "milora")
+    assert {name.rpartition(".")[2] for name in start.factors} == {
+        "q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2",
+    }  # fmt: skip
+    assert set(head_of(model)) == {"classifier", "pre_classifier"}
+
+
 @pytest.mark.slow
 def test_in_16_bit_the_head_trains_in_32(bert: Path, tmp_path: Path) -> None:
     record = run(asked(bert, tmp_path, dtype="bfloat16"))
@@ -489,6 +506,17 @@ def test_an_encoder_decoder_answers(t5: Path, tmp_path: Path) -> None:
     said = next(replies(open_run(tmp_path / "run").pair, make_tokenizer(False), ["say 3"]))
     assert said[1] == "ok"
     assert "AutoModelForSeq2SeqLM" in (tmp_path / "run" / "adapter" / "README.md").read_text()
+
+
+def test_a_bart_is_an_encoder_decoder(tmp_path: Path) -> None:
+    """The library lists it among those that fill in masks, as it does encoders."""
+    config = hf.BartConfig(
+        vocab_size=258, d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=64,
+        decoder_ffn_dim=64, encoder_attention_heads=4, decoder_attention_heads=4, pad_token_id=1,
+    )  # fmt: skip
+    hf.BartForConditionalGeneration(config).save_pretrained(tmp_path)
+    make_tokenizer(chat=False).save_pretrained(tmp_path)
+    assert isinstance(load_pretrained(str(tmp_path)).model, hf.BartForConditionalGeneration)
 
 
 def test_rows_of_an_encoder_decoder(t5: Path, tmp_path: Path) -> None:

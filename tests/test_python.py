@@ -11,7 +11,13 @@ from accelerate import Accelerator
 from conftest import make_tokenizer
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import (
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+)
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from milora import get_milora_model
@@ -158,3 +164,31 @@ def test_a_model_with_an_adapter_is_refused(load: Load) -> None:
     model = get_milora_model(load("llama"), LoraConfig(**CONFIG))
     with pytest.raises(UserError, match="has an adapter already"):
         get_milora_model(model, LoraConfig(**CONFIG))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["linear", "experts"])
+def test_the_reference_of_dpo_stays_the_base(
+    kind: str, load: Load, tmp_path: Path, batch: dict[str, torch.Tensor]
+) -> None:
+    """The copy of the adapter that TRL keeps cancels with the anchor, of stacked experts too."""
+    changes: dict[str, Any] = {}
+    base, own = load("llama"), load("llama")
+    if kind == "experts":
+        config = MixtralConfig(
+            vocab_size=258, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, pad_token_id=1,
+        )  # fmt: skip
+        base, own = MixtralForCausalLM(config).eval(), MixtralForCausalLM(config).eval()
+        own.load_state_dict(base.state_dict())
+        changes["target_modules"] = ["q_proj"]
+        changes["target_parameters"] = ["experts.gate_up_proj", "experts.down_proj"]
+    model = get_milora_model(own, LoraConfig(**CONFIG | changes))
+    dpo(model, tmp_path)
+    model.cpu().eval()
+    with torch.no_grad():
+        plain, tuned = base(**batch).logits, model(**batch).logits
+        model.set_adapter("ref")
+        torch.testing.assert_close(model(**batch).logits, plain, atol=1e-5, rtol=0)
+        model.set_adapter("default")
+        assert torch.equal(model(**batch).logits, tuned)
+    assert float((tuned - plain).abs().max()) > 1e-3

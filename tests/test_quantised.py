@@ -10,10 +10,10 @@ import pytest
 import torch
 from conftest import make_model, make_tokenizer
 from peft import LoraConfig, PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_run import break_off, result_hashes, run, settings
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from milora import adapter
 from milora.artefacts import export_run
@@ -31,6 +31,7 @@ from milora.quantised import (
     linear_shape,
     loaded_bytes,
     quantization_config,
+    require,
 )
 from milora.store import Store
 from milora.svd import minor_components
@@ -251,6 +252,11 @@ def test_what_is_refused(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyP
         for call in (load_pretrained, lambda model: original_of(model, None, None)):
             with pytest.raises(UserError, match=said):
                 call(str(packed))
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: object() if name == "gptqmodel" else None
+    )
+    with pytest.raises(UserError, match="awq weights need optimum, which is not installed"):
+        require("awq")
     for asked in ("nf4", {"load_in_8bit": True}):
         with pytest.raises(UserError, match=r"bitsandbytes, .*pip install 'milora\[quantised\]'"):
             load_pretrained(plain, quantization=asked)
@@ -378,6 +384,80 @@ def test_torchao(tiny: Tiny, tmp_path: Path) -> None:
     assert record["base"]["unchanged"]
     assert record["adapter"]["exported_against_trained"] <= 1e-5
     assert all(check.holds for check in verify(tmp_path / "run"))
+
+
+PACKED: dict[str, dict[str, Any]] = {
+    "gptq": {"desc_act": False, "sym": True, "checkpoint_format": "gptq"},
+    "awq": {"version": "gemm", "zero_point": True},
+}
+
+
+def packed_by(method: str, W: torch.Tensor, group: int = 32) -> dict[str, torch.Tensor]:
+    """W (m, n) in 4 bits as the files of GPTQ or AWQ have it, rounded to the nearest."""
+    m, n = W.shape
+    by_group = W.view(m, n // group, group)
+    scale = (by_group.abs().amax(-1) / 7).half()
+    q = (by_group / scale.float()[..., None]).round().clamp(-8, 7).long() + 8
+    q = q.view(m, n).T  # (n, m), 0 to 15
+
+    def together(x: torch.Tensor, order: list[int]) -> torch.Tensor:
+        """Eight numbers of a row in one of 32 bits."""
+        found = sum(x[:, one::8] << (4 * i) for i, one in enumerate(order))
+        return torch.as_tensor(found).int().contiguous()
+
+    order, zero = [0, 1, 2, 3, 4, 5, 6, 7], torch.full((n // group, m), 8)
+    if method == "gptq":  # along the columns; zeros are kept less one
+        return {
+            "qweight": together(q.T, order).T.contiguous(), "qzeros": together(zero - 1, order),
+            "scales": scale.T.contiguous(), "g_idx": torch.arange(n, dtype=torch.int32) // group,
+        }  # fmt: skip
+    order = [0, 2, 4, 6, 1, 3, 5, 7]
+    packed = {"qweight": together(q, order), "qzeros": together(zero, order)}
+    return packed | {"scales": scale.T.contiguous()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", PACKED)
+def test_gptq_and_awq(method: str, tmp_path: Path) -> None:
+    """A checkpoint packed here, through a run, a stock PEFT process and a merge."""
+    pytest.importorskip("gptqmodel", reason="gptqmodel is not installed")
+    pytest.importorskip("optimum", reason="optimum is not installed")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=258, hidden_size=128, intermediate_size=256, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, bos_token_id=0, eos_token_id=1,
+        pad_token_id=1,
+    )  # fmt: skip
+    whole, packed = LlamaForCausalLM(config), tmp_path / "packed"
+    for folder in (packed, tmp_path / "whole"):
+        whole.save_pretrained(folder)
+        make_tokenizer().save_pretrained(folder)
+    tensors = {}
+    for name, weight in whole.state_dict().items():
+        if name.endswith("_proj.weight"):
+            own = packed_by(method, weight)
+            tensors |= {name.replace("weight", key): value for key, value in own.items()}
+        else:
+            tensors[name] = weight.half()
+    save_file(tensors, packed / "model.safetensors", {"format": "pt"})
+    about = json.loads((packed / "config.json").read_text())
+    about["quantization_config"] = {"quant_method": method, "bits": 4, "group_size": 32}
+    about["quantization_config"] |= PACKED[method]
+    (packed / "config.json").write_text(json.dumps(about))
+
+    from_whole = {"factors_from": str(tmp_path / "whole")}
+    record = run(settings(packed, tmp_path, lora=LORA, milora=from_whole))
+    assert record["step0"]["difference"] <= 1e-5
+    assert record["base"]["unchanged"]
+    assert record["adapter"]["exported_against_trained"] <= 1e-3  # AWQ's computes in 16 bit
+    assert all(check.holds for check in verify(tmp_path / "run"))
+    ours = open_adapter(tmp_path / "run").model
+    base = load_pretrained(str(packed), "float32").model
+    stock = PeftModel.from_pretrained(base, tmp_path / "run" / "adapter").eval()
+    assert torch.equal(next_logits(stock), next_logits(ours))
+    with pytest.raises(UserError, match=rf"is quantised \({method}\), and merging into packed"):
+        export_run(tmp_path / "run", tmp_path / "merged", "merged", None)
+    export_run(tmp_path / "run", tmp_path / "merged", "merged", None, base=str(tmp_path / "whole"))
 
 
 @pytest.mark.slow

@@ -376,6 +376,18 @@ def test_all_linear_layers_are_those_of_the_language_model(folder: Callable[[str
     }
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_wrong_targets_name_the_eligible(kind: str, folder: Callable[[str], Path]) -> None:
+    """Those of the language model; with exclude_modules: [] the tower's and the projector's too."""
+    for exclude, tower in ((None, False), ([], True)):
+        model = AutoModelForImageTextToText.from_pretrained(folder(kind))
+        config = LoraConfig(r=2, target_modules=["q_prj"], exclude_modules=exclude)
+        with pytest.raises(UserError, match=r"'q_prj' matches no module.*did you mean q_proj") as e:
+            add_adapter(model, config, "milora")
+        assert all(target in str(e.value) for target in LLAMA)
+        assert ("fc1" in str(e.value)) == tower
+
+
 def test_targets_of_the_tower_alone_are_said(folder: Callable[[str], Path]) -> None:
     model = AutoModelForImageTextToText.from_pretrained(folder("llava"))
     config = lora_config({"r": 2, "lora_alpha": 2, "target_modules": ["q_proj", "fc1"]})
@@ -551,3 +563,42 @@ def test_real_pictures(folder: Callable[[str], Path], tmp_path: Path) -> None:
     record = run(asked)
     assert record["data"]["train"]["kept"] + record["data"]["eval"]["kept"] == 6
     assert record["step0"]["difference"] <= record["step0"]["bound"]
+
+
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Gemma 3 as from 4B on: with a vision tower, and loaded as a causal model."""
+    config = hf.Gemma3Config(
+        text_config={**TEXT, "head_dim": 8, "vocab_size": 258}, vision_config=VISION,
+        image_token_index=5, mm_tokens_per_image=16,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("gemma")
+    hf.Gemma3ForConditionalGeneration(config).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], "all-linear"])
+def test_a_tower_that_is_not_used_is_left_alone_too(targets: Any, gemma: Path) -> None:
+    base = load_pretrained(str(gemma))
+    assert base.processor is None
+    config = lora_config({"r": 2, "lora_alpha": 2, "target_modules": targets})
+    live, start = add_adapter(base.model, config, "milora")
+    assert {name.split(".")[1] for name in start.factors} == {"language_model"}
+    assert coverage(live)["not_adapted"]["vision_tower.q_proj"]["weights"] == 2
+
+
+@pytest.mark.slow
+def test_text_alone_through_a_run(gemma: Path, tmp_path: Path) -> None:
+    lora = {"target_modules": LLAMA, "lora_dropout": 0.0}
+    run(settings(gemma, tmp_path, lora=lora, training=TRAINING))
+    assert all(check.holds for check in verify(tmp_path / "run"))
+    export_run(tmp_path / "run", tmp_path / "merged", "merged", None)
+    ids = torch.arange(2, 30)[None]
+    base = hf.AutoModelForCausalLM.from_pretrained(gemma).eval()
+    merged = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        wanted = PeftModel.from_pretrained(base, tmp_path / "run" / "adapter")(input_ids=ids).logits
+        found = merged(input_ids=ids).logits
+    assert float((found - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())

@@ -62,7 +62,7 @@ from milora.quantised import (
 )
 from milora.spectra import apart, span
 from milora.svd import Component, Components, Decompose, components
-from milora.vision import leave_tower_alone, projectors
+from milora.vision import leave_tower_alone, outside_language_model, part_of, projectors
 
 TRAINED, ANCHOR = "default", "anchor"
 SAVED = "modules_to_save"  # PEFT's word for what is trained in full, in the names of tensors
@@ -165,6 +165,7 @@ def lora_config(
         config = LoraConfig(**{**options, **whole}, task_type=task)
     except (TypeError, ValueError) as error:
         raise UserError(f"lora: {error}") from error
+    _check_patterns(config)
     ranks = [
         ("r", config.r),
         *((f"rank_pattern[{k}]", v) for k, v in (config.rank_pattern or {}).items()),
@@ -185,6 +186,26 @@ def lora_config(
             "lora.target_parameters, so it must be 0"
         )
     return config
+
+
+def _check_patterns(config: LoraConfig) -> None:
+    """Raise UserError for what is neither a name nor a regular expression."""
+    patterns: list[tuple[str, Any]] = []
+    for option in ("target_modules", "exclude_modules", "target_parameters"):
+        value: Any = getattr(config, option) or []
+        if isinstance(value, str):
+            patterns.append((option, value))
+        elif odd := [one for one in value if not isinstance(one, str) or not one]:
+            raise UserError(f"lora.{option}: {odd[0]!r} is no name of a module: put it in quotes")
+    for option in ("rank_pattern", "alpha_pattern"):
+        patterns += [(option, key) for key in getattr(config, option) or {}]
+    for option, pattern in patterns:
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise UserError(
+                f"lora.{option}: {pattern!r} is no regular expression ({error})"
+            ) from error
 
 
 def add_adapter(
@@ -362,12 +383,16 @@ def _add_previous(
 def _add_frozen(peft_model: PeftModel, frozen: LoraConfig, adapter: str) -> None:
     """One more adapter, of buffers, that is active with whichever trains."""
     frozen.lora_dropout = 0.0
+    layers = adapted_layers(peft_model)
+    if frozen.modules_to_save:  # in which PEFT would find linear layers for all-linear, too
+        names = [name for name, one in layers.items() if not hasattr(one, "parameter_name")]
+        frozen.target_modules = names or frozen.target_modules
     # What trains in full has its start in the base: nothing is to be taken away from it.
     frozen.modules_to_save = frozen.trainable_token_indices = None
     frozen.ensure_weight_tying, frozen.modules_to_tie = False, None  # type: ignore[attr-defined]
     # Not the method of a classifier's class, which would add a second head.
     PeftModel.add_adapter(peft_model, adapter, frozen)
-    for layer in adapted_layers(peft_model).values():
+    for layer in layers.values():
         for linear in (layer.lora_A[adapter], layer.lora_B[adapter]):
             weight = linear.weight.detach()
             del linear.weight
@@ -398,7 +423,8 @@ def _inject(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     try:
         peft_model = get_peft_model(model, config, adapter_name=TRAINED)
     except ValueError as error:
-        raise UserError(f"lora.target_modules: {error}") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"lora.target_modules: {reason}") from error
     except TypeError as error:
         if not config.trainable_token_indices:
             raise
@@ -416,8 +442,8 @@ def _inject(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
         if matrix.expert is None:
             if linear_shape(base) is None:
                 raise UserError(
-                    f"lora.target_modules: {name} is a {type(base).__name__}; only linear layers "
-                    f"can be adapted: {', '.join(_linear_names(model))}"
+                    f"lora.target_modules: {name} is of class {type(base).__name__}; only linear "
+                    f"layers can be adapted: {', '.join(_linear_names(model))}"
                 )
             weight = getattr(base, "weight", None)  # some packed layers call theirs otherwise
             if weight is embedding:
@@ -600,9 +626,9 @@ def _check_targets(model: PreTrainedModel, config: LoraConfig) -> None:
                 f"lora.target_parameters: {entry!r} matches no stack of experts of this model; "
                 f"it has {', '.join(_short(stacked)) or 'none'}"
             )
-    if isinstance(config.target_modules, str):
+    if config.target_modules == "all-linear":
         left = [name for name in _short(stacked) if name not in (config.target_parameters or ())]
-        if config.target_modules == "all-linear" and left:
+        if left:
             raise UserError(
                 "lora.target_modules: all-linear means linear layers, and this model also has "
                 f"stacks of experts: add lora.target_parameters: [{', '.join(_short(stacked))}], "
@@ -611,24 +637,42 @@ def _check_targets(model: PreTrainedModel, config: LoraConfig) -> None:
         return
     classifies = config.task_type == "SEQ_CLS"
     whole = [*(config.modules_to_save or ()), *HEADS] if classifies else []
-    names = [name for name, _ in model.named_modules()]
-    in_full = [name for name in names if any(f".{one}." in f".{name}." for one in whole)]
-    for entry in sorted(config.target_modules or ()):
-        found = [name for name in names if is_suffix(entry, name)]
+    modules = dict(model.named_modules())
+    in_full = [name for name in modules if any(f".{one}." in f".{name}." for one in whole)]
+    asked_for_all = config.exclude_modules is not None and not config.exclude_modules
+    outside = [] if asked_for_all else outside_language_model(model)
+    linear = _linear_names(model, {*in_full, *(n for n in modules if part_of(n, outside))})
+    eligible = f"its linear layers are {', '.join(linear)}"
+    if stacked:
+        eligible += f"; of its experts, by lora.target_parameters: {', '.join(_short(stacked))}"
+    asked: Any = config.target_modules
+    if isinstance(asked, str):
+        if not any(re.fullmatch(asked, name) for name in modules):
+            a_list = f"as a list, [{asked}], it means the ends of names; "
+            raise UserError(
+                f"lora.target_modules: as a regular expression {asked!r} matches the full name "
+                "of no module of this model; "
+                f"{a_list * any(is_suffix(asked, name) for name in modules)}{eligible}"
+            )
+        return
+    for entry in sorted(asked or ()):
+        found = [name for name in modules if is_suffix(entry, name)]
         if found and set(found) <= set(in_full):
             raise UserError(
                 f"lora.target_modules: {entry!r} is in the head, which is trained in full: leave "
                 "it out"
             )
         if not found:
-            linear = _linear_names(model, in_full)
             near = difflib.get_close_matches(entry, linear, 1)
             hint = f"did you mean {near[0]}? " if near else ""
             raise UserError(
-                f"lora.target_modules: {entry!r} matches no module of this model; {hint}"
-                f"its linear layers are {', '.join(linear)}"
-                + f"; of its experts, by lora.target_parameters: {', '.join(_short(stacked))}"
-                * bool(stacked)
+                f"lora.target_modules: {entry!r} matches no module of this model; {hint}{eligible}"
+            )
+        if all(linear_shape(modules[name]) is None for name in found):
+            raise UserError(
+                f"lora.target_modules: {entry!r} means {found[0]}, of class "
+                f"{type(modules[found[0]]).__name__}; only linear layers can be adapted, and "
+                f"{eligible}"
             )
 
 
@@ -658,6 +702,12 @@ def _check_covered(
                     f"of which one is {names[0]}"
                 )
     entries = [] if asked is None or isinstance(asked, str) else sorted(asked)
+    regex = asked if isinstance(asked, str) and asked != "all-linear" else ""
+    if regex and not any(re.fullmatch(regex, name) for name in names):
+        raise UserError(
+            f"lora.target_modules: {regex!r} is adapted nowhere, since lora.exclude_modules or "
+            "lora.layers_to_transform leaves it out"
+        )
     for entry in entries:
         if not any(is_suffix(entry, name) for name in names):
             options = "exclude_modules", "layers_to_transform", "modules_to_save"
@@ -872,7 +922,8 @@ def base_weights(model: nn.Module, without: Sequence[str] = ()) -> dict[str, Ten
     `without` are modules that are not of the base: a head that it came without.
     """
     inner: Any = model.base_model.model if isinstance(model, PeftModel) else model
-    ours = (".lora_", f".{SAVED}.", ".trainable_tokens_")
+    # The last is PEFT's other name for the base layer, where that is packed by GPTQ or AWQ.
+    ours = (".lora_", f".{SAVED}.", ".trainable_tokens_", ".quant_linear_module.")
     found = {
         name_in_base(name): tensor
         for name, tensor in inner.state_dict().items()

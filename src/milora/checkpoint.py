@@ -24,6 +24,7 @@ from milora.pretrained import (
     BUNDLED,
     bundled,
     check_hub_id,
+    check_known,
     dtype_of,
     model_class,
     refuse_quantised,
@@ -60,6 +61,7 @@ def open_skeleton(model: str, trust_remote_code: bool = False) -> PreTrainedMode
     _, config = _configuration(model, trust_remote_code)
     if not model.endswith(".gguf"):
         refuse_quantised(model, config)
+    check_known(model, config)
     try:
         with torch.device("meta"):
             skeleton: PreTrainedModel = model_class(config).from_config(

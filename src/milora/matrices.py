@@ -231,7 +231,12 @@ def _upright(module: nn.Module, weight: Tensor) -> Tensor:
 
 def stacks(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters of three dimensions by name: the experts, in models that stack them."""
-    return {name: weight for name, weight in model.named_parameters() if weight.ndim == 3}
+    return {name: weight for name, weight in model.named_parameters() if is_stack(weight)}
+
+
+def is_stack(weight: Tensor) -> bool:
+    """Of matrices, and not a vector that is written with three dimensions (SigLIP's probe)."""
+    return weight.ndim == 3 and min(weight.shape) > 1
 
 
 def is_suffix(entry: str, name: str) -> bool:

@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
@@ -93,27 +95,30 @@ def load_pretrained(
         kind = model_class(config, labels)
         classifier = kind is AutoModelForSequenceClassification
         own = _set_labels(config, labels) if classifier else True
-        if classifier:
-            options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-        loaded = kind.from_pretrained(
-            source, config=config, dtype=dtype_of(dtype), use_safetensors=True, **options, **packed
-        )
+        loaded, about = kind.from_pretrained(
+            source, config=config, dtype=dtype_of(dtype), use_safetensors=True,
+            output_loading_info=True, ignore_mismatched_sizes=True, **options, **packed,
+        )  # fmt: skip
     except UserError:
         raise
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"model: {model} cannot be loaded: {reason}") from error
-    about: dict[str, Any] = {}
-    if classifier:
-        loaded, about = loaded
+    # What the files lack the library draws at random, and goes on.
+    mismatched = (key if isinstance(key, str) else key[0] for key in about["mismatched_keys"])
+    drawn = {*about["missing_keys"], *mismatched} & set(dict(loaded.named_parameters()))
     embedding: Any = loaded.get_input_embeddings()
     notes = complete(tokenizer, model, eos_token, len(embedding.weight), writes=not classifier)
     in_full, fresh = tuple[str, ...](), tuple[str, ...]()
     if classifier:
         # Some find the last token of a row by what is not padding.
         config.pad_token_id = loaded.config.pad_token_id = tokenizer.pad_token_id
-        mismatched = (key if isinstance(key, str) else key[0] for key in about["mismatched_keys"])
-        in_full, fresh = _heads(model, loaded, {*about["missing_keys"], *mismatched})
+        in_full, fresh = _heads(model, loaded, drawn)
+    elif drawn:
+        raise _lacks(model, min(drawn), len(drawn))
+    elif left := sorted(about["unexpected_keys"]):
+        more = f" and {len(left) - 1} more tensors" * (len(left) > 1)
+        notes += (f"the files of {model} also hold {left[0]}{more}: no part of this model",)
     if packed:
         keep_packing(loaded)
     elif loaded.device.type != "meta":  # as in a process that gets its share later
@@ -224,7 +229,8 @@ def _is_classifier(config: Any) -> bool:
 
 def _is_encoder(config: Any) -> bool:
     """Every token sees every other, as in BERT: it cannot write."""
-    return type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    writes = config.is_encoder_decoder or getattr(config, "is_decoder", False)  # BART fills in too
+    return type(config) in MODEL_FOR_MASKED_LM_MAPPING and not writes
 
 
 def _check_kind(model: str, config: Any, labels: Sequence[str], quantization: Any) -> None:
@@ -234,6 +240,7 @@ def _check_kind(model: str, config: Any, labels: Sequence[str], quantization: An
             f"model: {model} reads pictures and writes: give the label's name as the completion of "
             "a prompt"
         )
+    check_known(model, config, labels)
     packed = quantization or getattr(config, "quantization_config", None)
     if packed and model_class(config, labels) is not AutoModelForCausalLM:
         kind = "reads pictures" if config.model_type in MODELS else "is no causal model"
@@ -247,6 +254,18 @@ def _check_kind(model: str, config: Any, labels: Sequence[str], quantization: An
         raise UserError(
             f"model: {model} is an encoder ({config.model_type}), which writes no text: give it "
             "rows with a label to classify, or choose a model that writes"
+        )
+
+
+def check_known(model: str, config: Any, labels: Sequence[str] = ()) -> None:
+    """Raise UserError for a model of a kind that is not trained here."""
+    own = getattr(config, "auto_map", None) or {}
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in own
+    if model_class(config, labels) is AutoModelForCausalLM and not known:
+        reads = f"; of those that read pictures only {' and '.join(MODELS)} are known"
+        raise UserError(
+            f"model: {model} is of type {config.model_type}, which is no causal language model, "
+            f"encoder-decoder or encoder{reads * hasattr(config, 'vision_config')}"
         )
 
 
@@ -279,12 +298,16 @@ def _heads(
     for key in missing:
         owner, first = key.rpartition(".")[0], key.partition(".")[0]
         if first not in heads and "pooler" not in owner:
-            raise UserError(
-                f"model: the files of {model} have no {key} of the right shape ({len(missing)} "
-                "such weights), and only a head can be new: they do not belong to its configuration"
-            )
+            raise _lacks(model, key, len(missing))
         fresh.add(first if first in heads else owner)
     return tuple(sorted({*heads, *fresh})), tuple(sorted(fresh))
+
+
+def _lacks(model: str, key: str, count: int) -> UserError:
+    return UserError(
+        f"model: the files of {model} have no {key} of the right shape ({count} such weights): "
+        "they are incomplete, or do not belong to its config.json"
+    )
 
 
 def _in_fp32(head: nn.Module) -> None:

@@ -17,7 +17,7 @@ from milora import adapter, costs
 from milora.data import IGNORED, Prepared
 from milora.errors import UserError
 from milora.forms import answers_apart, collator_for
-from milora.matrices import Matrix, Weights, adapted_matrices, base_modules, kind_of
+from milora.matrices import Matrix, Weights, adapted_matrices, base_modules, is_stack, kind_of
 from milora.pretrained import Pretrained, labels_of, task_of
 from milora.progress import duration
 from milora.quantised import is_packed, linear_shape
@@ -241,7 +241,7 @@ def coverage(live: PeftModel) -> dict[str, Any]:
             if parameter.ndim < 2 or parameter.data_ptr() in seen:
                 continue
             seen.add(parameter.data_ptr())
-            stacked = parameter.ndim == 3 and not isinstance(module, nn.Conv1d)
+            stacked = is_stack(parameter) and not isinstance(module, nn.Conv1d)
             part = "not_adapted" if stacked or isinstance(module, nn.Linear | Conv1D) else "others"
             kind = part_of(name, beside) + (kind_of(name) if key == "weight" else key)
             for one in parameter if stacked else (parameter,):

@@ -6,6 +6,7 @@ come from the full-precision file that it was made from.
 
 import difflib
 import importlib.util
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -21,12 +22,12 @@ from milora.errors import UserError
 FULL = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # What PEFT puts a LoRA on and transformers can train through, with what has to be installed.
-# bitsandbytes and torchao are tested; gptq and awq, whose checkpoints come quantised, are not.
+# (PEFT wants optimum beside gptqmodel for both; transformers for gptq.)
 METHODS = {
-    "bitsandbytes": ("bitsandbytes", "pip install 'milora[quantised]'"),
-    "torchao": ("torchao", "pip install torchao"),
-    "gptq": ("gptqmodel", "pip install gptqmodel"),
-    "awq": ("gptqmodel", "pip install gptqmodel"),
+    "bitsandbytes": (("bitsandbytes",), "pip install 'milora[quantised]'"),
+    "torchao": (("torchao",), "pip install torchao"),
+    "gptq": (("gptqmodel", "optimum"), "pip install gptqmodel optimum"),
+    "awq": (("gptqmodel", "optimum"), "pip install gptqmodel optimum"),
 }
 ON_LOAD = ("bitsandbytes", "torchao")  # the others need data to quantise by
 SHORT: dict[str, dict[str, Any]] = {
@@ -90,10 +91,11 @@ def method_of(config: Any) -> str | None:
 
 
 def require(method: str) -> None:
-    """Raise UserError when the library that reads weights of that kind is not installed."""
-    library, install = METHODS[method]
-    if importlib.util.find_spec(library) is None:
-        raise UserError(f"{method} weights need {library}, which is not installed: {install}")
+    """Raise UserError when a library that reads weights of that kind is not installed."""
+    libraries, install = METHODS[method]
+    for library in libraries:
+        if importlib.util.find_spec(library) is None:
+            raise UserError(f"{method} weights need {library}, which is not installed: {install}")
 
 
 def packing(
@@ -118,7 +120,17 @@ def packing(
             f"are {', '.join(METHODS)}: use one of those, or the full-precision checkpoint"
         )
     require(method)
-    return {"device_map": {"": device}}
+    options: dict[str, Any] = {"device_map": {"": device}}
+    if method in ("gptq", "awq"):
+        # Most of the kernels that it chooses from have no gradient, and those for a CPU repack the
+        # weights at the first evaluation.
+        own = config.quantization_config
+        settings = dict(own) if isinstance(own, dict) else own.to_dict()
+        on_cpu = {"gptq": "gptq_torch", "awq": "torch_awq"}[method]
+        options["quantization_config"] = AutoQuantizationConfig.from_dict(
+            settings | {"backend": on_cpu if device == "cpu" else "auto_trainable"}
+        )
+    return options
 
 
 def is_packed(module: nn.Module) -> bool:
@@ -163,8 +175,8 @@ def check_trainable(model: nn.Module) -> None:
 @torch.no_grad()
 def unlike(module: nn.Module, weight: Tensor) -> float:
     """||Q - W|| / ||W|| of a packed layer and the weight W (m, n) that it may be made from."""
-    parameter = next(module.parameters(), weight)
-    one = torch.eye(weight.shape[1], device=parameter.device, dtype=weight.dtype)
+    packed = next(itertools.chain(module.parameters(), module.buffers()), weight)
+    one = torch.eye(weight.shape[1], device=packed.device, dtype=weight.dtype)
     found = module(one).double().T  # (m, n), whatever the format
     bias = getattr(module, "bias", None)
     if bias is not None:

@@ -275,20 +275,26 @@ def gradient(processor: Any) -> tuple[Picture, dict[str, Tensor]]:
 
 
 def outside_language_model(model: nn.Module) -> list[str]:
-    """Names of the vision tower and the projector; none where the model reads text alone."""
+    """Names of the vision tower and the projector; none where the model reads text alone.
+
+    Some that are not among MODELS have them too: Gemma 3 from 4B on, which here learns from text.
+    """
     any_model: Any = model
-    if getattr(any_model.config, "model_type", "") not in MODELS:
+    if not hasattr(any_model.config, "vision_config"):
         return []
     language = any_model.get_decoder()
-    children = any_model.base_model.named_children()
+    children = dict(any_model.base_model.named_children())
+    if not any(child is language for child in children.values()):
+        return []
     prefix = any_model.base_model_prefix
-    return [f"{prefix}.{name}" for name, child in children if child is not language]
+    return [f"{prefix}.{name}" for name, child in children.items() if child is not language]
 
 
 def stored_names(model: nn.Module, parameter: str) -> list[str]:
-    """What a parameter is called in LLaVA's files, as published and as transformers writes them."""
+    """What a parameter is called in LLaVA's files, as published and as transformers writes them,
+    and in Gemma 3's."""
     config: Any = model.config
-    if getattr(config, "model_type", "") != "llava":
+    if not hasattr(config, "vision_config"):
         return []
     return [
         re.sub(old, new, parameter)
