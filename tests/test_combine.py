@@ -148,6 +148,7 @@ def test_the_error_within_a_rank_is_the_true_one() -> None:
         assert made.worst[1] == pytest.approx(made.error)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_combined_is_refused(runs: list[Path], tiny: Tiny, tmp_path: Path) -> None:
     def said(*arguments: str) -> str:
         done = CliRunner().invoke(app, ["combine", *arguments])

@@ -230,7 +230,9 @@ def test_weight_decay_reaches_the_optimizer(tiny: Tiny, tmp_path: Path) -> None:
     assert size[0.5] < 0.99 * size[0.0]
 
 
-@pytest.mark.parametrize("method", ["milora", "pissa", "random"])
+@pytest.mark.parametrize(
+    "method", ["milora", *(pytest.param(m, marks=pytest.mark.slow) for m in ("pissa", "random"))]
+)
 def test_weight_decay_shrinks_the_update(method: str, tiny: Tiny, tmp_path: Path) -> None:
     """And not B A, which would take the components that it starts from out of the model."""
     size, kept = {}, {}

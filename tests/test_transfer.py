@@ -137,6 +137,7 @@ def test_a_gate_has_all_tasks_evaluated(home: Path) -> None:
     assert [line["task"] for line in lines].count("plus") == 8
 
 
+@pytest.mark.slow
 def test_the_report_has_the_matrix(home: Path) -> None:
     for lang, words in (("en", "The updates so far"), ("ja", "これまでの更新")):
         page = report(home / "runs" / "minus", lang)

@@ -137,7 +137,8 @@ def question_file(folder: Path, count: int = 24) -> Path:
 TRAINING = {"max_steps": 20, "save_steps": 10, "eval_steps": 10, "learning_rate": 3e-2}
 
 
-@pytest.mark.parametrize("kind", ["llava", pytest.param("idefics3", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["llava", "idefics3"])
 def test_from_the_base_to_the_artefacts(
     kind: str, folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
