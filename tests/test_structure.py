@@ -46,7 +46,7 @@ LAYERS = (
     {"export", "evaluate", "loop", "verify", "preview", "chat"},
     {"store", "merge", "server", "result", "continual", "transfer"},
     {"material"},
-    {"ggufs"},
+    {"ggufs", "ready"},
     {"artefacts", "train", "inspection"},
     {"compare_page", "fronts", "estimate", "combine"},
     {"inspect_page"},

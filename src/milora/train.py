@@ -21,11 +21,11 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import yaml
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import (
     EarlyStoppingCallback,
@@ -34,33 +34,18 @@ from transformers import (
     TrainerControl,
     TrainerState,
     TrainingArguments,
-    set_seed,
 )
 
 from milora import adapter, export
-from milora.allocator import give_back_freed
 from milora.arguments import training_arguments
 from milora.card import model_card
-from milora.checkpoint import Original, original_of
-from milora.continual import (
-    FILE,
-    Earlier,
-    check_material,
-    folded,
-    logits_before,
-    open_earlier,
-    previous_update,
-    save_previous,
-    step0,
-    within,
-)
+from milora.continual import FILE, logits_before, save_previous, step0, within
 from milora.errors import DivergedError, UserError
 from milora.evaluate import Pair, evaluate_all, save_evaluation
 from milora.files import new_folder, read_json, write_json, write_text
 from milora.forms import Collate, collator_for, mean_loss, read_only
-from milora.gates import Gate, check_subjects, judge, parse_gate
+from milora.gates import judge
 from milora.keep import Keep, input_directions
-from milora.lineage import Link, chain
 from milora.loop import (
     STATE,
     Decay,
@@ -74,17 +59,15 @@ from milora.loop import (
     load_state,
     save_state,
 )
-from milora.material import Material, data_record, read_material
-from milora.matrices import Weights, adapted_matrices, is_suffix, matrix_in
-from milora.pretrained import Pretrained, dtype_of, labels_of, task_of
+from milora.material import data_record
+from milora.matrices import Weights, adapted_matrices
+from milora.pretrained import labels_of, task_of
 from milora.preview import coverage, peak_memory, plan
 from milora.processes import Processes, processes_of
 from milora.progress import Progress
 from milora.protect import (
     Held,
     Top,
-    check_patterns,
-    check_protect,
     held,
     load_tops,
     moved,
@@ -94,8 +77,7 @@ from milora.protect import (
     top_vectors,
     used_by_tasks,
 )
-from milora.quantised import loaded_bytes
-from milora.ranks import ranks, with_ranks
+from milora.ready import Ready, check, rows_per_step
 from milora.result import (
     export_merged,
     export_plain,
@@ -105,43 +87,10 @@ from milora.result import (
 from milora.store import Store
 from milora.svd import Decompose, components
 from milora.tokens import load_with_tokens
-from milora.transfer import check_tasks, extend_evaluation
+from milora.transfer import extend_evaluation
 from milora.vision import train_in_full
 
 CALIBRATION = 16  # pieces of milora.text that the inputs are measured on
-# What of training: says how many rows a process takes at once, with the defaults.
-PER_DEVICE = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1}
-
-
-class Ready(NamedTuple):
-    """A run that is known to be possible; nothing is written yet."""
-
-    asked: dict[str, Any]  # the configuration
-    run: Path
-    resumed: dict[str, Any]  # run.json of a run that began before, or {}
-    arguments: TrainingArguments
-    lora_config: LoraConfig | None
-    material: Material
-    gates: list[Gate]
-    start: adapter.Start | None  # of a run that began before, or that this one trains on
-    earlier: Earlier | None  # the run that this one continues
-    previous: dict[str, adapter.Factors]  # the update that its own comes on top of
-    weights: Weights | None  # reads the full-precision matrices of a quantised base
-    packed: dict[str, Any]  # what run.json says of such a base
-    parameters: int  # of the base
-
-    @property
-    def init(self) -> Path:
-        return self.run / "init" / "factors.safetensors"
-
-    @property
-    def origin(self) -> Path:
-        """Where the start is read from: of an adapter that is trained on, from that one's run."""
-        return _origin(self.init, self.earlier)
-
-    @property
-    def apart(self) -> bool:
-        return parts_of(self.asked["milora"]["protect"])[1]
 
 
 class Begun(NamedTuple):
@@ -202,7 +151,7 @@ def train(
     arguments = training_arguments(method, training, run, seed, early_stopping_patience)
     processes = processes_of(arguments)
     with processes.agree():
-        ready = _check(asked, arguments, resume, processes, progress)
+        ready = check(asked, arguments, resume, processes, progress)
     if dry_run:
         base, rows = ready.material.base, ready.material.train
         if not processes.main:
@@ -228,168 +177,6 @@ def train(
     if not processes.main:
         return {}
     return record if processes.sharded else _finish(ready, begun, progress)
-
-
-def _check(
-    asked: dict[str, Any], arguments: TrainingArguments, resume: bool, processes: Processes,
-    progress: Progress,
-) -> Ready:  # fmt: skip
-    """Read and check everything that the user can get wrong."""
-    model, method, dtype, seed = (asked[key] for key in ("model", "method", "dtype", "seed"))
-    lora, milora, quantization = (asked[key] for key in ("lora", "milora", "quantization"))
-    run = Path(asked["output_dir"])
-    resumed = _check_folder(run, asked, resume, processes.number)
-    lora_config: LoraConfig | None = None
-    if method != "full":
-        lora_config = adapter.lora_config(lora)
-    elif milora["rank"]:
-        raise UserError("milora.rank: full fine-tuning has no rank: use an adapter")
-    protect, apart = parts_of(milora["protect"])
-    check_protect(protect, method)
-    earlier = open_earlier(asked, run, resumed, apart)
-    _check_general(milora, method, progress)
-    if method == "full" and (quantization or milora["factors_from"]):
-        raise UserError(
-            "quantization: full fine-tuning cannot train packed numbers: use an adapter, or leave "
-            "quantization and milora.factors_from out"
-        )
-    if processes.sharded:
-        _check_sharded(asked, arguments, processes.sharded)
-    if (method == "full" or lora.get("modules_to_save")) and dtype == "auto":
-        dtype = "float32"  # most steps of a small rate round to nothing in 16 bit
-    set_seed(seed)
-    if not torch.cuda.is_available():
-        give_back_freed()
-    watched = protect or milora["interference"]["top"]
-    original = original_of(
-        model, quantization, milora["factors_from"], dtype=dtype,
-        needed=bool(method in adapter.COMPONENT or watched or milora["rank"]),
-        trust_remote_code=asked["trust_remote_code"],
-    )  # fmt: skip
-    weights = original.weights if original else None
-    if original:
-        progress.say(_memory(original, dtype))
-    material = read_material(
-        asked, dtype, bool(processes.sharded), processes.main, earlier, progress
-    )
-    gates = [parse_gate(gate) for gate in asked["gates"]]
-    check_subjects(gates, [task.name for task in material.tasks])
-    over_all = [gate.text for gate in gates if gate.subject == "continual"]
-    if over_all and not earlier:
-        raise UserError(f"gates: {over_all[0]!r} needs earlier tasks: name a run in continue.run")
-    base, base_sha = material.base, material.base_sha256
-    if over_all and earlier:
-        links = [*chain(earlier.run), Link(run, {}, asked, {})]
-        check_tasks(links, base.reader, base.model)
-    task = task_of(base.model)
-    for key in ("keep", "protect_inputs"):
-        if milora[key] and task != "CAUSAL_LM":
-            raise UserError(
-                f"milora.{key}: it has a causal model predict general text, which {model} is not"
-            )
-    if lora.get("modules_to_save") and task != "CAUSAL_LM":
-        raise UserError("lora.modules_to_save is for causal models: leave it out")
-    packed: dict[str, Any] = {}
-    if original:
-        packed = {
-            "quantization": quantization, "label": original.label, "original": original.name,
-            "bytes": loaded_bytes(base.model), "full_precision_bytes": original.full_bytes,
-        }  # fmt: skip
-    init = run / "init" / "factors.safetensors"
-    origin = _origin(init, earlier)
-    start = adapter.load_start(origin) if method != "full" and origin.exists() else None
-    previous: dict[str, adapter.Factors] = {}
-    if earlier:
-        labels = labels_of(base.model) if task == "SEQ_CLS" else []
-        in_rows = [*material.named.ids, *(lora.get("modules_to_save") or ())]
-        check_material(earlier, base_sha, model, labels, in_rows)
-        previous = previous_update(earlier, base.model, init.parent)
-    names: dict[str, adapter.Target] = {}
-    if method != "full" and (milora["rank"] or isinstance(protect, dict)):
-        names = _targets(base, lora)
-        check_patterns(protect, list(names))
-    if method != "full":
-        options, ranked = lora, milora["rank"]
-        if ranked:
-            read = folded(base.model, weights, previous) if previous else weights
-            options = with_ranks(lora, _ranks(base, names, ranked, start, read, progress))
-        lora_config = adapter.lora_config(options, task, base.in_full)
-    if lora_config is not None:
-        whole = lora_config.modules_to_save or ()
-        lora_config.trainable_token_indices = {
-            layer: ids
-            for layer, ids in material.named.rows.items()
-            if not any(is_suffix(entry, layer) for entry in whole)
-        } or None
-        rows = [*(lora_config.trainable_token_indices or ()), *whole]
-        if original and rows:
-            raise UserError(
-                f"rows of {', '.join(rows)} would train, whose result is merged weights, and into "
-                f"packed numbers ({original.label}) nothing is merged: leave out quantization, or "
-                "the new tokens and lora.modules_to_save"
-            )
-    stored_base = resumed.get("base", {}).get("sha256", base_sha)
-    if processes.main and stored_base != base_sha:
-        raise UserError(
-            f"wrong base: {model} has sha256 {base_sha[:12]}, the run in {run} was made with "
-            f"{stored_base[:12]}: use that base, or another output_dir"
-        )
-    for file, digest in resumed.get("data", {}).get("sha256", {}).items():
-        if material.files.get(file) != digest:
-            raise UserError(
-                f"--resume: {file} has changed since the run in {run} began: put it back, or use "
-                "another output_dir"
-            )
-    return Ready(
-        asked, run, resumed, arguments, lora_config, material, gates, start, earlier, previous,
-        weights, packed, base.model.num_parameters(),
-    )  # fmt: skip
-
-
-def _origin(init: Path, earlier: Earlier | None) -> Path:
-    return earlier.init if earlier and earlier.how == "same" and not init.exists() else init
-
-
-def _check_sharded(
-    asked: Mapping[str, Any], arguments: TrainingArguments, how: Literal["fsdp", "zero3"]
-) -> None:
-    """Raise UserError for what cannot be trained where each process has a slice of the weights."""
-    lora, named = asked["lora"], asked.get("tokenizer", {})
-    there = {
-        "method: full": asked["method"] == "full",
-        "quantization": bool(asked["quantization"] or asked["milora"]["factors_from"]),
-        "lora.target_parameters": bool(lora.get("target_parameters")),
-        "lora.modules_to_save": bool(lora.get("modules_to_save")),
-        "tokenizer.tokens": bool(named.get("tokens") or named.get("special_tokens")),
-        "milora.rank": bool(asked["milora"]["rank"]),
-        "continue.run": "continue" in asked,
-    }
-    for key, is_there in there.items():
-        if is_there:
-            raise UserError(
-                f"{key} is not for weights that are shared out: leave it out, or have every "
-                "process keep the whole model (examples/accelerate/ddp.yaml)"
-            )
-    if how == "fsdp":
-        return
-    milora, method = asked["milora"], asked["method"]
-    watched = milora["interference"]
-    there = {
-        "milora.protect": bool(milora["protect"]),
-        "milora.protect_inputs": bool(milora["protect_inputs"]),
-        "milora.keep": bool(milora["keep"]),
-        "milora.interference.limit": watched["limit"] is not None,
-        "training.weight_decay": bool(arguments.weight_decay) and method != "lora",
-        "load_best_model_at_end": bool(arguments.load_best_model_at_end),
-        "16 bit": asked["dtype"] != "float32" or arguments.bf16 or arguments.fp16,
-    }
-    for key, is_there in there.items():
-        if is_there:
-            raise UserError(
-                f"{key} is not for DeepSpeed, which keeps copies of its own of what trains, and in "
-                "16 bit rounds the adapter and the anchor: use dtype: float32 and leave it out, "
-                "or use FSDP 2 (examples/accelerate/fsdp2.yaml)"
-            )
 
 
 def _begin(ready: Ready, processes: Processes, progress: Progress) -> Begun:
@@ -458,7 +245,7 @@ def _begin(ready: Ready, processes: Processes, progress: Progress) -> Begun:
         "seconds": {},
     }  # fmt: skip
     if not resumed:
-        record["rows_per_step"] = _rows_per_step(asked["training"], processes.number)
+        record["rows_per_step"] = rows_per_step(asked["training"], processes.number)
         record["processes"] = processes.number
     if earlier and not resumed:
         record["continues"] = earlier.record
@@ -597,80 +384,6 @@ def _finish(ready: Ready, begun: Begun, progress: Progress) -> dict[str, Any]:
     return record
 
 
-def _check_folder(
-    run: Path, asked: Mapping[str, Any], resume: bool, processes: int
-) -> dict[str, Any]:
-    """run.json of the run to resume, or {} for a new one."""
-    if run.exists() and not run.is_dir():
-        raise UserError(f"output_dir: {run} is a file")
-    # Hidden files are what a killed process was about to write.
-    there = run.exists() and any(not path.name.startswith(".") for path in run.iterdir())
-    if not resume:
-        if there:
-            raise UserError(
-                f"output_dir: {run} already holds another run: choose a new folder, or continue "
-                "that run with --resume"
-            )
-        return {}
-    if not (run / "run.json").exists():
-        if there and not (run / "config.yaml").exists():
-            raise UserError(f"output_dir: {run} holds no run to resume")
-        return {}  # killed before its first step: begin it
-    stored = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    differ = [
-        f"{key} was {stored.get(key)!r} and is {value!r}"
-        for key, value in asked.items()
-        if key != "output_dir" and _of_any_number(stored, key) != _of_any_number(asked, key)
-    ]
-    if differ:
-        raise UserError(f"--resume: the configuration has changed: {'; '.join(differ)}")
-    record: dict[str, Any] = read_json(run / "run.json")
-    rows = _rows_per_step(asked["training"], processes)
-    trained = (run / "checkpoints" / STATE).exists()
-    latest = last_complete_checkpoint(run / "checkpoints")
-    if not trained and latest and (latest / "latest").exists() and record["processes"] != processes:
-        raise UserError(
-            f"--resume: DeepSpeed's checkpoints are for {record['processes']} processes, and here "
-            f"are {processes}: use as many, or a new output_dir"
-        )
-    if not trained and record.get("rows_per_step", rows) != rows:
-        raise UserError(
-            f"--resume: a step was over {record['rows_per_step']} rows and would be over {rows} "
-            f"with {processes} processes: set training.per_device_train_batch_size or "
-            "gradient_accumulation_steps so that it stays the same"
-        )
-    return record
-
-
-def _of_any_number(asked: Mapping[str, Any], key: str) -> Any:
-    """A key of the configuration without what may differ between numbers of processes."""
-    value = asked.get(key)
-    if key != "training" or value is None:
-        return value
-    return {k: v for k, v in value.items() if k not in PER_DEVICE}
-
-
-def _rows_per_step(training: Mapping[str, Any], processes: int) -> int:
-    """How many rows the optimizer's step is over."""
-    rows = 1
-    for key, default in PER_DEVICE.items():
-        rows *= int(training.get(key, default))
-    return rows * processes
-
-
-def _check_general(milora: Mapping[str, Any], method: str, progress: Progress) -> None:
-    """What needs milora.text, and what does nothing with this method."""
-    asked = [key for key in ("keep", "protect_inputs") if milora[key]]
-    if method == "full" and asked:
-        raise UserError(f"milora.{asked[0]}: full fine-tuning has no adapter to hold: use one")
-    if milora["start"] != "published" and method not in adapter.COMPONENT:
-        raise UserError(
-            f"milora.start is {milora['start']}, which method {method} does not have: leave it out"
-        )
-    if milora["text"] and not asked:
-        progress.say("milora.text is not used: set milora.keep or milora.protect_inputs")
-
-
 def _fit(
     ready: Ready, begun: Begun, collate: Collate, processes: Processes, progress: Progress
 ) -> dict[str, Any]:
@@ -800,36 +513,6 @@ def _damaged(model: nn.Module) -> str:
     return " on your rows, though all its weights are: use dtype: float32"
 
 
-def _targets(base: Pretrained, lora: Mapping[str, Any]) -> dict[str, adapter.Target]:
-    """What the run adapts, before the model has an adapter."""
-    with torch.device("meta"):
-        skeleton = type(base.model)(base.model.config)
-    config = adapter.lora_config({**lora, "r": 1}, task_of(base.model), base.in_full)
-    return adapter.targets(skeleton, config)
-
-
-def _ranks(
-    base: Pretrained, names: Mapping[str, adapter.Target], wanted: Mapping[str, float],
-    start: adapter.Start | None, weights: Weights | None, progress: Progress,
-) -> dict[str, int]:  # fmt: skip
-    """The rank of every weight: of the stored factors, else from the spectra."""
-    if start is not None:
-        return {name: len(factors.A) for name, factors in start.factors.items()}
-    store = Store(say=progress.say, optional=True)
-    spectra = {}
-    for done, name in enumerate(names):
-        progress("spectra", done, len(names), name)
-        weight = weights(name) if weights else matrix_in(base.model, name)
-        spectra[name] = store.spectrum(weight)
-    found = ranks(spectra, {name: target.shape for name, target in names.items()}, wanted)
-    sizes = sorted(found.values())
-    progress.say(
-        f"ranks by layer: {sizes[0]} to {sizes[-1]}, median {sizes[len(sizes) // 2]}, "
-        f"{sum(r * sum(names[name].shape) for name, r in found.items()):,} parameters"
-    )
-    return found
-
-
 def _tops(
     live: PeftModel, weights: Weights | None, start: adapter.Start, milora: Mapping[str, Any],
     general: list[list[int]], init: Path, seed: int, decompose: Decompose, progress: Progress,
@@ -895,19 +578,6 @@ def _hold(
         start.factors.update(outside)
         adapter.place(matrices, start)
     return holds
-
-
-def _memory(original: Original, dtype: str) -> str:
-    """How much the base takes, said before it is loaded."""
-    full = f"{size_of(original.full_bytes)} in {str(dtype_of(dtype)).removeprefix('torch.')}"
-    if original.packed_bytes is None:
-        return f"the base, quantised ({original.label}), would take {full}"
-    packed = f"{size_of(original.packed_bytes)} quantised ({original.label})"
-    return f"the base takes {packed}, and would take {full}"
-
-
-def size_of(count: int) -> str:
-    return f"{count / 2**30:.2f} GB" if count >= 2**27 else f"{count / 2**20:.1f} MB"
 
 
 def _versions() -> dict[str, str]:
