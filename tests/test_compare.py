@@ -84,6 +84,7 @@ def test_a_grid(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         run(config, names, [0, 1, 2], [1e-4, 1e-2])
 
 
+@pytest.mark.slow
 def test_a_stopped_grid_goes_on(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,6 +105,7 @@ def test_a_stopped_grid_goes_on(
     assert len(result["arms"]["lora"]["tried"]) == 3
 
 
+@pytest.mark.slow
 def test_a_rate_at_which_training_diverges_is_left_out(
     config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -290,6 +290,7 @@ def test_the_same_adapter_is_trained_on(
     assert not all(torch.equal(one[name], three[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_a_chain_within_a_budget(first: Path, tiny: Tiny, tmp_path: Path) -> None:
     earlier, cuts = first, []
     for name in ("second", "third"):

@@ -135,6 +135,7 @@ def test_the_divergence_is_smaller_with_it(tiny: Tiny, text: Path, tmp_path: Pat
     assert any("kept_kl" in json.loads(line) for line in lines)
 
 
+@pytest.mark.slow
 def test_resumed_as_unbroken(
     tiny: Tiny, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

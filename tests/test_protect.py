@@ -253,6 +253,7 @@ def test_without_it_the_top_is_touched(tiny: Tiny, tmp_path: Path) -> None:
     assert {layer["k"] for layer in record["interference"]["layers"].values()} == {16}
 
 
+@pytest.mark.slow
 def test_resumed_as_unbroken(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import milora.train
 

@@ -109,6 +109,7 @@ def test_a_real_encoder_learns_classes(
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["polarity", "subjectivity", "trec", "mawps"])
 def test_the_benchmark_trains_on_nothing_it_tests(task: str, tasks: ModuleType) -> None:
     parts = tasks.split(task, 640, 160, 200)

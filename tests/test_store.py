@@ -420,10 +420,8 @@ def init_and_kill(model: str, store: str, at_write: int) -> None:
     decompose(Path(model), Path(store))
 
 
-@pytest.mark.parametrize(
-    "at_write",
-    [6] + [pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 3, 4, 5, 7, 8, 9, 23)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("at_write", [*range(1, 10), 23])
 def test_killed_at_the_nth_write(at_write: int, tmp_path: Path, tiny: Tiny) -> None:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["milora.train"])
