@@ -316,8 +316,6 @@ def evaluate(
         evaluate_all,
         general_texts,
         load_task,
-        merge_evaluations,
-        save_evaluation,
     )
     from milora.pretrained import load_pretrained
     from milora.progress import Progress
@@ -366,6 +364,15 @@ def evaluate(
             progress,
         )
     _print_scores(result)
+    _write_evaluation(source, out, limit, result, samples)
+
+
+def _write_evaluation(
+    source: Path, out: Path | None, limit: int | None, result: dict[str, Any], samples: list[Any]
+) -> None:
+    """Into `out`, else into the run's own files; a trial of some rows changes nothing there."""
+    from milora.evaluate import merge_evaluations, save_evaluation
+
     own = source / "evaluation.json"
     if out:
         save_evaluation(out, out.with_suffix(".samples.jsonl"), result, samples)
@@ -380,7 +387,6 @@ def _evaluate_chain(
     source: Path, limit: int | None, out: Path | None, trust_remote_code: bool
 ) -> None:
     from milora.compare_page import Table
-    from milora.evaluate import merge_evaluations, save_evaluation
     from milora.lineage import chain
     from milora.progress import Progress
     from milora.transfer import evaluate_chain, sentences, table
@@ -394,14 +400,7 @@ def _evaluate_chain(
     _print_table(Table(*table(result["continual"])))
     for sentence in sentences(result["continual"]):
         typer.echo(sentence)
-    own = source / "evaluation.json"
-    if out:
-        save_evaluation(out, out.with_suffix(".samples.jsonl"), result, samples)
-        typer.echo(f"written: {out}")
-    elif own.exists() and limit is None:
-        files = own, source / "samples.jsonl"
-        save_evaluation(*files, *merge_evaluations(*files, result, samples))
-        typer.echo(f"written: {own}")
+    _write_evaluation(source, out, limit, result, samples)
 
 
 @app.command(
