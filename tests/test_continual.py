@@ -251,7 +251,8 @@ def test_a_new_adapter_on_the_earlier_result(
             assert (dW @ torch.linalg.qr(Q.T).Q).norm() < 1e-4 * dW.norm()
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_in_sixteen_bit_it_starts_at_the_very_bits(dtype: str, tiny: Tiny, tmp_path: Path) -> None:
     run(further(tiny, tmp_path, "first", dtype=dtype, evaluate={"tasks": []}))
     arguments = further(
@@ -262,8 +263,9 @@ def test_in_sixteen_bit_it_starts_at_the_very_bits(dtype: str, tiny: Tiny, tmp_p
     assert all(check.holds for check in verify(tmp_path / "second"))
 
 
-@pytest.mark.parametrize("method", ["milora", pytest.param("lora", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("protect", [pytest.param(0, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["milora", "lora"])
+@pytest.mark.parametrize("protect", [0, 2])
 def test_the_same_adapter_is_trained_on(
     method: str, protect: int, tiny: Tiny, tmp_path: Path
 ) -> None:

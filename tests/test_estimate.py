@@ -77,6 +77,7 @@ def test_a_step_of_shapes_is_a_step(kind: str, method: str) -> None:
     assert found.memory["logits"] >= ROWS * (TOKENS - 1) * 258 * 4
 
 
+@pytest.mark.slow
 def test_what_changes_the_memory_of_a_step() -> None:
     plain = of_shapes("deep", "milora")
     again = of_shapes("deep", "milora", gradient_checkpointing=True)
@@ -136,6 +137,7 @@ def test_decomposition_at_the_measured_rates() -> None:
     assert compared >= 30
 
 
+@pytest.mark.slow
 def test_disk(tiny: Tiny, tmp_path: Path) -> None:
     arguments = settings(tiny("llama"), tmp_path)
     run(arguments)

@@ -118,6 +118,7 @@ def test_inputs_are_held(method: str, tiny: Tiny, text: Path, tmp_path: Path) ->
     assert record["interference"]["max"] <= 1 + 1e-9
 
 
+@pytest.mark.slow
 def test_the_divergence_is_smaller_with_it(tiny: Tiny, text: Path, tmp_path: Path) -> None:
     found = {}
     for weight in (0, 200):

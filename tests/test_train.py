@@ -169,6 +169,7 @@ def test_two_runs_are_equal_bit_for_bit(tiny: Tiny, tmp_path: Path) -> None:
     assert all(torch.equal(a[name], b[name]) for name in a | b)
 
 
+@pytest.mark.slow
 def test_accumulating_gradients_gives_the_same_adapter(tiny: Tiny, tmp_path: Path) -> None:
     """4 x 2 equals 1 x 8, although the answers are of unequal length: the loss is per token."""
     found = []
@@ -182,6 +183,7 @@ def test_accumulating_gradients_gives_the_same_adapter(tiny: Tiny, tmp_path: Pat
         torch.testing.assert_close(tensor, found[1][name], atol=2e-4, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_gives_the_same_adapter(tiny: Tiny, tmp_path: Path) -> None:
     found = []
     for on in (False, True):
