@@ -15,6 +15,7 @@ from milora.errors import UserError
 from milora.export import best_of_rank, load_plain_lora, merge, save_plain_lora
 from milora.files import new_folder, read_json, write_json, write_text
 from milora.ggufs import check_gguf, write_lora, write_model
+from milora.matrices import skeleton_of
 from milora.merge import Recorded, merge_files
 from milora.pretrained import source_of
 from milora.progress import Progress
@@ -140,9 +141,7 @@ def _classifier(source: Path, out: Path, to: str, base: str | None, trust_remote
         )
     opened = open_adapter(source, base, trust_remote_code)
     model = take_off(opened.model)
-    with torch.device("meta"):
-        skeleton = type(model)(model.config)
-    merge(model, load_plain_lora(source, skeleton))
+    merge(model, load_plain_lora(source, skeleton_of(model)))
     with new_folder(out) as folder:
         model.save_pretrained(folder)
         copy_tokenizer(source, folder)
@@ -152,9 +151,7 @@ def _classifier(source: Path, out: Path, to: str, base: str | None, trust_remote
 def _smaller(source: Path, out: Path, rank: int, base: str | None, trust_remote_code: bool) -> str:
     opened = open_adapter(source, base, trust_remote_code)
     largest, model = opened.provenance["rank"], take_off(opened.model)
-    with torch.device("meta"):
-        skeleton = type(model)(model.config)
-    plain = best_of_rank(load_plain_lora(source, skeleton), rank)
+    plain = best_of_rank(load_plain_lora(source, skeleton_of(model)), rank)
     with new_folder(out) as folder:
         copy_tokenizer(source, folder)
         written = save_plain_lora(folder, plain, model, opened.base.name)

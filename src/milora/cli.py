@@ -41,10 +41,15 @@ def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def _several() -> bool:
+    """Whether a launcher has started more than one process."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 @app.callback()
 def _check_launched(context: typer.Context) -> None:
     verb = context.invoked_subcommand
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and verb != "train":
+    if _several() and verb != "train":
         raise UserError(f"milora {verb} runs in one process: start it without a launcher")
 
 
@@ -710,7 +715,7 @@ def main() -> None:
         again = "the same command" if init else "`milora train ... --resume`"
         sys.exit(_fail(f"stopped; {again} continues"))
     except RuntimeError as error:
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not _lost(error):
+        if not _several() or not _lost(error):
             raise
         _fail("another process of this run has ended: see what it said; --resume goes on")
         sys.exit(1)

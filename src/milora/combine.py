@@ -23,6 +23,7 @@ from milora.card import combined_card
 from milora.errors import UserError
 from milora.export import PlainLora, best_of_rank, exact_rank, load_plain_lora, save_plain_lora
 from milora.files import new_folder, read_json, sha256, write_json, write_text
+from milora.matrices import skeleton_of
 from milora.progress import Progress
 from milora.spectra import interference, span
 from milora.svd import components
@@ -143,11 +144,7 @@ def combine(
     _check_alike(runs, stored, digests)
     opened = open_adapter(folders[0], base, trust_remote_code)
     model = take_off(opened.model)
-    updates = []
-    for folder in folders:
-        with torch.device("meta"):
-            skeleton = type(model)(model.config)
-        updates.append(load_plain_lora(folder, skeleton).factors)
+    updates = [load_plain_lora(folder, skeleton_of(model)).factors for folder in folders]
     common = []
     for i, one in enumerate(updates):
         for j in range(i + 1, len(updates)):

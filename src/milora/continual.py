@@ -28,7 +28,7 @@ from milora.errors import UserError
 from milora.export import PlainLora, best_of_rank, exact_rank, load_plain_lora, norm
 from milora.files import sha256, write_bytes
 from milora.lineage import Link, chain, check_unchanged, continues, current, read_link
-from milora.matrices import Weights, matrix_in
+from milora.matrices import Weights, matrix_in, skeleton_of
 from milora.verify import find_adapter, why_whole
 
 FORMAT = "milora previous update 1"
@@ -178,9 +178,12 @@ def previous_update(earlier: Earlier, base: PreTrainedModel, init: Path) -> dict
     if earlier.how == "same":
         stored = earlier.init.with_name(FILE)
         return load_previous(stored) if stored.exists() else {}
-    with torch.device("meta"):
-        skeleton = type(base)(base.config)
-    return load_plain_lora(earlier.run / "adapter", skeleton).factors
+    return _released(earlier, base)
+
+
+def _released(earlier: Earlier, base: PreTrainedModel) -> dict[str, Factors]:
+    """The update that the earlier run's adapter/ holds, by module."""
+    return load_plain_lora(earlier.run / "adapter", skeleton_of(base)).factors
 
 
 def replayed(earlier: Earlier, share: float, seed: int, pictures: bool) -> Replayed:
@@ -244,9 +247,7 @@ def step0(
     than those of the pair that trains.
     """
     if earlier.how == "same":
-        with torch.device("meta"):
-            skeleton = type(base)(base.config)
-        stored = load_plain_lora(earlier.run / "adapter", skeleton).factors
+        stored = _released(earlier, base)
         difference = max(
             float((x - y[tuple(map(slice, x.shape))]).abs().max())
             for name, own in plain.factors.items()

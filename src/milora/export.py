@@ -33,7 +33,14 @@ from milora.adapter import (
 from milora.checkpoint import full_weights, open_checkpoint
 from milora.errors import UserError
 from milora.files import read_json, write_bytes, write_json
-from milora.matrices import adapted_matrices, base_modules, is_suffix, matrix_in, without_expert
+from milora.matrices import (
+    adapted_matrices,
+    base_modules,
+    is_suffix,
+    matrix_in,
+    skeleton_of,
+    without_expert,
+)
 from milora.pretrained import task_of
 from milora.quantised import is_packed, linear_shape
 
@@ -215,9 +222,8 @@ def _tensors(
         return found
     # Where several stacks of one module are adapted PEFT nests its layers: it says how itself.
     inner: Any = base.base_model.model if isinstance(base, PeftModel) else base
-    with torch.device("meta"):
-        skeleton = type(inner)(inner.config)
-    for name, matrix in adapted_matrices(get_peft_model(skeleton, copy.deepcopy(config))).items():
+    model = get_peft_model(skeleton_of(inner), copy.deepcopy(config))
+    for name, matrix in adapted_matrices(model).items():
         if matrix.expert is not None:
             stacks.setdefault(matrix.path, []).append(factors[name])
     for path, experts in stacks.items():

@@ -153,6 +153,12 @@ def adapted_layers(model: PeftModel) -> dict[str, Any]:
     return {name: layer for name, layer in inner.named_modules() if isinstance(layer, LoraLayer)}
 
 
+def skeleton_of(model: Any) -> Any:
+    """The layers and shapes of a base, on the meta device."""
+    with torch.device("meta"):
+        return type(model)(model.config)
+
+
 def matrix_in(base: nn.Module, name: str) -> Tensor:
     """The matrix `name` (m, n) of a model without adapters: a detached view.
 

@@ -121,18 +121,14 @@ def processes_of(arguments: TrainingArguments) -> Processes:
         unset_hf_deepspeed_config()  # the weights are read whole, and shared out once decomposed
     elif os.environ.get("ACCELERATE_USE_FSDP") == "true":
         sharded = "fsdp"
-    if sharded == "fsdp" and os.environ.get("FSDP_VERSION", "1") != "2":
-        raise UserError(
-            "FSDP 1 splits tensors so that no row of a factor is whole: use fsdp_version: 2 "
-            "(examples/accelerate/fsdp2.yaml)"
-        )
-    state = arguments.distributed_state
-    if (
-        sharded == "fsdp"
-        and state is not None
-        and state.distributed_type == DistributedType.MULTI_CPU
-    ):
-        raise UserError("FSDP is for GPUs, and here are none: use examples/accelerate/ddp.yaml")
+        if os.environ.get("FSDP_VERSION", "1") != "2":
+            raise UserError(
+                "FSDP 1 splits tensors so that no row of a factor is whole: use fsdp_version: 2 "
+                "(examples/accelerate/fsdp2.yaml)"
+            )
+        state = arguments.distributed_state
+        if state is not None and state.distributed_type == DistributedType.MULTI_CPU:
+            raise UserError("FSDP is for GPUs, and here are none: use examples/accelerate/ddp.yaml")
     if number == 1 and sharded:
         raise UserError("there is one process, and nothing to share out: start it without FSDP")
     if number == 1 or not dist.is_initialized():
@@ -167,8 +163,8 @@ def like(tensor: Tensor, value: Tensor) -> Tensor:
 def alone(run: Path) -> None:
     """Finish a trained run in a process that no launcher has started.
 
-    What is left, the export and the evaluation, needs the weights in one piece. Raises UserError
-    when that process could not.
+    What is left, the export and the evaluation, needs the weights in one piece. Raises
+    ElsewhereError with the exit code of that process, if it is not 0.
     """
     kept = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "PARALLELISM_CONFIG_")
     own = {k: v for k, v in os.environ.items() if not k.startswith(kept) and k not in LAUNCHED}

@@ -19,7 +19,7 @@ from milora.gates import Gate, check_subjects, parse_gate
 from milora.lineage import Link, chain
 from milora.loop import STATE, last_complete_checkpoint
 from milora.material import Material, read_material
-from milora.matrices import Weights, is_suffix, matrix_in
+from milora.matrices import Weights, is_suffix, matrix_in, skeleton_of
 from milora.pretrained import Pretrained, dtype_of, labels_of, task_of
 from milora.processes import Processes
 from milora.progress import Progress
@@ -302,10 +302,8 @@ def _check_general(milora: Mapping[str, Any], method: str, progress: Progress) -
 
 def _targets(base: Pretrained, lora: Mapping[str, Any]) -> dict[str, adapter.Target]:
     """What the run adapts, before the model has an adapter."""
-    with torch.device("meta"):
-        skeleton = type(base.model)(base.model.config)
     config = adapter.lora_config({**lora, "r": 1}, task_of(base.model), base.in_full)
-    return adapter.targets(skeleton, config)
+    return adapter.targets(skeleton_of(base.model), config)
 
 
 def _ranks(

@@ -185,9 +185,9 @@ def _begin(ready: Ready, processes: Processes, progress: Progress) -> Begun:
     method, milora, seed = asked["method"], asked["milora"], asked["seed"]
     base, start, init, origin = material.base, ready.start, ready.init, ready.origin
     earlier, previous = ready.earlier, ready.previous
-    before = None
+    probe, before = _probe(ready), None
     if earlier and "step0" not in resumed:
-        before = logits_before(earlier, base.model, _probe(ready))
+        before = logits_before(earlier, base.model, probe)
     live: nn.Module = base.model
     live_sha = adapter.base_sha256(live) if material.named.ids else material.base_sha256
     if ready.lora_config is not None:
@@ -260,8 +260,8 @@ def _begin(ready: Ready, processes: Processes, progress: Progress) -> Begun:
         first = None
         if earlier and before is not None and start is not None:
             now = export.plain_lora(start, adapter.trained_factors(live), previous=previous)
-            first = step0(earlier, live, before, _probe(ready), now, base.model)
-        record["step0"] = step_zero(live, _probe(ready), asked["model"], progress, first)
+            first = step0(earlier, live, before, probe, now, base.model)
+        record["step0"] = step_zero(live, probe, asked["model"], progress, first)
     run.mkdir(parents=True, exist_ok=True)
     if not resumed:
         write_text(run / "config.yaml", yaml.safe_dump(asked, sort_keys=False, allow_unicode=True))

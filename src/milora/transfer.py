@@ -105,8 +105,9 @@ def evaluate_chain(
     asked before is asked again.
     """
     asked = links[-1].asked["evaluate"]
-    check_tasks(links, reader, pair.model)
-    tasks = load_tasks(links, reader, limit)
+    tasks = check_tasks(links, reader, pair.model)
+    if limit is not None:
+        tasks = load_tasks(links, reader, limit)
     texts = general_texts(asked["knowledge"])
     live: Any = pair.model
     results: list[dict[str, Any]] = []
