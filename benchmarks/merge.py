@@ -80,7 +80,7 @@ def make_adapter(folder: Path, base: Path, hashes: dict[str, str]) -> None:
         m, n = SHAPES[".".join(name.split(".")[-2:])]
         factors[name] = Factors(torch.randn(RANK, n) / n**0.5, 0.02 * torch.randn(m, RANK))
     skeleton = open_checkpoint(str(base)).skeleton
-    save_plain_lora(folder, PlainLora(factors, 0.0, ("", 0.0)), skeleton, "synthetic")
+    save_plain_lora(folder, PlainLora(factors), skeleton, "synthetic")
     about = {"model": str(base), "name": "synthetic", "dtype": "bfloat16", "license": "unknown"}
     write_json(
         folder / "milora.json",

@@ -189,7 +189,7 @@ def test_from_the_base_to_the_artefacts(
         wanted = tuned(**asked).logits
         with tuned.disable_adapter():
             assert torch.equal(tuned(**asked).logits, plain)
-        export_run(ran, tmp_path / "merged", "merged", None)
+        export_run(ran, tmp_path / "merged", "merged")
         found = load.from_pretrained(tmp_path / "merged")(**asked).logits
     assert float((wanted - plain).abs().max()) > 1e-2 * float(plain.abs().max())
     assert float((found - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())

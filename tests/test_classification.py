@@ -20,7 +20,7 @@ from tiny_run import run, settings
 
 from milora import get_milora_model
 from milora.adapter import add_adapter, base_sha256, head_of, lora_config
-from milora.artefacts import export_run
+from milora.artefacts import Smaller, export_run
 from milora.card import all_scores
 from milora.chat import replies
 from milora.classification import class_scores, label_names, tokens
@@ -228,11 +228,11 @@ def test_a_run_and_its_commands(
         wanted = open_adapter(home).model(input_ids=ids).logits
         assert wanted.shape == (2, 3)
         assert torch.equal(space["model"](input_ids=ids).logits, wanted)
-        export_run(home, tmp_path / "merged", "merged", None)
+        export_run(home, tmp_path / "merged", "merged")
         merged = load_pretrained(str(tmp_path / "merged"))
         torch.testing.assert_close(merged.model(input_ids=ids).logits, wanted, atol=1e-5, rtol=0)
     assert hf.AutoConfig.from_pretrained(tmp_path / "merged").id2label == {0: "0", 1: "1", 2: "2"}
-    export_run(home, tmp_path / "small", "lora", 1)
+    export_run(home, tmp_path / "small", "lora", Smaller(1))
     whole, cut = (
         load_file(folder / "adapter_model.safetensors")
         for folder in (home / "adapter", tmp_path / "small")
@@ -265,7 +265,7 @@ def test_a_run_and_its_commands(
         "third.jsonl, line 2: the label '7' is none of those in the training file: 0, 1, 2" in out
     )
     with pytest.raises(UserError, match=r"--to gguf: llama\.cpp reads no head of a classifier"):
-        export_run(home, tmp_path / "gguf", "gguf", None)
+        export_run(home, tmp_path / "gguf", "gguf")
     with pytest.raises(UserError, match="servers of text give no classes"):
         verify_server(home, "http://localhost:1")
     with pytest.raises(UserError, match="names classes and cannot talk"):

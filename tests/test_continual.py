@@ -28,9 +28,10 @@ from milora.adapter import (
     place,
     trained_factors,
 )
+from milora.approximation import best_of_rank, norm
 from milora.cli import app, main
 from milora.errors import UserError
-from milora.export import best_of_rank, norm, plain_lora
+from milora.export import plain_lora
 from milora.files import sha256
 from milora.lineage import chain, current
 from milora.matrices import adapted_matrices, matrix_in

@@ -72,7 +72,7 @@ def make_adapter(folder: Path, base: Path, name: str, scale: float = 1.0) -> Pat
 
 
 def export(adapter: Path, out: Path, to: str = "merged", **options: Any) -> str:
-    return export_run(adapter, out, to, None, **options)
+    return export_run(adapter, out, to, **options).said
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:

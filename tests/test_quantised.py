@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from milora import adapter
-from milora.artefacts import export_run
+from milora.artefacts import Smaller, export_run
 from milora.checkpoint import open_checkpoint, original_of
 from milora.errors import UserError
 from milora.evaluate import Pair, evaluate_all, general_texts
@@ -112,23 +112,23 @@ def test_the_result_fits_both_bases(finished: Path, tiny: Tiny, tmp_path: Path) 
     # On the original the same update acts: as stock PEFT has it, and merged.
     original = AutoModelForCausalLM.from_pretrained(tiny("llama"))
     stock = PeftModel.from_pretrained(original, finished / "adapter")
-    said = export_run(finished, tmp_path / "merged", "merged", None, base=str(tiny("llama")))
+    said = export_run(finished, tmp_path / "merged", "merged", base=str(tiny("llama"))).said
     assert "on the full-precision base; the update was trained on nf4" in said
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert relative(next_logits(merged), next_logits(stock)) <= 1e-5
     with stock.disable_adapter():
         assert relative(next_logits(stock), next_logits(merged)) > 1e-3  # the update is one
-    assert "rank 4" in export_run(finished, tmp_path / "small", "lora", 4)
+    assert "rank 4" in export_run(finished, tmp_path / "small", "lora", Smaller(4)).said
     assert all(check.holds for check in verify(tmp_path / "small"))
 
 
 def test_merging_into_packed_numbers_is_refused(finished: Path, tiny: Tiny, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"quantised \(nf4\).*--base .*serve .*adapter"):
-        export_run(finished, tmp_path / "merged", "merged", None)
+        export_run(finished, tmp_path / "merged", "merged")
     make_model("llama", seed=1).save_pretrained(tmp_path / "other")
     make_tokenizer().save_pretrained(tmp_path / "other")
     with pytest.raises(UserError, match="wrong base"):
-        export_run(finished, tmp_path / "merged", "merged", None, base=str(tmp_path / "other"))
+        export_run(finished, tmp_path / "merged", "merged", base=str(tmp_path / "other"))
     assert not (tmp_path / "merged").exists()
 
 
@@ -344,7 +344,7 @@ def test_a_checkpoint_that_comes_packed(
             Pair(opened.model), opened.base.tokenizer, [], general_texts("default"), 1, 4, progress
         )[0]["knowledge"][0]
     assert kept["kl"] > 0
-    export_run(tmp_path / "run", tmp_path / "merged", "merged", None, base=str(tiny("llama")))
+    export_run(tmp_path / "run", tmp_path / "merged", "merged", base=str(tiny("llama")))
 
 
 @pytest.mark.slow
@@ -367,7 +367,7 @@ def test_lora_needs_no_full_precision_where_nothing_is_measured(
     assert record["spectra"] == {}
     assert all(check.holds for check in verify(tmp_path / "run"))
     with pytest.raises(UserError, match="--base the checkpoint that it was made from"):
-        export_run(tmp_path / "run", tmp_path / "merged", "merged", None)
+        export_run(tmp_path / "run", tmp_path / "merged", "merged")
 
 
 @pytest.mark.slow
@@ -456,8 +456,8 @@ def test_gptq_and_awq(method: str, tmp_path: Path) -> None:
     stock = PeftModel.from_pretrained(base, tmp_path / "run" / "adapter").eval()
     assert torch.equal(next_logits(stock), next_logits(ours))
     with pytest.raises(UserError, match=rf"is quantised \({method}\), and merging into packed"):
-        export_run(tmp_path / "run", tmp_path / "merged", "merged", None)
-    export_run(tmp_path / "run", tmp_path / "merged", "merged", None, base=str(tmp_path / "whole"))
+        export_run(tmp_path / "run", tmp_path / "merged", "merged")
+    export_run(tmp_path / "run", tmp_path / "merged", "merged", base=str(tmp_path / "whole"))
 
 
 @pytest.mark.slow

@@ -183,7 +183,7 @@ print("same logits")
         [sys.executable, "-c", script, *arguments], capture_output=True, text=True
     )
     assert done.stdout == "same logits\n", done.stderr
-    export_run(finished / "run", tmp_path / "merged", "merged", None)
+    export_run(finished / "run", tmp_path / "merged", "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     with torch.no_grad():
         error = (merged(**some_text()).logits - logits).abs().max() / logits.abs().max()

@@ -101,7 +101,7 @@ def test_a_real_encoder_learns_classes(
     assert task["tuned"]["f1_interval"][0] > task["base"]["f1_interval"][1]
     assert 0 < evaluation["knowledge"][0]["moved"] < 1
     assert all(check.holds for check in verify(tmp_path / "run"))
-    export_run(tmp_path / "run", tmp_path / "merged", "merged", None)
+    export_run(tmp_path / "run", tmp_path / "merged", "merged")
     ids = torch.tensor([[101, 2054, 2003, 1996, 3007, 1997, 2605, 102]])
     with torch.no_grad():
         wanted = open_adapter(tmp_path / "run").model(input_ids=ids).logits

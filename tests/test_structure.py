@@ -44,7 +44,7 @@ LAYERS = (
     },
     {"forms", "arguments"},
     {"export", "evaluate", "loop", "verify", "preview", "chat"},
-    {"store", "merge", "server", "result", "continual", "transfer"},
+    {"store", "merge", "server", "result", "approximation", "continual", "transfer"},
     {"material"},
     {"ggufs", "ready"},
     {"artefacts", "train", "inspection"},
@@ -59,7 +59,7 @@ SAME_LAYER = {
     ("verify", "evaluate"), ("chat", "evaluate"), ("config", "grade"), ("config", "gates"),
     ("gates", "card"), ("matrices", "svd"), ("matrices", "quantised"), ("quantised", "errors"),
     ("vision", "errors"), ("vision", "matrices"), ("costs", "errors"), ("costs", "svd"),
-    ("processes", "errors"),
+    ("processes", "errors"), ("verify", "export"), ("continual", "approximation"),
 }  # fmt: skip
 
 

@@ -130,10 +130,10 @@ def test_what_a_run_with_new_tokens_can_be_asked(
     assert record["merged"]["exported_against_trained"] <= 1e-5
     ran = tmp_path / "run"
     with pytest.raises(UserError, match=r"rows of model.embed_tokens were trained, which no plain"):
-        export_run(ran, tmp_path / "lora", "lora", None)
+        export_run(ran, tmp_path / "lora", "lora")
     with pytest.raises(UserError, match=r"has no adapter: rows of model.embed_tokens.*run/model"):
         verify(ran)
-    assert "whole weights" in export_run(ran, tmp_path / "merged", "merged", None)
+    assert "whole weights" in export_run(ran, tmp_path / "merged", "merged").said
     files = sorted(file.name for file in (tmp_path / "merged").iterdir())
     assert files == sorted(file.name for file in (ran / "model").iterdir())
     opened = open_run(ran)

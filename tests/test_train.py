@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tiny_run import result_hashes, run, settings, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from milora.artefacts import export_run
+from milora.artefacts import Smaller, export_run
 from milora.data import IGNORED, encode, read_rows, split_rows
 from milora.errors import UserError
 from milora.evaluate import Pair, answer_loss
@@ -345,7 +345,7 @@ def test_resuming_on_a_changed_base_is_refused(tiny: Tiny, tmp_path: Path) -> No
 
 
 def test_exports_of_a_finished_run(finished: Path, tiny: Tiny, tmp_path: Path) -> None:
-    said = export_run(finished, tmp_path / "merged", "merged", None)
+    said = export_run(finished, tmp_path / "merged", "merged").said
     assert "merged weights" in said
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     opened = open_adapter(finished)
@@ -354,18 +354,23 @@ def test_exports_of_a_finished_run(finished: Path, tiny: Tiny, tmp_path: Path) -
         wanted = opened.model.cpu()(input_ids=ids).logits
         found = merged(input_ids=ids).logits
     assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
-    said = export_run(finished, tmp_path / "exact", "lora", None)
+    said = export_run(finished, tmp_path / "exact", "lora").said
     assert "rank 8, exact" in said
     assert all(check.holds for check in verify(tmp_path / "exact"))
-    said = export_run(finished, tmp_path / "small", "lora", 2)
+    said = export_run(finished, tmp_path / "small", "lora", Smaller(2)).said
     assert "rank 2; relative error of the update" in said
     assert all(check.holds for check in verify(tmp_path / "small"))
-    assert "rank-2 approximation" in (tmp_path / "small" / "README.md").read_text()
+    assert "plain LoRA of rank 2; relative" in (tmp_path / "small" / "README.md").read_text()
     for arguments, reason in (
-        ((tmp_path / "small", "lora", None), "exists already"),
-        ((tmp_path / "new", "lora", 9), "has rank 8"),
-        ((tmp_path / "new", "zip", None), "use lora, merged, gguf or gguf-merged"),
-        ((tmp_path / "new", "merged", 2), "--rank goes with"),
+        ((tmp_path / "small", "lora"), "exists already"),
+        ((tmp_path / "new", "lora", Smaller(9)), "has rank 8"),
+        ((tmp_path / "new", "zip"), "use lora, merged, gguf or gguf-merged"),
+        ((tmp_path / "new", "merged", Smaller(2)), "go with --to lora"),
+        ((tmp_path / "new", "lora", Smaller(2, 0.1)), "give one of them"),
+        ((tmp_path / "new", "lora", Smaller(max_error=1.5)), "between 0 and 1"),
+        ((tmp_path / "new", "lora", Smaller(spread=True)), "needs --rank or --max-error"),
+        ((tmp_path / "new", "lora", Smaller(bits=4)), "8 and 32 are known"),
+        ((tmp_path / "new", "lora", Smaller(max_error=1e-4, bits=8)), "rounding alone"),
     ):
         with pytest.raises(UserError, match=reason):
             export_run(finished, *arguments)
@@ -377,7 +382,7 @@ def test_verify_sees_a_changed_adapter_and_a_wrong_base(
 ) -> None:
     from safetensors.torch import save_file
 
-    export_run(finished, tmp_path / "copy", "lora", None)
+    export_run(finished, tmp_path / "copy", "lora")
     path = tmp_path / "copy" / "adapter_model.safetensors"
     tensors = load_file(path)
     name = next(name for name in tensors if "lora_B" in name)

@@ -1,56 +1,125 @@
 """`milora export`: from the adapter of a finished run to a folder for other tools."""
 
+import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
 from transformers import AutoTokenizer
 
 from milora.adapter import take_off
+from milora.approximation import (
+    Decomposed,
+    at_ranks,
+    decomposed,
+    in_8_bits,
+    rank_within,
+    spread,
+)
 from milora.card import artefact_card
 from milora.checkpoint import open_checkpoint
 from milora.errors import UserError
-from milora.export import best_of_rank, load_plain_lora, merge, save_plain_lora
+from milora.evaluate import DEFAULT_TEXT, Pair, general_texts, knowledge_kept
+from milora.export import (
+    PlainLora,
+    Storage,
+    check_loaded,
+    exact_rank,
+    load_plain_lora,
+    merge,
+    save_plain_lora,
+)
 from milora.files import new_folder, read_json, write_json, write_text
 from milora.ggufs import check_gguf, write_lora, write_model
-from milora.matrices import skeleton_of
+from milora.matrices import kind_of, skeleton_of, without_expert
 from milora.merge import Recorded, merge_files
-from milora.pretrained import source_of
+from milora.pretrained import source_of, task_of
 from milora.progress import Progress
-from milora.verify import ADAPTER, GGUF, MERGED, find_adapter, make_probes, open_adapter, why_whole
+from milora.verify import (
+    ADAPTER,
+    GGUF,
+    MERGED,
+    Opened,
+    find_adapter,
+    make_probes,
+    open_adapter,
+    why_whole,
+)
 
 KINDS = ("lora", "merged", "gguf", "gguf-merged")
 LORA, MODEL = "adapter.gguf", "model.gguf"
 OWN = ("adapter_config.json", "adapter_model.safetensors", "milora.json", "README.md")
 
 
+class Smaller(NamedTuple):
+    """What of the update a LoRA is to keep: at most one of the first two is given."""
+
+    rank: int | None = None  # the best of this rank
+    max_error: float | None = None  # the smallest within this relative error (Frobenius)
+    spread: bool = False  # ranks by weight, the same number of parameters in all
+    bits: int = 32  # of a number in the file
+
+
+EXACT = Smaller()
+
+
+class Exported(NamedTuple):
+    """What was written, in a sentence, and of an approximation each weight's rank and error."""
+
+    said: str
+    ranks: Mapping[str, int] = MappingProxyType({})
+    errors: Mapping[str, float] = MappingProxyType({})
+
+
+def by_layer(exported: Exported) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of a table: what each weight lost, by layer and kind, and the rank it has.
+
+    Of several weights of one kind in a layer, such as experts, the largest loss.
+    """
+    found: dict[str, dict[str, tuple[float, int]]] = {}
+    for name, error in exported.errors.items():
+        number = re.search(r"\.(\d+)\.", name)
+        cells = found.setdefault(number[1] if number else name.rpartition(".")[0], {})
+        kind = kind_of(name)
+        cells[kind] = max(cells.get(kind, (0.0, 0)), (error, exported.ranks[name]))
+    kinds = list(dict.fromkeys(kind for cells in found.values() for kind in cells))
+    rows = [
+        [layer, *(f"{cells[k][0]:.1e} ({cells[k][1]})" if k in cells else "" for k in kinds)]
+        for layer, cells in sorted(found.items(), key=lambda pair: (len(pair[0]), pair[0]))
+    ]
+    return ["layer", *(f"{kind} (rank)" for kind in kinds)], rows
+
+
 def export_run(
     run: Path,
     out: Path,
     to: str,
-    rank: int | None,
+    smaller: Smaller = EXACT,
     trust_remote_code: bool = False,
     base: str | None = None,
     progress: Progress | None = None,
-) -> str:
-    """Write one of KINDS from a run folder or the adapter in it: a plain LoRA (of rank 2r or the
-    best of `rank`), merged weights, a GGUF LoRA for the GGUF of the base, or a merged GGUF.
+) -> Exported:
+    """Write one of KINDS from a run folder or the adapter in it: a plain LoRA (of rank 2r or what
+    `smaller` says), merged weights, a GGUF LoRA for the GGUF of the base, or a merged GGUF.
 
-    Only an approximation loads the base, for its probes; the others read its files weight by
-    weight. `base` is where the base is now, if not where the run had it; merging needs it for a
-    quantised base, as its original. Returns a sentence that says what was written and the error it
-    makes. Raises UserError for an unfinished run, an existing `out`, a wrong base, a rank that is
-    no approximation, or merging into packed numbers.
+    Only an approximation loads the base, for its probes and its KL; the others read its files
+    weight by weight. `base` is where the base is now, if not where the run had it; merging needs it
+    for a quantised base, as its original. Returns what was written and the error it makes. Raises
+    UserError for an unfinished run, an existing `out`, a wrong base, a rank that is no
+    approximation, an error that cannot be kept, or merging into packed numbers.
     """
     if to not in KINDS:
         raise UserError(f"--to {to}: use {', '.join(KINDS[:-1])} or {KINDS[-1]}")
     if out.exists():
         raise UserError(f"--out {out} exists already: choose a new folder")
-    if rank is not None and to != "lora":
+    if smaller != EXACT and to != "lora":
         raise UserError(
-            f"--rank goes with --to lora: write that one first, then its folder --to {to}"
+            "--rank, --max-error, --spread and --bits go with --to lora: write that one first, "
+            f"then its folder --to {to}"
         )
     if (run / "model").is_dir():
         if to != "merged":
@@ -60,19 +129,16 @@ def export_run(
             )
         with new_folder(out) as folder:
             shutil.copytree(run / "model", folder, dirs_exist_ok=True)
-        return f"{out}: whole weights, a copy of {run / 'model'}"
+        return Exported(f"{out}: whole weights, a copy of {run / 'model'}")
     source = find_adapter(run)
     provenance = read_json(source / "milora.json")
     if provenance["format"] != ADAPTER:
         raise UserError(f"{source} holds {provenance['format']}, not an adapter: name its run")
-    if rank is not None and rank > provenance["rank"]:
-        raise UserError(
-            f"--rank {rank}: the update has rank {provenance['rank']}, choose at most that"
-        )
-    if to == "lora" and rank is None:
+    _check(smaller, provenance)
+    if to == "lora" and smaller == EXACT:
         with new_folder(out) as folder:
             shutil.copytree(source, folder, dirs_exist_ok=True)
-        return f"{out}: plain LoRA of rank {provenance['rank']}, exact"
+        return Exported(f"{out}: plain LoRA of rank {provenance['rank']}, exact")
     if to != "lora" and provenance.get("labels"):
         return _classifier(source, out, to, base, trust_remote_code)
     recorded, progress = provenance["base"], progress or Progress()
@@ -85,7 +151,7 @@ def export_run(
             f"base (--base {original}), or serve {source}, a plain LoRA, on the quantised base"
         )
     if to == "lora":
-        return _smaller(source, out, rank or 0, base, trust_remote_code)
+        return _smaller(source, out, smaller, base, trust_remote_code, progress)
     model = base or recorded["model"]
     files = source_of(model)
     skeleton = open_checkpoint(files, trust_remote_code).skeleton
@@ -123,7 +189,7 @@ def export_run(
             said += f", on the full-precision base; the update was trained on {recorded['label']}"
         write_json(folder / "milora.json", record)
         write_text(folder / "README.md", artefact_card(record))
-    return said
+    return Exported(said)
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
@@ -133,7 +199,9 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
             shutil.copyfile(file, folder / file.name)
 
 
-def _classifier(source: Path, out: Path, to: str, base: str | None, trust_remote_code: bool) -> str:
+def _classifier(
+    source: Path, out: Path, to: str, base: str | None, trust_remote_code: bool
+) -> Exported:
     """Merged weights with the head, which is in no file of the base, so that they are loaded."""
     if to != "merged":
         raise UserError(
@@ -145,31 +213,135 @@ def _classifier(source: Path, out: Path, to: str, base: str | None, trust_remote
     with new_folder(out) as folder:
         model.save_pretrained(folder)
         copy_tokenizer(source, folder)
-    return f"{out}: merged weights with the head, {opened.provenance['base']['dtype']}"
+    return Exported(f"{out}: merged weights with the head, {opened.provenance['base']['dtype']}")
 
 
-def _smaller(source: Path, out: Path, rank: int, base: str | None, trust_remote_code: bool) -> str:
+def _check(smaller: Smaller, provenance: Mapping[str, Any]) -> None:
+    rank, error = smaller.rank, smaller.max_error
+    if rank is not None and error is not None:
+        raise UserError("--rank and --max-error both say how small: give one of them")
+    if rank is not None and rank > provenance["rank"]:
+        raise UserError(
+            f"--rank {rank}: the update has rank {provenance['rank']}, choose at most that"
+        )
+    if error is not None and not 0 < error < 1:
+        raise UserError(f"--max-error {error}: a share of the update between 0 and 1 is needed")
+    if smaller.bits not in (8, 32):
+        raise UserError(f"--bits {smaller.bits}: 8 and 32 are known")
+    if smaller.spread and rank is None and error is None:
+        raise UserError("--spread needs --rank or --max-error, which say how much there is")
+
+
+def _smaller(
+    source: Path, out: Path, smaller: Smaller, base: str | None, trust_remote_code: bool,
+    progress: Progress,
+) -> Exported:  # fmt: skip
     opened = open_adapter(source, base, trust_remote_code)
     largest, model = opened.provenance["rank"], take_off(opened.model)
-    plain = best_of_rank(load_plain_lora(source, skeleton_of(model)), rank)
+    exact = load_plain_lora(source, skeleton_of(model))
+    plain, storage = _approximation(exact, smaller)
+    if smaller.max_error is not None and plain.error > smaller.max_error:
+        raise UserError(
+            f"--max-error {smaller.max_error} cannot be kept with --bits 8, whose rounding alone "
+            f"makes the error {plain.error:.2e}: allow that much, or leave --bits out"
+        )
+    ranks = {name: len(A) for name, (A, _) in plain.factors.items()}
     with new_folder(out) as folder:
         copy_tokenizer(source, folder)
-        written = save_plain_lora(folder, plain, model, opened.base.name)
+        written = save_plain_lora(folder, plain, model, opened.base.name, storage=storage)
         loaded = PeftModel.from_pretrained(model, folder)
+        check_loaded(loaded, plain, storage)
         provenance: dict[str, Any] = opened.provenance | {
             "rank": written,
             "approximation_error": plain.error,
+            "approximation": {
+                "bits": smaller.bits,
+                "scale": storage.scale,
+                "ranks": ranks,
+                "errors": dict(plain.errors),
+            },
             "probes": make_probes(loaded, opened.base.reader),
         }
+        kept = _divergences(loaded, source, opened, progress)
+        provenance["approximation"]["knowledge"] = kept
         write_json(folder / "milora.json", provenance)
+        size = (folder / "adapter_model.safetensors").stat().st_size
+        whole = (source / "adapter_model.safetensors").stat().st_size
+        said = _sentence(plain, smaller, ranks, size / whole, kept)
         note = (
-            f"\n\n## Approximation\n\nThis is the best rank-{rank} approximation of the "
-            f"trained update (rank {largest}); relative error {plain.error:.2e} (Frobenius). "
+            f"\n\n## Approximation\n\nOf the trained update (rank {largest}): {said} "
             "The scores above are those of the full update.\n"
         )
         card = (source / "README.md").read_text(encoding="utf-8").rstrip()
         write_text(folder / "README.md", card + note)
-    return (
-        f"{out}: plain LoRA of rank {written}; relative error of the update {plain.error:.2e}, "
-        f"worst module {plain.worst[0]} {plain.worst[1]:.2e}"
+    return Exported(f"{out}: {said}", ranks, plain.errors)
+
+
+def _approximation(exact: PlainLora, smaller: Smaller) -> tuple[PlainLora, Storage]:
+    plain, storage = exact, Storage()
+    if smaller.rank is not None or smaller.max_error is not None:
+        parts = decomposed(exact)
+        plain = at_ranks(exact, parts, _ranks(parts, smaller))
+    if smaller.bits == 8:
+        plain, storage = in_8_bits(exact, plain)
+    return plain, storage._replace(one_rank=not smaller.spread)
+
+
+def _ranks(parts: Mapping[str, Decomposed], smaller: Smaller) -> dict[str, int]:
+    if smaller.spread:
+        if stacked := [name for name in parts if without_expert(name) != name]:
+            raise UserError(
+                f"--spread: {stacked[0]} is one of a stack of experts, which have one rank: leave "
+                "--spread out"
+            )
+        return spread(parts, smaller.rank, smaller.max_error)
+    rank = smaller.rank or rank_within(parts, smaller.max_error or 0.0)
+    return {name: min(rank, len(part.S)) for name, part in parts.items()}
+
+
+def _divergences(
+    smaller: PeftModel, source: Path, opened: Opened, progress: Progress
+) -> dict[str, Any]:
+    """KL (nats per token) from the base of the exact update and of its approximation, on the first
+    general text of the run, or the default one where its file is gone; of a classifier how far the
+    embeddings moved.
+    """
+    asked = opened.provenance["configuration"].get("evaluate", {})
+    try:
+        text, name = general_texts(asked.get("knowledge", DEFAULT_TEXT))[0]
+    except UserError:
+        text, name = general_texts(DEFAULT_TEXT)[0]
+    pieces: dict[str, Any] = {"chunks": asked.get("chunks", 16), "progress": progress}
+    tokenizer = opened.base.tokenizer
+    classifies = task_of(smaller) == "SEQ_CLS"
+    key = "moved" if classifies else "kl"
+    measure = "Embeddings moved by" if classifies else "KL from the base"
+    found: dict[str, Any] = {"text": name, "measure": measure}
+    smaller.load_adapter(str(source), adapter_name="exact")
+    for adapter in ("default", "exact"):
+        smaller.set_adapter(adapter)
+        found[adapter] = knowledge_kept(Pair(smaller), tokenizer, text, **pieces)[key]
+    return found
+
+
+def _sentence(
+    plain: PlainLora, smaller: Smaller, ranks: Mapping[str, int], size: float,
+    kept: Mapping[str, Any],
+) -> str:  # fmt: skip
+    rank = f"rank {exact_rank(plain)}"
+    if smaller.spread:
+        rank = f"ranks {min(ranks.values())} to {max(ranks.values())}"
+        if smaller.rank:
+            rank += f", in all as many parameters as rank {smaller.rank}"
+    said = f"plain LoRA of {rank}" + ", in floats of 8 bits" * (smaller.bits == 8)
+    module, worst = plain.worst
+    said += (
+        f"; relative error of the update {plain.error:.2e}, worst module {module} {worst:.2e}; "
+        f"{size:.0%} of the exact file."
     )
+    if kept["default"] is not None and kept["exact"] is not None:
+        said += (
+            f" {kept['measure']} {kept['default']:.5f}, of the exact update {kept['exact']:.5f}, "
+            f"on {kept['text']}."
+        )
+    return said

@@ -460,21 +460,35 @@ def export(
     rank: Annotated[
         int | None, typer.Option(min=1, help="Best approximation of this rank, with its error.")
     ] = None,
+    max_error: Annotated[
+        float | None, typer.Option(help="The smallest within this relative error, such as 0.01.")
+    ] = None,
+    spread: Annotated[
+        bool,
+        typer.Option(
+            "--spread", help="Ranks by weight, in all as many parameters; see docs/speed.md."
+        ),
+    ] = False,
+    bits: Annotated[int, typer.Option(help="Of a number in the file: 32 or 8.")] = 32,
     base: Annotated[str | None, typer.Option(help="The base; default: as recorded.")] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Write the result for other tools: a plain LoRA, merged weights, GGUF.
 
     Merging reads and writes the files of the base a block at a time, in their dtype, and says what
-    of the update their rounding lost.
+    of the update their rounding lost. A smaller LoRA says its error, by layer, and the KL it has.
     """
     _quiet()
-    from milora.artefacts import export_run
+    from milora.artefacts import Smaller, by_layer, export_run
+    from milora.compare_page import Table
     from milora.progress import Progress
 
+    smaller = Smaller(rank, max_error, spread, bits)
     with Progress() as progress:
-        said = export_run(run, out, to, rank, trust_remote_code, base, progress)
-    typer.echo(said)
+        done = export_run(run, out, to, smaller, trust_remote_code, base, progress)
+    if done.errors:
+        _print_table(Table(*by_layer(done)))
+    typer.echo(done.said)
 
 
 @app.command(epilog="Example: milora combine runs/a runs/b --how ties --rank 64 --out both")

@@ -18,10 +18,11 @@ from peft.utils.merge_utils import dare_linear, ties
 from torch import Tensor
 
 from milora.adapter import Factors, module_seed, take_off
+from milora.approximation import best_of_rank
 from milora.artefacts import copy_tokenizer
 from milora.card import combined_card
 from milora.errors import UserError
-from milora.export import PlainLora, best_of_rank, exact_rank, load_plain_lora, save_plain_lora
+from milora.export import PlainLora, exact_rank, load_plain_lora, save_plain_lora
 from milora.files import new_folder, read_json, sha256, write_json, write_text
 from milora.matrices import skeleton_of
 from milora.progress import Progress
@@ -82,10 +83,10 @@ def combined(
                 torch.cat([factors.A for factors, _ in own]),
                 torch.cat([w * factors.B for factors, w in own], 1),
             )
-        plain = PlainLora(joined, 0.0, ("", 0.0))
+        plain = PlainLora(joined)
         return best_of_rank(plain, rank) if rank and rank < exact_rank(plain) else plain
     rank = rank or sum(max(len(A) for A, _ in update.values()) for update in updates)
-    factors, lost, whole, worst = {}, 0.0, 0.0, ("", 0.0)
+    factors, lost, whole, errors = {}, 0.0, 0.0, {}
     for name in names:
         dense = [_dense(update[name]) for update in updates if name in update]
         own_weights = [w for update, w in zip(updates, weights, strict=True) if name in update]
@@ -97,9 +98,8 @@ def combined(
         A, B = root[:, None] * found.Vh, found.U * root
         factors[name] = Factors(A.float().contiguous(), B.float().contiguous())
         lost, whole = lost + cut, whole + total
-        error = math.sqrt(cut / total) if total else 0.0
-        worst = max(worst, (name, error), key=lambda each: each[1])
-    return PlainLora(factors, math.sqrt(lost / whole) if whole else 0.0, worst)
+        errors[name] = math.sqrt(cut / total) if total else 0.0
+    return PlainLora(factors, math.sqrt(lost / whole) if whole else 0.0, errors)
 
 
 def _dense(factors: Factors) -> Tensor:

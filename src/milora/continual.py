@@ -23,9 +23,10 @@ from transformers import PreTrainedModel
 
 from milora import adapter
 from milora.adapter import Factors, logits_of, take_off
+from milora.approximation import best_of_rank, norm
 from milora.data import Row, read_rows, split_rows
 from milora.errors import UserError
-from milora.export import PlainLora, best_of_rank, exact_rank, load_plain_lora, norm
+from milora.export import PlainLora, exact_rank, load_plain_lora
 from milora.files import sha256, write_bytes
 from milora.lineage import Link, chain, check_unchanged, continues, current, read_link
 from milora.matrices import Weights, matrix_in, skeleton_of

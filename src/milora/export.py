@@ -7,7 +7,7 @@ never from the live model, so that exporting cannot disturb a run.
 """
 
 import copy
-import math
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType, MethodType
@@ -49,25 +49,38 @@ class PlainLora(NamedTuple):
     """dW = B A per module, scale included; the ranks may differ until it is saved."""
 
     factors: dict[str, Factors]
-    error: float  # ||dW - BA|| / ||dW|| over all modules, Frobenius; 0 when nothing was cut
-    worst: tuple[str, float]  # the module with the largest error of its own
+    error: float = 0.0  # ||dW - BA|| / ||dW|| over all modules, Frobenius; 0 when nothing was cut
+    errors: Mapping[str, float] = MappingProxyType({})  # each module's own
     # A classifier's head, by module and tensor.
     in_full: Mapping[str, Mapping[str, Tensor]] = MappingProxyType({})
+
+    @property
+    def worst(self) -> tuple[str, float]:
+        """The module with the largest error of its own."""
+        return max(self.errors.items(), key=lambda pair: pair[1], default=("", 0.0))
+
+
+class Storage(NamedTuple):
+    """How the factors lie in the file: dW = scale B A."""
+
+    dtype: torch.dtype = torch.float32
+    scale: float = 1.0
+    one_rank: bool = True  # smaller ones are padded with zeros
+
+
+NORMALISED = Storage()
 
 
 def plain_lora(
     start: Start,
     trained: Mapping[str, Factors],
-    rank: int | None = None,
     in_full: Mapping[str, Mapping[str, Tensor]] = MappingProxyType({}),
     previous: Mapping[str, Factors] = MappingProxyType({}),
 ) -> PlainLora:
     """The update as one ordinary LoRA per module, and what was trained in full beside it.
 
-    Without `rank` the concatenation above, exact, of rank 2r (r for method lora, which has no
-    anchor); with `previous`, the update that this one came on top of, of that one's rank more.
-    With `rank` the best approximation of that rank in the Frobenius norm (Eckart and Young), from
-    the factors alone, in fp64, with the error it makes.
+    The concatenation above, exact, of rank 2r (r for method lora, which has no anchor); with
+    `previous`, the update that this one came on top of, of that one's rank more.
     """
     factors: dict[str, Factors] = {}
     for name, (A, B) in trained.items():
@@ -81,22 +94,7 @@ def plain_lora(
         if name in previous:
             own, (A, B) = factors[name], previous[name]
             factors[name] = Factors(torch.cat([own.A, A]), torch.cat([own.B, B], dim=1))
-    plain = PlainLora(factors, 0.0, ("", 0.0), in_full)
-    return plain if rank is None else best_of_rank(plain, rank)
-
-
-def best_of_rank(plain: PlainLora, rank: int) -> PlainLora:
-    """The best approximation of `rank` of an exact update, with the error it makes."""
-    factors: dict[str, Factors] = {}
-    lost, whole, worst = 0.0, 0.0, ("", 0.0)
-    for name, joined in plain.factors.items():
-        factors[name], S = _truncate(joined, rank)
-        cut, total = float(S[rank:].square().sum()), float(S.square().sum())
-        lost, whole = lost + cut, whole + total
-        own = math.sqrt(cut / total) if total else 0.0
-        worst = max(worst, (name, own), key=lambda pair: pair[1])
-    error = math.sqrt(lost / whole) if whole else 0.0
-    return PlainLora(factors, error, worst, plain.in_full)
+    return PlainLora(factors, in_full=in_full)
 
 
 def exact_rank(plain: PlainLora) -> int:
@@ -104,40 +102,26 @@ def exact_rank(plain: PlainLora) -> int:
     return max(len(A) for A, _ in plain.factors.values())
 
 
-def norm(plain: PlainLora) -> float:
-    """||dW|| over all modules, Frobenius."""
-    squared = (
-        (B.double().T @ B.double() * (A.double() @ A.double().T)).sum()
-        for A, B in plain.factors.values()
-    )
-    return math.sqrt(max(0.0, float(sum(squared))))
-
-
-def _truncate(factors: Factors, rank: int) -> tuple[Factors, Tensor]:
-    """Best rank-`rank` approximation of B A, balanced, and all singular values of B A."""
-    Q, R = torch.linalg.qr(factors.B.double())  # (m, k), (k, k)
-    P, T = torch.linalg.qr(factors.A.double().mT)  # (n, k), (k, k)
-    U, S, Vh = torch.linalg.svd(R @ T.mT, full_matrices=False)
-    root = S[:rank].sqrt()
-    A = root[:, None] * (P @ Vh[:rank].mT).mT  # (rank, n)
-    B = (Q @ U[:, :rank]) * root  # (m, rank)
-    return Factors(A.float(), B.float()), S
-
-
 def save_plain_lora(
-    folder: Path, plain: PlainLora, base: nn.Module, base_name: str, revision: str | None = None
+    folder: Path,
+    plain: PlainLora,
+    base: nn.Module,
+    base_name: str,
+    revision: str | None = None,
+    storage: Storage = NORMALISED,
 ) -> int:
-    """Write adapter_config.json and adapter_model.safetensors; returns the rank.
+    """Write adapter_config.json and adapter_model.safetensors; returns the (largest) rank.
 
     `base` is the base, or a PEFT model on it.
 
     Normalised for servers, which read little of the configuration: lora_alpha == r (the scale is
     in B), one rank for all modules (padded with zeros), no patterns, no rsLoRA, explicit targets,
     only lora_A and lora_B tensors in fp32. The head of a classifier, which the base has not, lies
-    beside them as PEFT's modules_to_save.
+    beside them as PEFT's modules_to_save. Another `storage` departs from that only as it says.
     """
-    factors = _one_rank(plain)
-    rank = len(next(iter(factors.values())).A)
+    factors = one_rank(plain.factors) if storage.one_rank else dict(sorted(plain.factors.items()))
+    rank = max(len(A) for A, _ in factors.values())
+    own = {} if storage.one_rank else {re.escape(name): len(A) for name, (A, _) in factors.items()}
     modules = base_modules(base)
     transposed = {isinstance(modules.get(name), Conv1D) for name in factors}
     linear = {name for name in factors if name in modules}
@@ -153,13 +137,16 @@ def save_plain_lora(
         base_model_name_or_path=base_name,
         revision=revision,
         r=rank,
-        lora_alpha=rank,
+        lora_alpha=rank * storage.scale,  # type: ignore[arg-type]
+        rank_pattern=own,
+        alpha_pattern={name: rank * storage.scale for name, rank in own.items()},  # type: ignore[misc]
         target_modules=target_names(modules, linear),
         target_parameters=target_names(parameters, stacked, 2) or None,
         fan_in_fan_out=transposed == {True},
         inference_mode=True,
     )
-    tensors = _tensors(factors, base, modules, config) | {
+    lora = _tensors(factors, base, modules, config)
+    tensors = {key: tensor.to(storage.dtype) for key, tensor in lora.items()} | {
         f"base_model.model.{module}.{name}": tensor
         for module, own in plain.in_full.items()
         for name, tensor in own.items()
@@ -180,8 +167,10 @@ def load_plain_lora(folder: Path, skeleton: PreTrainedModel) -> PlainLora:
     """
     config: Any = PeftConfig.from_pretrained(str(folder))
     tensors = load_file(folder / "adapter_model.safetensors")
-    if config.lora_alpha != config.r or config.use_rslora or config.alpha_pattern:
-        raise UserError(f"{folder} is not a plain LoRA as milora writes it: its scale is not 1")
+    if (scale := scale_of(config)) is None:
+        raise UserError(
+            f"{folder} is not a plain LoRA as milora writes it: its weights differ in scale"
+        )
     try:
         with torch.device("meta"):
             model = get_peft_model(skeleton, config)
@@ -191,7 +180,8 @@ def load_plain_lora(folder: Path, skeleton: PreTrainedModel) -> PlainLora:
     for name, matrix in adapted_matrices(model).items():
         keys = [f"base_model.model.{matrix.path}.{which}.weight" for which in ("lora_A", "lora_B")]
         try:
-            factors[name] = Factors(*matrix.part(*(tensors[key] for key in keys)))
+            A, B = matrix.part(*(tensors[key].float() for key in keys))
+            factors[name] = Factors(A, scale * B)
         except KeyError as error:
             raise UserError(f"{folder} has no {error}: it is not the whole adapter") from None
         used.update(keys)
@@ -206,7 +196,15 @@ def load_plain_lora(folder: Path, skeleton: PreTrainedModel) -> PlainLora:
             f"{folder} also holds {left[0]} ({len(left)} in all), which is no LoRA of a linear "
             "layer or a stack of experts: only PEFT can use it as it is"
         )
-    return PlainLora(factors, 0.0, ("", 0.0), whole)
+    return PlainLora(factors, in_full=whole)
+
+
+def scale_of(config: Any) -> float | None:
+    """s of dW = s B A, when the LoraConfig has one for all weights."""
+    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
+    scale = float(config.lora_alpha / config.r)
+    same = ranks.keys() == alphas.keys() and all(alphas[k] == ranks[k] * scale for k in ranks)
+    return scale if same and not config.use_rslora else None
 
 
 def _tensors(
@@ -233,26 +231,30 @@ def _tensors(
     return found
 
 
-def _one_rank(plain: PlainLora) -> dict[str, Factors]:
+def one_rank(factors: Mapping[str, Factors]) -> dict[str, Factors]:
     """By name, the factors of smaller rank filled up with zeros."""
-    rank = exact_rank(plain)
+    rank = max(len(A) for A, _ in factors.values())
     return {
         name: Factors(
             nn.functional.pad(A, (0, 0, 0, rank - len(A))).contiguous(),
             nn.functional.pad(B, (0, rank - len(A))).contiguous(),
         )
-        for name, (A, B) in sorted(plain.factors.items())
+        for name, (A, B) in sorted(factors.items())
     }
 
 
-def check_loaded(loaded: PeftModel, plain: PlainLora) -> None:
+def check_loaded(loaded: PeftModel, plain: PlainLora, storage: Storage = NORMALISED) -> None:
     """Raise RuntimeError unless PEFT has read from the folder just what `save_plain_lora` wrote."""
-    wanted, matrices = _one_rank(plain), adapted_matrices(loaded)
+    wanted = one_rank(plain.factors) if storage.one_rank else plain.factors
+    matrices = adapted_matrices(loaded)
     odd = set(wanted) ^ set(matrices)
     for name in set(wanted) & set(matrices):
         matrix, (key,) = matrices[name], loaded.peft_config
         read = zip(matrix.factors(key), wanted[name], strict=True)
-        if not all(torch.equal(x.cpu(), y) for x, y in read) or matrix.scaling(key) != 1.0:
+        if (
+            not all(torch.equal(x.cpu(), y) for x, y in read)
+            or matrix.scaling(key) != storage.scale
+        ):
             odd.add(name)
     whole = head_of(loaded)
     for module in {*whole, *plain.in_full}:

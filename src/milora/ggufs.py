@@ -32,6 +32,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from milora.adapter import Factors
 from milora.checkpoint import open_shards
 from milora.errors import UserError
+from milora.export import one_rank
 from milora.merge import (
     DTYPES,
     Piece,
@@ -86,11 +87,12 @@ def write_lora(
     """
     arch = check_gguf(config)
     names = get_tensor_name_map(arch, config.num_hidden_layers)
-    rank = max(len(A) for A, _ in factors.values())
+    factors = one_rank(factors)  # llama.cpp scales by alpha / rank, and there is one alpha
+    rank = len(next(iter(factors.values())).A)
     writer = GGUFWriter(path, MODEL_ARCH_NAMES[arch])
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
-    writer.add_float32("adapter.lora.alpha", float(rank))  # llama.cpp scales by alpha / rank
+    writer.add_float32("adapter.lora.alpha", float(rank))
     writer.add_base_model_count(1)
     writer.add_base_model_name(0, str(base["name"]))
     for name, (A, B) in factors.items():

@@ -22,6 +22,7 @@ from milora.checkpoint import full_weights, open_checkpoint
 from milora.data import prompt_ids, prompt_text
 from milora.errors import UserError
 from milora.evaluate import Pair
+from milora.export import scale_of
 from milora.files import read_json
 from milora.forms import first_token
 from milora.matrices import matrix_in
@@ -273,9 +274,8 @@ def verify(path: Path, base: str | None = None, trust_remote_code: bool = False)
     first = stored["step0"]
     bound = TOLERANCE[stored["base"]["dtype"]]
     count = len(stored["weights_sha256"])
-    plain = config.lora_alpha == config.r == stored["rank"] and not (
-        config.use_rslora or config.rank_pattern or config.alpha_pattern
-    )
+    scale = stored.get("approximation", {}).get("scale", 1.0)
+    plain = config.r == stored["rank"] and scale_of(config) == scale
     checks = [
         Check("base", True, f"all {count} adapted weights have the recorded sha256"),
         Check(
@@ -284,7 +284,7 @@ def verify(path: Path, base: str | None = None, trust_remote_code: bool = False)
             f"at the start of training the logits differed by {first['difference']:.1e}, "
             f"bound {first['bound']}",
         ),
-        Check("format", plain, f"plain LoRA, r = lora_alpha = {config.r}"),
+        Check("format", plain, f"plain LoRA, r = {config.r}, scale {scale:g}"),
     ]
     head = head_sha256(opened.model)
     if head or stored.get("head_sha256"):
