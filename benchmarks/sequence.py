@@ -84,19 +84,19 @@ def settings(name: str) -> Setting:
         if not (MODEL / "model.safetensors").exists():
             sys.exit(f"{MODEL} is not there: python benchmarks/small_llama.py")
         knowledge = [str(HELD_OUT), text_file("wikitext2_test.txt")]
-        base = {"model": str(MODEL), "evaluate": {"knowledge": knowledge, "chunks": 16}}
+        base = {"model": str(MODEL), "evaluate": {"knowledge": knowledge, "chunks": 8}}
         rates = {"lora": 3e-3, "milora": 1e-3}
-        return Setting(1000, 160, 200, 2, rates, (0, 1), (0, 1, 2), base)
+        return Setting(480, 80, 100, 2, rates, (0, 1), (0, 1, 2), base)
     knowledge = [text_file("wikitext2_test.txt")]
     base = {
         "model": "smollm2-135m", "dtype": "bfloat16",
-        "evaluate": {"knowledge": knowledge, "chunks": 8},
+        "evaluate": {"knowledge": knowledge, "chunks": 4},
     }  # fmt: skip
     rates = {"lora": 3.3e-3, "milora": 1e-3}
     if name == "try":
         base["evaluate"]["chunks"] = 1
         return Setting(16, 8, 8, 3, rates, (0,), (0,), base)
-    return Setting(320, 80, 100, 1, rates, (0,), (0,), base)
+    return Setting(240, 40, 60, 1, rates, (0,), (0,), base)
 
 
 def values_of(

@@ -50,6 +50,7 @@ class Case(NamedTuple):
     checkpointing: bool = False
     dropout: float = 0.0
     autocast: bool = False  # to bf16
+    dtype: str = "float32"  # of the base
 
 
 CPU = {
@@ -57,12 +58,14 @@ CPU = {
     "16x128": Case(16, 128),
     "4x256-checkpointing": Case(4, 256, checkpointing=True),
     "4x256-dropout": Case(4, 256, dropout=0.05),
+    "4x256-bf16": Case(4, 256, dtype="bfloat16"),
+    "4x256-bf16-checkpointing": Case(4, 256, checkpointing=True, dtype="bfloat16"),
 }
 GPU = {
-    "4x512": Case(4, 512),
-    "4x512-autocast": Case(4, 512, autocast=True),
-    "4x512-checkpointing": Case(4, 512, checkpointing=True),
-    "4x512-dropout": Case(4, 512, dropout=0.05),
+    "4x512": Case(4, 512, dtype="bfloat16"),
+    "4x512-autocast": Case(4, 512, autocast=True, dtype="bfloat16"),
+    "4x512-checkpointing": Case(4, 512, checkpointing=True, dtype="bfloat16"),
+    "4x512-dropout": Case(4, 512, dropout=0.05, dtype="bfloat16"),
 }
 
 
@@ -185,24 +188,24 @@ def gpu() -> None:
             before = torch.cuda.memory_allocated()
             trial.step()
             memory[method] = torch.cuda.max_memory_allocated() - before + trial.own()
-        keep(f"gpu-{name}", "Llama-3-8B's shape, 8 layers", "bfloat16", case, seconds, memory)
+        keep(f"gpu-{name}", "Llama-3-8B's shape, 8 layers", case, seconds, memory)
         print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
 
 
-def smollm2() -> PreTrainedModel:
+def smollm2(dtype: str) -> PreTrainedModel:
     from milora.pretrained import load_pretrained
 
-    return load_pretrained("smollm2-135m", "float32").model
+    return load_pretrained("smollm2-135m", dtype).model
 
 
 def cpu(name: str) -> None:
     case = CPU[name]
     memory = {method: peak(method, name) for method in METHODS}
-    trials = {method: Trial(smollm2(), method) for method in METHODS}
+    trials = {method: Trial(smollm2(case.dtype), method) for method in METHODS}
     for trial in trials.values():
         trial.use(case)
     seconds = rounds(trials, 6144 // (case.rows * case.tokens))
-    keep(f"cpu-{name}", "SmolLM2-135M", "float32", case, seconds, memory)
+    keep(f"cpu-{name}", "SmolLM2-135M", case, seconds, memory)
 
 
 def peak(method: str, name: str) -> int:
@@ -214,7 +217,7 @@ def peak(method: str, name: str) -> int:
 
 def print_peak(method: str, name: str) -> None:
     before = resident("VmRSS")
-    trial = Trial(smollm2(), method)
+    trial = Trial(smollm2(CPU[name].dtype), method)
     trial.use(CPU[name])
     for _ in range(2):  # the second has the optimizer's state
         trial.step()
@@ -229,12 +232,11 @@ def resident(line: str) -> int:
 
 
 def keep(
-    name: str, model: str, dtype: str, case: Case, seconds: dict[str, list[float]],
-    memory: dict[str, int],
+    name: str, model: str, case: Case, seconds: dict[str, list[float]], memory: dict[str, int]
 ) -> None:  # fmt: skip
     device = "cuda" if name.startswith("gpu") else "cpu"
     result = {
-        "model": model, "dtype": dtype, **case._asdict(), "rank": RANK, "targets": TARGETS,
+        "model": model, **case._asdict(), "rank": RANK, "targets": TARGETS,
         "device": machine(device), "threads": torch.get_num_threads(), "torch": torch.__version__,
         "seconds": seconds, "peak_bytes": memory,
     }  # fmt: skip

@@ -98,6 +98,29 @@ def test_nothing_at_all_at_step_0(
     assert out.dtype == base
 
 
+@given(st.floats(1e-6, 0.5), st.sampled_from([0.0, 0.3]), st.integers(0, 99))
+def test_on_16_bits_the_update_is_rounded_as_a_share_of_itself(
+    moved: float, dropout: float, seed: int
+) -> None:
+    """However near A and B still are to A0 and B0."""
+    given = drawn(seed, 32, 48, 4, 25)
+    with torch.no_grad():
+        given["result"].zero_()
+        given["x"].copy_(given["x"].bfloat16())
+        for name, start in (("A", given["A0"]), ("B", -given["minus_B0"])):
+            given[name].copy_((start + 10 * moved * (given[name] - start)).float())
+    single = {k: v.detach().float().requires_grad_(v.requires_grad) for k, v in given.items()}
+    single["x"] = single["x"].detach().bfloat16().requires_grad_()
+    exact = {k: v.detach().double().requires_grad_(v.requires_grad) for k, v in single.items()}
+    found = []
+    for one in (single, exact):
+        torch.manual_seed(seed)
+        out = anchored(**one, scaling=0.7, dropout=dropout)
+        found.append([out, *gradients(out, one)])
+    for ours, wanted in zip(*found, strict=True):
+        assert (ours - wanted).norm() <= 2**-6 * wanted.norm()
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_what_is_kept_for_the_backward(dropout: float) -> None:
     """Beside x and the factors, which are there anyway: A x, and of the dropout a byte an entry."""

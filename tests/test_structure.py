@@ -48,7 +48,7 @@ LAYERS = (
     {"material"},
     {"ggufs", "ready"},
     {"artefacts", "train", "inspection"},
-    {"compare_page", "fronts", "estimate", "combine"},
+    {"compare_page", "fronts", "estimate", "combine", "compress"},
     {"inspect_page"},
     {"report"},
     {"compare"},

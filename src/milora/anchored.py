@@ -36,12 +36,14 @@ def anchored(
 ) -> Tensor:
     """`result` (..., m) plus the update at `x` (..., n), in the dtype of `result`.
 
-    A (r, n) and B (m, r) get gradients, A0 and minus_B0 none. Products are in the dtype of A, or
-    in that of autocast; the differences are taken before the cast, and the sum with `result` is
-    rounded once. `dropout` is the probability for the trained half, 0 outside of training.
+    A (r, n) and B (m, r) get gradients, A0 and minus_B0 none. Products are in the dtype of A, in
+    bfloat16 where `x` is, or in that of autocast; the differences are taken before the cast, so
+    that bfloat16 rounds the update by 2^-9 of itself, which is less than `result` is rounded by,
+    and the sum with `result` is rounded once. `dropout` is the probability for the trained half, 0
+    outside of training.
     """
     device = x.device.type
-    dtype = A.dtype
+    dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else A.dtype
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     out: Tensor = _Anchored.apply(result, x, A, B, A0, minus_B0, scaling, dropout, dtype)  # type: ignore[no-untyped-call]
@@ -98,7 +100,7 @@ class _Anchored(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             dA = (both.T @ (rows if mask is None else rows * mask)).to(A.dtype)
         if ctx.needs_input_grad[3]:
-            dB = (g.T @ kept).mul_(ctx.scaling).to(B.dtype)
+            dB = (g.T @ kept).to(B.dtype).mul_(ctx.scaling)
         return grad, dx, dA, dB, None, None, None, None, None
 
 

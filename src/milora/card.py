@@ -291,6 +291,38 @@ def artefact_card(record: Mapping[str, Any]) -> str:
     )
 
 
+def packed_card(record: Mapping[str, Any], name: str, license: str) -> str:
+    """README.md of a base of packed numbers, from its compression.json."""
+    kept, size = record["knowledge"], record["bytes"]
+    head: dict[str, Any] = {"base_model": name, "base_model_relation": "quantized"}
+    if license != "unknown":
+        head["license"] = license
+    return "\n".join(
+        [
+            "---",
+            yaml.safe_dump(head, sort_keys=False).strip(),
+            "---",
+            "",
+            f"# {harmless(name)}, {record['how']}",
+            "",
+            f"The linear layers of `{harmless(name)}` packed by bitsandbytes ({record['how']}): "
+            f"{size['after'] / 1e6:,.0f} MB in place of {size['before'] / 1e6:,.0f} MB. On "
+            f"{harmless(record['text'])} the perplexity went from "
+            f"{figure(kept['base_perplexity'], 2)} to {figure(kept['tuned_perplexity'], 2)}, KL {figure(kept['kl'], 4)} nats per token. "
+            "The licence of the original holds for it.",
+            "",
+            "To train on it, with factors of the original:",
+            "",
+            "```yaml",
+            "model: this/folder",
+            "milora:",
+            f"  factors_from: {harmless(record['model'])}",
+            "```",
+            "",
+        ]
+    )
+
+
 def combined_card(record: Mapping[str, Any]) -> str:
     """README.md of a combination of adapters, from its milora.json."""
     base, about = record["base"], record["combined"]

@@ -491,6 +491,59 @@ def export(
     typer.echo(done.said)
 
 
+@app.command(epilog="Example: milora compress smollm2-135m --bits 4 --text general.txt --out small")
+def compress(
+    model: Annotated[str, typer.Argument(help="A folder, a hub id, or smollm2-135m.")],
+    bits: Annotated[
+        int | None, typer.Option(help="4 (nf4) or 8 (int8), of the linear layers; needs --out.")
+    ] = None,
+    energy: Annotated[
+        float | None,
+        typer.Option(help="What the largest components of every layer are to keep of its outputs."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="A new folder for the packed model.")] = None,
+    text: Annotated[
+        str, typer.Option(help="What the loss is measured on: a file, or Python's help topics.")
+    ] = "default",
+    chunks: Annotated[int, typer.Option(min=1, help="Pieces of it, of 512 tokens.")] = 16,
+    dtype: Annotated[
+        str, typer.Option(help="Of the original: auto, float32 or bfloat16.")
+    ] = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Make the base smaller and say what it costs: size, perplexity, KL.
+
+    Packed numbers make a folder to train on. Principal parts are measured only, since no library
+    loads a weight as two factors.
+    """
+    if (bits is None) == (energy is None):
+        raise UserError("say how: --bits 4, --bits 8 or --energy 0.99, one of them")
+    if (bits is None) == (out is not None):
+        raise UserError(
+            "--bits needs --out, a new folder; --energy writes nothing: no library loads a weight "
+            "as two factors, and multiplied out it is as large as before"
+        )
+    _quiet()
+    from milora.compare_page import Table
+    from milora.compress import pack, principal_parts, sentence, table
+    from milora.progress import Progress
+
+    with Progress() as progress:
+        if out is not None and bits is not None:
+            found = pack(model, out, bits, text, chunks, dtype, trust_remote_code, progress)
+        else:
+            found, _ = principal_parts(
+                model, energy or 0.0, text, chunks, dtype, trust_remote_code, progress
+            )
+    _print_table(Table(*table(found)))
+    typer.echo(sentence(found))
+    if out is not None:
+        typer.echo(
+            f"\n{out}: to train on it, with factors of the original, set model: {out} and "
+            f"milora.factors_from: {model}"
+        )
+
+
 @app.command(epilog="Example: milora combine runs/a runs/b --how ties --rank 64 --out both")
 def combine(
     runs: Annotated[list[Path], typer.Argument(help="Run or adapter folders of one base.")],

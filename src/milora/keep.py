@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from milora.adapter import TRAINED, base_only
@@ -44,7 +44,9 @@ class Keep(NamedTuple):
         return torch.tensor([self.pieces[(first + i) % len(self.pieces)] for i in range(count)])
 
 
-def cut(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], longest: int) -> list[list[int]]:
+def cut(
+    tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], longest: int, key: str = "milora.text"
+) -> list[list[int]]:
     """The texts as pieces of LENGTH tokens, or of as many as the model takes, the rest left out.
 
     Raises UserError when there is not one whole piece.
@@ -54,7 +56,7 @@ def cut(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], longest: int) 
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         pieces += [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
     if not pieces:
-        raise UserError(f"milora.text: it has fewer than {length} tokens, of which a piece is made")
+        raise UserError(f"{key}: it has fewer than {length} tokens, of which a piece is made")
     return pieces
 
 
@@ -101,31 +103,45 @@ def input_directions(
                 f"rank {matrix.rank(TRAINED)} needs inputs of its own: at most "
                 f"{n - matrix.rank(TRAINED)}"
             )
+    layers = {name: (matrix.layer, matrix.shape[1]) for name, matrix in matrices.items()}
     found = {}
+    with base_only(model):
+        for name, total in covariances(model, layers, pieces):
+            vectors = torch.linalg.eigh(total.double()).eigenvectors
+            found[name] = vectors[:, -count:].T.float().contiguous()
+    return {name: found[name] for name in matrices}
+
+
+@torch.no_grad()
+def covariances(
+    model: nn.Module, layers: Mapping[str, tuple[nn.Module, int]], pieces: Sequence[Sequence[int]]
+) -> Iterator[tuple[str, Tensor]]:
+    """Of every layer, of n inputs, XᵀX (n, n) fp32 of what it is given (tokens, n) on the pieces.
+
+    The text runs once for as many layers as fit together in AT_ONCE bytes.
+    """
     device = next(model.parameters()).device
     training = model.training
     model.eval()
-    for names in _groups(matrices):
-        sums = {name: torch.zeros([matrices[name].shape[1]] * 2, device=device) for name in names}
-        with ExitStack() as stack, base_only(model):
+    for names in _groups({name: n for name, (_, n) in layers.items()}):
+        sums = {name: torch.zeros([layers[name][1]] * 2, device=device) for name in names}
+        with ExitStack() as stack:
             for name in names:
-                hook = matrices[name].layer.register_forward_pre_hook(_adding(sums[name]))
+                hook = layers[name][0].register_forward_pre_hook(_adding(sums[name]))
                 stack.callback(hook.remove)
             for piece in pieces:
                 model(input_ids=torch.tensor([piece], device=device))
         for name in names:
-            vectors = torch.linalg.eigh(sums.pop(name).double()).eigenvectors
-            found[name] = vectors[:, -count:].T.float().contiguous()
+            yield name, sums.pop(name)
     model.train(training)
-    return {name: found[name] for name in matrices}
 
 
-def _groups(matrices: Mapping[str, Matrix]) -> Iterator[list[str]]:
+def _groups(inputs: Mapping[str, int]) -> Iterator[list[str]]:
     """Names whose covariances fit together in AT_ONCE bytes: each group is one pass of the text."""
     group: list[str] = []
     size = 0
-    for name, matrix in matrices.items():
-        own = 4 * matrix.shape[1] ** 2
+    for name, n in inputs.items():
+        own = 4 * n**2
         if group and size + own > AT_ONCE:
             yield group
             group, size = [], 0

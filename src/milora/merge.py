@@ -198,7 +198,7 @@ def merge_files(
     progress("merging", len(factors), len(factors))
     if len(files) > 1 and (index := shards.path_of(INDEX)):
         shutil.copyfile(index, folder / INDEX)
-    _copy_others(source, folder)
+    copy_others(source, folder)
     lost = {name: sum(share.lost.get(name, 0.0) for share in shares) for name in factors}
     norms = {name: norm for share in shares for name, norm in share.norms.items()}
     return rounding_of(lost, norms, set[torch.dtype]().union(*(one.dtypes for one in shares)))
@@ -413,7 +413,7 @@ def _copy(old: BinaryIO, new: BinaryIO, first: int, last: int) -> None:
         first += len(part)
 
 
-def _copy_others(source: str, folder: Path) -> None:
+def copy_others(source: str, folder: Path) -> None:
     """What of the base is no weight: configuration, tokenizer, licence, code that it came with."""
     base = Path(source)
     if not base.is_dir():

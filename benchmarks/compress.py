@@ -1,0 +1,149 @@
+"""Does a smaller base pay? Size, perplexity and tasks: original, compressed, and trained again.
+
+    python benchmarks/compress.py                 SmolLM2-135M in all ways; goes on where it stopped
+    python benchmarks/compress.py nf4 outputs-0.9  some of them
+    python benchmarks/compress.py docs            the table of docs/compression.md
+
+Each way has its JSON in benchmarks/results/compress. Trained again is MiLoRA on 256 pieces of
+Wikipedia; the original is trained just so, since what it gains by that is no recovery. Measured on
+WikiText-2 test, C4 and the likelihood of the right options of ARC-Easy and PIQA.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from tasks import BUILD, DATA, ROOT, kept_tasks, require_data, text_file
+
+from milora.compress import pack, principal_parts
+from milora.config import Config
+from milora.files import read_json, write_json, write_text
+from milora.progress import Progress
+from milora.train import train
+
+RESULTS, RUNS = Path("benchmarks/results/compress"), Path("build/compress")
+PAGE = Path("docs/compression.md")
+MODEL, DTYPE = "smollm2-135m", "bfloat16"
+PIECES, LONG = 256, 900  # rows to train on, and characters of each
+WAYS = {
+    "original": "the original",
+    "int8": "`--bits 8`",
+    "nf4": "`--bits 4`",
+    "outputs-0.99": "`--energy 0.99`",
+    "outputs-0.95": "`--energy 0.95`",
+    "weights-0.9": "energy 0.9 of the weights",
+}
+
+
+def pieces() -> str:
+    """Wikipedia as rows of plain text."""
+    path = BUILD / "wiki-pieces.jsonl"
+    text = (DATA / "general_text" / "wiki_demo.txt").read_text(encoding="utf-8")
+    rows = [text[i : i + LONG] for i in range(0, len(text), LONG)]
+    step = len(rows) // PIECES
+    lines = [json.dumps({"text": row}) for row in rows[::step][:PIECES]]
+    write_text(path, "\n".join(lines) + "\n")
+    return str(path)
+
+
+def compressed(way: str, folder: Path, progress: Progress) -> dict[str, Any]:
+    """The model in `folder`, and what compress says of it."""
+    kind, _, energy = way.partition("-")
+    text = text_file("wikitext2_test.txt")
+    if kind == "original":
+        return {}
+    if not energy:
+        bits = {"int8": 8, "nf4": 4}[kind]
+        return pack(MODEL, folder, bits, text, 8, DTYPE, progress=progress)
+    found, loaded = principal_parts(
+        MODEL, float(energy), text, 8, DTYPE, progress=progress, aware=kind == "outputs"
+    )
+    loaded.model.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+    return found
+
+
+def measured(way: str) -> dict[str, Any]:
+    home = RUNS / way
+    shutil.rmtree(home, ignore_errors=True)
+    with Progress() as progress:
+        about = compressed(way, home / "model", progress)
+        values: dict[str, Any] = {
+            "model": str(home / "model") if about else MODEL,
+            "dtype": DTYPE, "output_dir": str(home / "run"),
+            "data": {"train": pieces(), "max_length": 256},
+            "lora": {"r": 32, "lora_alpha": 32},
+            "training": {
+                "learning_rate": 3e-4, "num_train_epochs": 1, "per_device_train_batch_size": 8,
+                "save_strategy": "no", "eval_strategy": "no",
+            },
+            "evaluate": {
+                "tasks": list(kept_tasks(100)), "chunks": 8,
+                "knowledge": [text_file("wikitext2_test.txt"), text_file("c4_demo.jsonl")],
+            },
+        }  # fmt: skip
+        if way in ("int8", "nf4"):
+            values["milora"] = {"factors_from": MODEL}
+        train(**Config.model_validate(values).model_dump(), progress=progress)
+    record, scores = read_json(home / "run/run.json"), read_json(home / "run/evaluation.json")
+    return {
+        "way": way, "compression": about, "base": record["base"], "seconds": record["seconds"],
+        "tasks": {
+            name: {state: one[state]["accuracy"] for state in ("base", "tuned")}
+            for name, one in scores["tasks"].items()
+        },
+        "knowledge": [
+            {key: one[key] for key in ("text", "base_perplexity", "tuned_perplexity")}
+            for one in scores["knowledge"]
+        ],
+        "versions": record["versions"],
+    }  # fmt: skip
+
+
+def rows() -> list[str]:
+    whole = read_json(RESULTS / "nf4.json")["compression"]["bytes"]["before"]
+    head = ["", "size", "of the original", "WikiText-2", "trained again", "C4", "trained again",
+            "ARC-Easy", "trained again", "PIQA", "trained again"]  # fmt: skip
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for way, said in WAYS.items():
+        path = RESULTS / f"{way}.json"
+        if not path.exists():
+            continue
+        found = read_json(path)
+        size = found["compression"].get("bytes", {}).get("after", whole)
+        cells = [said, f"{size / 1e6:.0f} MB", f"{size / whole:.0%}"]
+        for text in found["knowledge"]:
+            cells += [f"{text[f'{state}_perplexity']:.1f}" for state in ("base", "tuned")]
+        for task in found["tasks"].values():
+            cells += [f"{task[state]:.3f}" for state in ("base", "tuned")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("ways", nargs="*", help=f"of {', '.join(WAYS)}, or docs")
+    given = parser.parse_args()
+    os.chdir(ROOT)
+    if given.ways == ["docs"]:
+        before, marker, rest = PAGE.read_text(encoding="utf-8").partition(
+            "<!-- table: compress -->"
+        )
+        _, end, after = rest.partition("<!-- end -->")
+        write_text(PAGE, "\n".join([before + marker, *rows(), end + after]))
+        return
+    require_data()
+    if unknown := set(given.ways) - set(WAYS):
+        sys.exit(f"{min(unknown)} is none of {', '.join(WAYS)}")
+    for way in given.ways or WAYS:
+        if not (RESULTS / f"{way}.json").exists():
+            write_json(RESULTS / f"{way}.json", measured(way))
+            print(f"{way}: written", flush=True)
+
+
+if __name__ == "__main__":
+    main()

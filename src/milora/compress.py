@@ -1,0 +1,215 @@
+"""A smaller base, and what it costs: packed numbers to train on, or principal parts to judge.
+
+pack              linear layers in 4 or 8 bits: a folder to load with transformers and to train on
+principal_parts   what keeping the largest components would save and lose; nothing is written: no
+                  library loads a weight as two factors, and multiplied out it is no smaller
+
+The components are those of what a weight gives on a text, not of the weight alone: with C = XᵀX of
+its inputs X, U_k are the eigenvectors of W C Wᵀ for the k largest eigenvalues, and the weight
+becomes U_k (U_kᵀ W), the best of rank k for X (the optimum of SVD-LLM, arXiv 2403.07378). A weight
+whose factors would have more numbers than itself stays whole.
+"""
+
+import copy
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from milora.card import figure, packed_card
+from milora.errors import UserError
+from milora.evaluate import Pair, general_texts, knowledge_kept, positions
+from milora.files import new_folder, write_json, write_text
+from milora.keep import LENGTH, covariances, cut
+from milora.matrices import kind_of
+from milora.merge import copy_others
+from milora.pretrained import Pretrained, load_pretrained, source_of, task_of
+from milora.progress import Progress
+from milora.quantised import linear_shape, loaded_bytes, method_of, unlike
+
+BITS = {4: "nf4", 8: "int8"}
+PIECES = 32  # of LENGTH tokens, that the inputs are taken from
+
+
+def pack(
+    model: str, out: Path, bits: int, text: str, chunks: int, dtype: str = "auto",
+    trust_remote_code: bool = False, progress: Progress | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Write `model` with its linear layers in `bits` to `out`, by bitsandbytes (nf4 or LLM.int8).
+
+    Returns, and leaves in compression.json: bytes before and after, ||Q - W|| / ||W|| by kind, and
+    perplexities and KL on the first `chunks` pieces of `text` (see evaluate.knowledge_kept). Raises
+    UserError for bits other than 4 and 8, an existing `out`, a model that is packed already or does
+    not write text, or without bitsandbytes.
+    """
+    progress = progress or Progress()
+    if bits not in BITS:
+        raise UserError(f"--bits {bits}: 4 and 8 are known")
+    if out.exists():
+        raise UserError(f"--out {out} exists already: choose a new folder")
+    if model.endswith(".gguf"):
+        raise UserError(f"{model} is a GGUF file: give the folder that it was made from")
+    whole = _loaded(model, dtype, trust_remote_code)
+    (said, name), *_ = general_texts(text, "--text")
+    packed = load_pretrained(
+        model, str(whole.model.dtype).removeprefix("torch."), trust_remote_code, None, BITS[bits]
+    )
+    own = dict(whole.model.named_modules())
+    kinds: dict[str, list[float]] = {}
+    for module, layer in packed.model.named_modules():
+        if type(layer) is not type(own[module]) and isinstance(own[module], nn.Linear):
+            lost = unlike(layer, own[module].weight)  # type: ignore[arg-type]
+            kinds.setdefault(kind_of(module), []).append(lost)
+    result = {
+        "model": model, "how": BITS[bits], "text": name,
+        "bytes": {"before": loaded_bytes(whole.model), "after": loaded_bytes(packed.model)},
+        "kinds": {
+            kind: {"weights": len(lost), "error": sum(lost) / len(lost)}
+            for kind, lost in kinds.items()
+        },
+        "knowledge": knowledge_kept(
+            Pair(packed.model, whole.model), packed.tokenizer, said, chunks, progress=progress
+        ),
+    }  # fmt: skip
+    with new_folder(out) as folder:
+        copy_others(source_of(model), folder)
+        packed.model.save_pretrained(folder)
+        whole.reader.save_pretrained(folder)
+        _check_saved(packed.model, str(folder), trust_remote_code)
+        write_json(folder / "compression.json", result)
+        write_text(folder / "README.md", packed_card(result, whole.name, whole.license))
+    return result
+
+
+def _loaded(model: str, dtype: str, trust_remote_code: bool) -> Pretrained:
+    loaded = load_pretrained(model, dtype, trust_remote_code)
+    if method := method_of(loaded.model.config):
+        raise UserError(f"{model} is quantised already ({method}): give the original")
+    if task_of(loaded.model) != "CAUSAL_LM":
+        raise UserError(f"{model} is no causal language model, whose perplexity says what is lost")
+    return loaded
+
+
+@torch.no_grad()
+def _check_saved(packed: nn.Module, folder: str, trust_remote_code: bool) -> None:
+    """Raise RuntimeError unless the folder gives the model that was measured."""
+    ids = torch.arange(8, device=next(packed.parameters()).device)[None]
+    again = load_pretrained(folder, "auto", trust_remote_code).model
+    if not torch.equal(packed(input_ids=ids).logits, again(input_ids=ids).logits):
+        raise RuntimeError("the packed model, loaded again, is another one: please report this")
+
+
+@torch.no_grad()
+def principal_parts(
+    model: str, energy: float, text: str, chunks: int, dtype: str = "auto",
+    trust_remote_code: bool = False, progress: Progress | None = None, aware: bool = True,
+) -> tuple[dict[str, Any], Pretrained]:  # fmt: skip
+    """What is left of `model` when every linear layer keeps `energy` of what it gives on `text`.
+
+    The measure is on the first `chunks` pieces of the text, the inputs are those of the PIECES
+    after them; with `aware` False the energy is that of the weights. Returns bytes, ranks by kind,
+    perplexities and KL, and the model, its weights multiplied out. Raises UserError for an energy
+    outside of (0, 1) and a text that is too short.
+    """
+    progress = progress or Progress()
+    if not 0 < energy < 1:
+        raise UserError(f"--energy {energy}: a share between 0 and 1 is needed")
+    loaded = _loaded(model, dtype, trust_remote_code)
+    whole = copy.deepcopy(loaded.model)
+    layers = {
+        name: layer
+        for name, layer in loaded.model.named_modules()
+        if linear_shape(layer) and layer is not loaded.model.get_output_embeddings()
+    }
+    (said, name), *_ = general_texts(text, "--text")
+    pieces = cut(loaded.tokenizer, [said], positions(loaded.model), "--text")[2 * chunks :][:PIECES]
+    if aware and len(pieces) < PIECES / 4:
+        raise UserError(
+            f"--text: {name} is too short: beside the {chunks} pieces of 512 tokens that are "
+            f"measured, {PIECES * LENGTH} tokens show the inputs of the layers"
+        )
+    found: Iterable[tuple[str, Tensor | None]] = ((name, None) for name in layers)
+    if aware:
+        inputs = {
+            name: (whole.get_submodule(name), _shape(layer)[1]) for name, layer in layers.items()
+        }
+        found = covariances(whole, inputs, pieces)
+    kinds: dict[str, list[tuple[int, int, int]]] = {}
+    saved = 0
+    for done, (module, C) in enumerate(found):
+        progress("principal parts", done, len(layers), module)
+        weight: Tensor = layers[module].weight  # type: ignore[assignment]
+        if tuple(weight.shape) != _shape(layers[module]):
+            weight = weight.T  # GPT-2's
+        U, V = parts(weight, C, energy)
+        kept, full = U.numel() + V.numel(), weight.numel()
+        kinds.setdefault(kind_of(module), []).append((U.shape[1], min(weight.shape), kept < full))
+        if kept < full:
+            weight.copy_(U @ V)
+            saved += (full - kept) * weight.element_size()
+    before = loaded_bytes(whole)
+    result = {
+        "model": model, "how": "principal", "energy": energy, "text": name,
+        "of": "outputs" if aware else "weights",
+        "bytes": {"before": before, "after": before - saved},
+        "kinds": {
+            kind: {
+                "weights": len(own),
+                "factored": sum(smaller for _, _, smaller in own),
+                "rank": sorted(rank for rank, _, _ in own)[len(own) // 2],
+                "of": own[0][1],
+            }
+            for kind, own in kinds.items()
+        },
+        "knowledge": knowledge_kept(
+            Pair(loaded.model, whole), loaded.tokenizer, said, chunks, progress=progress
+        ),
+    }  # fmt: skip
+    return result, loaded
+
+
+def _shape(layer: nn.Module) -> tuple[int, int]:
+    found = linear_shape(layer)
+    assert found
+    return found
+
+
+def parts(weight: Tensor, C: Tensor | None, energy: float) -> tuple[Tensor, Tensor]:
+    """U (m, k) and Uᵀ W (k, n), in the dtype of W: the least k whose part of W C Wᵀ, of its trace,
+    is `energy`; C (n, n) symmetric, or None for the identity.
+    """
+    W = weight.double()
+    Q, R = torch.linalg.qr(W)  # (m, q), (q, n): what W C Wᵀ has beside zeros is R C Rᵀ
+    values, vectors = torch.linalg.eigh(R @ R.T if C is None else R @ C.double() @ R.T)
+    shares = values.flip(0).clamp_min(0).cumsum(0)
+    k = min(len(values), int((shares < energy * shares[-1]).sum()) + 1)
+    U = Q @ vectors[:, -k:]
+    return U.to(weight.dtype), (U.T @ W).to(weight.dtype)
+
+
+def table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows: what each kind of layer lost, or the rank that it keeps."""
+    kinds = result["kinds"]
+    if result["how"] != "principal":
+        rows = [[kind, str(k["weights"]), f"{k['error']:.3f}"] for kind, k in kinds.items()]
+        return ["kind", "weights", "‖Q − W‖/‖W‖"], rows
+    rows = [
+        [kind, str(k["weights"]), f"{k['rank']} of {k['of']}", str(k["factored"])]
+        for kind, k in kinds.items()
+    ]
+    return ["kind", "weights", "median rank", "smaller as factors"], rows
+
+
+def sentence(result: Mapping[str, Any]) -> str:
+    """Size and loss in a few words, and whether it pays."""
+    size, kept = result["bytes"], result["knowledge"]
+    said = (
+        f"{size['before'] / 1e6:,.0f} MB to {size['after'] / 1e6:,.0f} MB "
+        f"({size['after'] / size['before']:.0%}); perplexity "
+        f"{figure(kept['base_perplexity'], 2)} to {figure(kept['tuned_perplexity'], 2)}, KL {figure(kept['kl'], 4)} on {result['text']}"
+    )
+    if result["how"] == "principal" and size["after"] == size["before"]:
+        said += "; no layer is smaller as two factors at that energy"
+    return said
