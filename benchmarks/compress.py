@@ -2,7 +2,8 @@
 
     python benchmarks/compress.py                 SmolLM2-135M in all ways; goes on where it stopped
     python benchmarks/compress.py nf4 outputs-0.9  some of them
-    python benchmarks/compress.py docs            the table of docs/compression.md
+    python benchmarks/compress.py adapter         one run's adapter by rank, by budget, in 8 bits
+    python benchmarks/compress.py docs            the tables of docs/compression.md
 
 Each way has its JSON in benchmarks/results/compress. Trained again is MiLoRA on 256 pieces of
 Wikipedia; the original is trained just so, since what it gains by that is no recovery. Measured on
@@ -17,8 +18,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tasks import BUILD, DATA, ROOT, kept_tasks, require_data, text_file
+from tasks import BUILD, DATA, ROOT, kept_tasks, require_data, task_files, text_file
 
+from milora.artefacts import Smaller, export_run
 from milora.compress import pack, principal_parts
 from milora.config import Config
 from milora.files import read_json, write_json, write_text
@@ -104,6 +106,69 @@ def measured(way: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+SMALLER = {
+    "as it was trained": Smaller(),
+    "`--max-error 0.01`": Smaller(max_error=0.01),
+    "`--max-error 0.01 --spread`": Smaller(max_error=0.01, spread=True),
+    "`--max-error 0.1`": Smaller(max_error=0.1),
+    "`--max-error 0.1 --spread`": Smaller(max_error=0.1, spread=True),
+    "`--rank 8`": Smaller(8),
+    "`--rank 8 --spread`": Smaller(8, spread=True),
+    "`--bits 8`": Smaller(bits=8),
+    "`--rank 8 --spread --bits 8`": Smaller(8, spread=True, bits=8),
+}
+
+
+def adapter() -> list[dict[str, Any]]:
+    """A run on TREC, its adapter made smaller in every way of SMALLER."""
+    home, files = RUNS / "adapter", task_files("trec", 480, 80, 100)
+    shutil.rmtree(home, ignore_errors=True)
+    values = {
+        "model": MODEL, "dtype": DTYPE, "output_dir": str(home / "run"),
+        "data": {"train": files["train"], "eval": files["held_out"], "max_length": 256},
+        "lora": {"r": 16, "lora_alpha": 16},
+        "training": {
+            "learning_rate": 1e-3, "num_train_epochs": 1, "per_device_train_batch_size": 8,
+            "save_strategy": "no", "eval_strategy": "no",
+        },
+        "evaluate": {
+            "tasks": [], "knowledge": [text_file("wikitext2_test.txt")], "chunks": 4,
+        },
+    }  # fmt: skip
+    found = []
+    with Progress() as progress:
+        train(**Config.model_validate(values).model_dump(), progress=progress)
+        for place, (said, smaller) in enumerate(SMALLER.items()):
+            out = home / str(place)
+            export_run(home / "run", out, "lora", smaller, progress=progress)
+            about = read_json(out / "milora.json")
+            own = about.get("approximation", {})
+            found.append({
+                "how": said, "rank": about["rank"],
+                "ranks": sorted(set(own.get("ranks", {"": about["rank"]}).values())),
+                "bytes": (out / "adapter_model.safetensors").stat().st_size,
+                "error": about.get("approximation_error", 0.0),
+                "kl": own.get("knowledge", {}).get("default"),
+                "exact_kl": own.get("knowledge", {}).get("exact"),
+            })  # fmt: skip
+    found[0]["kl"] = found[1]["exact_kl"]
+    return found
+
+
+def adapter_rows() -> list[str]:
+    every = read_json(RESULTS / "adapter.json")
+    lines = ["| `milora export` | rank | file | of the exact | error of ΔW | KL from the base |",
+             "|---|---|---|---|---|---|"]  # fmt: skip
+    for one in every:
+        ranks = one["ranks"]
+        rank = f"{ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else str(ranks[0])
+        lines.append(
+            f"| {one['how']} | {rank} | {one['bytes'] / 1e6:.1f} MB | "
+            f"{one['bytes'] / every[0]['bytes']:.0%} | {one['error']:.1%} | {one['kl']:.5f} |"
+        )
+    return lines
+
+
 def rows() -> list[str]:
     whole = read_json(RESULTS / "nf4.json")["compression"]["bytes"]["before"]
     head = ["", "size", "of the original", "WikiText-2", "trained again", "C4", "trained again",
@@ -126,7 +191,7 @@ def rows() -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("ways", nargs="*", help=f"of {', '.join(WAYS)}, or docs")
+    parser.add_argument("ways", nargs="*", help=f"of {', '.join(WAYS)}, adapter, or docs")
     given = parser.parse_args()
     os.chdir(ROOT)
     if given.ways == ["docs"]:
@@ -137,6 +202,9 @@ def main() -> None:
         write_text(PAGE, "\n".join([before + marker, *rows(), end + after]))
         return
     require_data()
+    if given.ways == ["adapter"]:
+        write_json(RESULTS / "adapter.json", adapter())
+        return
     if unknown := set(given.ways) - set(WAYS):
         sys.exit(f"{min(unknown)} is none of {', '.join(WAYS)}")
     for way in given.ways or WAYS:

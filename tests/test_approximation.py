@@ -25,6 +25,7 @@ from milora.approximation import (
     spread,
 )
 from milora.artefacts import Smaller, by_layer, export_run
+from milora.errors import UserError
 from milora.export import PlainLora
 from milora.files import read_json
 from milora.verify import open_adapter, verify
@@ -198,6 +199,8 @@ def test_what_export_writes_is_what_it_says(
     if smaller.max_error:
         assert stored["approximation_error"] <= smaller.max_error
     assert "KL from the base" in done.said
+    with pytest.raises(UserError, match="made smaller already"):
+        export_run(tmp_path / "small", tmp_path / "twice", "lora", Smaller(1))
     # The small one goes on to other tools as any adapter does.
     merged = export_run(tmp_path / "small", tmp_path / "merged", "merged")
     assert "merged weights" in merged.said

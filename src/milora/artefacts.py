@@ -134,6 +134,10 @@ def export_run(
     provenance = read_json(source / "milora.json")
     if provenance["format"] != ADAPTER:
         raise UserError(f"{source} holds {provenance['format']}, not an adapter: name its run")
+    if smaller != EXACT and "approximation" in provenance:
+        raise UserError(
+            f"{source} was made smaller already: name its run, so that what is lost is all said"
+        )
     _check(smaller, provenance)
     if to == "lora" and smaller == EXACT:
         with new_folder(out) as folder:

@@ -294,6 +294,7 @@ def artefact_card(record: Mapping[str, Any]) -> str:
 def packed_card(record: Mapping[str, Any], name: str, license: str) -> str:
     """README.md of a base of packed numbers, from its compression.json."""
     kept, size = record["knowledge"], record["bytes"]
+    before, after = (figure(kept[f"{state}_perplexity"], 2) for state in ("base", "tuned"))
     head: dict[str, Any] = {"base_model": name, "base_model_relation": "quantized"}
     if license != "unknown":
         head["license"] = license
@@ -307,8 +308,8 @@ def packed_card(record: Mapping[str, Any], name: str, license: str) -> str:
             "",
             f"The linear layers of `{harmless(name)}` packed by bitsandbytes ({record['how']}): "
             f"{size['after'] / 1e6:,.0f} MB in place of {size['before'] / 1e6:,.0f} MB. On "
-            f"{harmless(record['text'])} the perplexity went from "
-            f"{figure(kept['base_perplexity'], 2)} to {figure(kept['tuned_perplexity'], 2)}, KL {figure(kept['kl'], 4)} nats per token. "
+            f"{harmless(record['text'])} the perplexity went from {before} to {after}, KL "
+            f"{figure(kept['kl'], 4)} nats per token. "
             "The licence of the original holds for it.",
             "",
             "To train on it, with factors of the original:",

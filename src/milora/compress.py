@@ -205,10 +205,11 @@ def table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 def sentence(result: Mapping[str, Any]) -> str:
     """Size and loss in a few words, and whether it pays."""
     size, kept = result["bytes"], result["knowledge"]
+    before, after = (figure(kept[f"{state}_perplexity"], 2) for state in ("base", "tuned"))
     said = (
         f"{size['before'] / 1e6:,.0f} MB to {size['after'] / 1e6:,.0f} MB "
-        f"({size['after'] / size['before']:.0%}); perplexity "
-        f"{figure(kept['base_perplexity'], 2)} to {figure(kept['tuned_perplexity'], 2)}, KL {figure(kept['kl'], 4)} on {result['text']}"
+        f"({size['after'] / size['before']:.0%}); perplexity {before} to {after}, KL "
+        f"{figure(kept['kl'], 4)} on {result['text']}"
     )
     if result["how"] == "principal" and size["after"] == size["before"]:
         said += "; no layer is smaller as two factors at that energy"
