@@ -466,7 +466,7 @@ def export(
     spread: Annotated[
         bool,
         typer.Option(
-            "--spread", help="Ranks by weight, in all as many parameters; see docs/speed.md."
+            "--spread", help="Ranks by weight, in all as many parameters as one rank for all."
         ),
     ] = False,
     bits: Annotated[int, typer.Option(help="Of a number in the file: 32 or 8.")] = 32,
