@@ -195,11 +195,12 @@ def main() -> None:
     given = parser.parse_args()
     os.chdir(ROOT)
     if given.ways == ["docs"]:
-        before, marker, rest = PAGE.read_text(encoding="utf-8").partition(
-            "<!-- table: compress -->"
-        )
-        _, end, after = rest.partition("<!-- end -->")
-        write_text(PAGE, "\n".join([before + marker, *rows(), end + after]))
+        text = PAGE.read_text(encoding="utf-8")
+        for name, lines in (("adapter", adapter_rows()), ("base", rows())):
+            before, marker, rest = text.partition(f"<!-- table: {name} -->")
+            _, end, after = rest.partition("<!-- end -->")
+            text = "\n".join([before + marker, *lines, end + after])
+        write_text(PAGE, text)
         return
     require_data()
     if given.ways == ["adapter"]:

@@ -112,13 +112,15 @@ def test_on_16_bits_the_update_is_rounded_as_a_share_of_itself(
     single = {k: v.detach().float().requires_grad_(v.requires_grad) for k, v in given.items()}
     single["x"] = single["x"].detach().bfloat16().requires_grad_()
     exact = {k: v.detach().double().requires_grad_(v.requires_grad) for k, v in single.items()}
+    cotangent = torch.randn(25, 32, generator=torch.Generator().manual_seed(seed))
     found = []
     for one in (single, exact):
         torch.manual_seed(seed)
         out = anchored(**one, scaling=0.7, dropout=dropout)
-        found.append([out, *gradients(out, one)])
+        loss = (out * cotangent.to(out)).sum()
+        found.append([out, *torch.autograd.grad(loss, [one[k] for k in ("x", "A", "B")])])
     for ours, wanted in zip(*found, strict=True):
-        assert (ours - wanted).norm() <= 2**-6 * wanted.norm()
+        assert (ours - wanted).norm() <= 2**-5 * wanted.norm()
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])

@@ -19,12 +19,14 @@ from milora.approximation import (
     at_ranks,
     best_of_rank,
     decomposed,
+    full_ranks,
     in_8_bits,
     norm,
     rank_within,
     spread,
 )
 from milora.artefacts import Smaller, by_layer, export_run
+from milora.combine import combine
 from milora.errors import UserError
 from milora.export import PlainLora
 from milora.files import read_json
@@ -136,25 +138,45 @@ def parameters(sizes: list[tuple[int, int]], ranks: dict[str, int]) -> int:
     return sum(rank * sum(size) for rank, size in zip(ranks.values(), sizes, strict=True))
 
 
-@given(shapes, st.integers(1, 5), st.integers(-20, 20), st.integers(0, 99))
+@given(shapes, st.integers(1, 5), st.integers(-20, 20), st.floats(1e-6, 1), st.integers(0, 99))
 def test_8_bits_lose_what_is_stated_at_any_size(
-    sizes: list[tuple[int, int]], r: int, power: int, seed: int
+    sizes: list[tuple[int, int]], r: int, power: int, moved: float, seed: int
 ) -> None:
-    exact = drawn(sizes, r, seed, 0.3)
-    exact = PlainLora({k: Factors(A, B * 2.0**power) for k, (A, B) in exact.factors.items()})
-    plain, storage = in_8_bits(exact, exact)
+    """Of updates as they are trained too, which are small differences of large factors."""
+    exact = anchored(drawn(sizes, r, seed, 0.3), moved, 2.0**power, seed)
+    parts = decomposed(exact)
+    plain, storage = in_8_bits(exact, parts, full_ranks(parts))
     for A, B in plain.factors.values():
         assert torch.equal(A.to(storage.dtype).float(), A)  # as they are stored
         assert torch.equal(B.to(storage.dtype).float(), B)
-    assert plain.error == pytest.approx(distance(exact, plain, storage.scale), rel=1e-4)
-    assert plain.error < 0.09
+    assert plain.error == pytest.approx(distance(exact, plain, storage.scale), rel=1e-2)
+    assert plain.error < 0.08
+
+
+def anchored(plain: PlainLora, moved: float, size: float, seed: int) -> PlainLora:
+    """[B, -B0] [A; A0] with A, B so far from A0, B0 of `plain`, and a rank that is nothing."""
+    torch.manual_seed(seed)
+    factors = {}
+    for name, (A0, B0) in plain.factors.items():
+        A, B = (x + moved * torch.randn_like(x) * x.abs().mean() for x in (A0, B0))
+        A, B = torch.cat([A, A0, torch.zeros_like(A0[:1])]), torch.cat([B, -B0, 0 * B0[:, :1]], 1)
+        factors[name] = Factors(A, size * B)
+    return PlainLora(factors)
 
 
 def test_an_update_of_zeros_has_8_bits_too() -> None:
-    nothing = PlainLora({"w": Factors(torch.randn(2, 5), torch.zeros(4, 2))})
-    plain, _ = in_8_bits(nothing, nothing)
-    assert plain.error == 0
-    assert not plain.factors["w"].B.any()
+    for A, B in ((torch.randn(2, 5), torch.zeros(4, 2)), (torch.zeros(2, 5), torch.zeros(4, 2))):
+        nothing = PlainLora({"w": Factors(A, B)})
+        parts = decomposed(nothing)
+        plain, storage = in_8_bits(nothing, parts, full_ranks(parts))
+        assert (plain.error, storage.scale) == (0, 1)
+        assert not (plain.factors["w"].B @ plain.factors["w"].A).any()
+
+
+def test_a_number_that_is_none_is_not_taken_for_no_error() -> None:
+    assert math.isnan(
+        norm(PlainLora({"w": Factors(torch.full((1, 2), math.nan), torch.ones(2, 1))}))
+    )
 
 
 @pytest.mark.parametrize(
@@ -165,6 +187,8 @@ def test_an_update_of_zeros_has_8_bits_too() -> None:
         Smaller(2, spread=True),
         Smaller(max_error=0.3, spread=True),
         Smaller(bits=8),
+        Smaller(max_error=0.1, bits=8),
+        Smaller(max_error=0.3, spread=True, bits=8),
         Smaller(2, spread=True, bits=8),
     ],
     ids=str,
@@ -190,6 +214,8 @@ def test_what_export_writes_is_what_it_says(
     ranks = stored["approximation"]["ranks"]
     head, rows = by_layer(done)
     assert len(rows) * (len(head) - 1) == len(ranks)
+    if smaller == Smaller(bits=8):
+        assert stored["approximation_error"] < 0.05
     with safe_open(tmp_path / "small" / "adapter_model.safetensors", "pt") as file:
         kinds = {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
     assert kinds == ({"F8_E4M3"} if smaller.bits == 8 else {"F32"})
@@ -199,10 +225,15 @@ def test_what_export_writes_is_what_it_says(
     if smaller.max_error:
         assert stored["approximation_error"] <= smaller.max_error
     assert "KL from the base" in done.said
-    with pytest.raises(UserError, match="made smaller already"):
+    with pytest.raises(UserError, match="is an approximation already"):
         export_run(tmp_path / "small", tmp_path / "twice", "lora", Smaller(1))
     # The small one goes on to other tools as any adapter does.
     merged = export_run(tmp_path / "small", tmp_path / "merged", "merged")
     assert "merged weights" in merged.said
     again = export_run(tmp_path / "small", tmp_path / "gguf", "gguf")
-    assert f"rank {max(ranks.values())}" in again.said
+    assert f"rank {max(ranks.values())}, as it is, an approximation of" in again.said
+    copied = export_run(tmp_path / "small", tmp_path / "copied", "lora")
+    assert "an approximation of relative error" in copied.said
+    both = combine([tmp_path / "small", finished], tmp_path / "both")
+    assert "of approximations as they are" in both
+    assert all(check.holds for check in verify(tmp_path / "both"))

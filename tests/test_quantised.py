@@ -116,6 +116,7 @@ def test_the_result_fits_both_bases(finished: Path, tiny: Tiny, tmp_path: Path) 
     assert "on the full-precision base; the update was trained on nf4" in said
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert relative(next_logits(merged), next_logits(stock)) <= 1e-5
+    assert all(check.holds for check in verify(tmp_path / "merged"))
     with stock.disable_adapter():
         assert relative(next_logits(stock), next_logits(merged)) > 1e-3  # the update is one
     assert "rank 4" in export_run(finished, tmp_path / "small", "lora", Smaller(4)).said

@@ -26,6 +26,7 @@ from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3I
 
 from milora.adapter import add_adapter, lora_config
 from milora.artefacts import export_run
+from milora.compress import principal_parts, sentence
 from milora.data import IGNORED, Collator, encode, prepare, prompt_ids, read_rows
 from milora.errors import UserError
 from milora.evaluate import Task, generate, load_task
@@ -603,3 +604,18 @@ def test_text_alone_through_a_run(gemma: Path, tmp_path: Path) -> None:
         wanted = PeftModel.from_pretrained(base, tmp_path / "run" / "adapter")(input_ids=ids).logits
         found = merged(input_ids=ids).logits
     assert float((found - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
+
+
+def test_principal_parts_leave_what_the_text_does_not_run_through(
+    folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    (tmp_path / "text.txt").write_text("It is what it was, and so is this. " * 400)
+    base = str(folder("llava"))
+    found, kept = principal_parts(base, 0.6, str(tmp_path / "text.txt"), 1)
+    before = load_pretrained(base).model.state_dict()
+    after = kept.model.state_dict()
+    seen = {name for name in before if "vision" in name or "projector" in name}
+    assert all(torch.equal(before[name], after[name]) for name in seen)
+    assert any(not torch.equal(before[name], after[name]) for name in set(before) - seen)
+    assert all("vision" in name or "projector" in name for name in found["unseen"])
+    assert "the text does not run through" in sentence(found)

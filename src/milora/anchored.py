@@ -38,8 +38,8 @@ def anchored(
 
     A (r, n) and B (m, r) get gradients, A0 and minus_B0 none. Products are in the dtype of A, in
     bfloat16 where `x` is, or in that of autocast; the differences are taken before the cast, so
-    that bfloat16 rounds the update by 2^-9 of itself, which is less than `result` is rounded by,
-    and the sum with `result` is rounded once. `dropout` is the probability for the trained half, 0
+    that bfloat16 rounds the update by about 2^-8 of itself, as `result` is rounded anyway, and the
+    sum with `result` is rounded once. `dropout` is the probability for the trained half, 0
     outside of training.
     """
     device = x.device.type

@@ -102,32 +102,39 @@ def spread(
     return ranks
 
 
-def in_8_bits(exact: PlainLora, plain: PlainLora) -> tuple[PlainLora, Storage]:
-    """`plain` with factors rounded to 8-bit floats, and how to store them; the error is that
-    against `exact`, the cut included.
+def in_8_bits(
+    exact: PlainLora, parts: Mapping[str, Decomposed], ranks: Mapping[str, int]
+) -> tuple[PlainLora, Storage]:
+    """The best approximation of those ranks with factors rounded to 8-bit floats, and how to store
+    them. The error is that against `exact`, the cut included.
 
-    Every row of A and column of B is first brought into the range of the format by a power of two,
-    the same for all products, which is the scale of the LoRA: what loads is exactly what is stated.
+    The factors are the balanced ones: those that were trained are differences of large numbers, of
+    which such rounding would leave nothing. Every row of A and column of B is first brought into
+    the range of the format by a power of two, the same for all products, which is the scale of the
+    LoRA: what loads is exactly what is stated.
     """
-    tops = [
-        float(A.abs().amax(1).mul(B.abs().amax(0)).max()) if A.numel() else 0.0
-        for A, B in plain.factors.values()
-    ]
-    if not max(tops) > 0:
-        return plain, Storage(EIGHT)
-    scale = 2.0 ** (math.floor(math.log2(max(tops))) - 15)  # the largest row and column near 2^7.5
+    cut = at_ranks(exact, parts, ranks)
+    top = max(float((_largest(A, 1) * _largest(B, 0)).max()) for A, B in cut.factors.values())
+    # The largest row and column near 2^4: far from 448, and 2^10 above what is not normal.
+    power = math.floor(math.log2(top)) - 8 if top > 1e-50 else 0
     factors, errors, lost, whole = {}, {}, 0.0, 0.0
-    for name, (A, B) in plain.factors.items():
-        own = 2.0 ** torch.round(torch.log2(_largest(B, 0) / (scale * _largest(A, 1))) / 2)
-        A8 = (A * own[:, None]).to(EIGHT).float()
-        B8 = (B / (scale * own)).to(EIGHT).float()
+    for name, (A, B) in cut.factors.items():
+        apart = torch.log2(_largest(B, 0)) - torch.log2(_largest(A, 1)) - power
+        own = torch.round(apart / 2)
+        A8 = torch.ldexp(A, own[:, None]).to(EIGHT).float()
+        B8 = torch.ldexp(B, -power - own).to(EIGHT).float()
         factors[name] = Factors(A8, B8)
-        before = exact.factors[name]
-        cut = _size(torch.cat([before.A, A8]), torch.cat([before.B, -scale * B8], dim=1))
-        total = _size(*before)
-        errors[name] = _ratio(cut, total)
-        lost, whole = lost + cut, whole + total
-    return PlainLora(factors, _ratio(lost, whole), errors, plain.in_full), Storage(EIGHT, scale)
+        part, scale = parts[name], 2.0**power
+        left = _size(torch.cat([part.Vh, A8]), torch.cat([part.U * part.S, -scale * B8], dim=1))
+        total = float(part.S.square().sum())
+        errors[name] = _ratio(left, total)
+        lost, whole = lost + left, whole + total
+    plain = PlainLora(factors, _ratio(lost, whole), errors, exact.in_full)
+    return plain, Storage(EIGHT, 2.0**power)
+
+
+def full_ranks(parts: Mapping[str, Decomposed]) -> dict[str, int]:
+    return {name: len(part.S) for name, part in parts.items()}
 
 
 def norm(plain: PlainLora) -> float:
@@ -138,7 +145,8 @@ def norm(plain: PlainLora) -> float:
 def _size(A: Tensor, B: Tensor) -> float:
     """||B A||²."""
     A, B = A.double(), B.double()
-    return max(0.0, float(((B.T @ B) * (A @ A.T)).sum()))
+    found = float(((B.T @ B) * (A @ A.T)).sum())
+    return 0.0 if found < 0 else found  # which lets a NaN pass
 
 
 def _ratio(lost: float, whole: float) -> float:
@@ -146,5 +154,5 @@ def _ratio(lost: float, whole: float) -> float:
 
 
 def _largest(factor: Tensor, dim: int) -> Tensor:
-    """Largest entry of each row or column; of one of zeros the smallest number there is."""
-    return factor.abs().amax(dim).clamp_min(torch.finfo(torch.float32).tiny)
+    """Largest entry of each row or column, fp64; of one of zeros next to nothing."""
+    return factor.double().abs().amax(dim).clamp_min(1e-30)

@@ -1,8 +1,9 @@
 """`milora export`: from the adapter of a finished run to a folder for other tools."""
 
+import math
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -16,11 +17,12 @@ from milora.approximation import (
     Decomposed,
     at_ranks,
     decomposed,
+    full_ranks,
     in_8_bits,
     rank_within,
     spread,
 )
-from milora.card import artefact_card
+from milora.card import artefact_card, server_rank
 from milora.checkpoint import open_checkpoint
 from milora.errors import UserError
 from milora.evaluate import DEFAULT_TEXT, Pair, general_texts, knowledge_kept
@@ -35,7 +37,7 @@ from milora.export import (
 )
 from milora.files import new_folder, read_json, write_json, write_text
 from milora.ggufs import check_gguf, write_lora, write_model
-from milora.matrices import kind_of, skeleton_of, without_expert
+from milora.matrices import base_modules, skeleton_of
 from milora.merge import Recorded, merge_files
 from milora.pretrained import source_of, task_of
 from milora.progress import Progress
@@ -76,22 +78,40 @@ class Exported(NamedTuple):
 
 
 def by_layer(exported: Exported) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of a table: what each weight lost, by layer and kind, and the rank it has.
+    """Head and rows of a table: what each weight lost, by layer and kind; with ranks of their own
+    behind the rank.
 
     Of several weights of one kind in a layer, such as experts, the largest loss.
     """
     found: dict[str, dict[str, tuple[float, int]]] = {}
     for name, error in exported.errors.items():
-        number = re.search(r"\.(\d+)\.", name)
-        cells = found.setdefault(number[1] if number else name.rpartition(".")[0], {})
-        kind = kind_of(name)
+        layer = re.match(r"(.*?\.\d+)\.(.+)", name)
+        cells = found.setdefault(layer[1] if layer else "", {})
+        kind = re.sub(r"\d+\.", "", layer[2] if layer else name)
         cells[kind] = max(cells.get(kind, (0.0, 0)), (error, exported.ranks[name]))
     kinds = list(dict.fromkeys(kind for cells in found.values() for kind in cells))
+    short = [kind.rpartition(".")[2] for kind in kinds]
+    if len(set(short)) < len(short):
+        short = kinds
+    same = len(set(exported.ranks.values())) == 1
+    stacks = {layer.rpartition(".")[0] for layer in found}
+
+    def shown(error: float, rank: int) -> str:
+        return f"{error:.1e}" if same else f"{rank}: {error:.0e}"
+
     rows = [
-        [layer, *(f"{cells[k][0]:.1e} ({cells[k][1]})" if k in cells else "" for k in kinds)]
-        for layer, cells in sorted(found.items(), key=lambda pair: (len(pair[0]), pair[0]))
+        [
+            layer.rpartition(".")[2] if len(stacks) == 1 else layer,
+            *(shown(*cells[kind]) if kind in cells else "" for kind in kinds),
+        ]
+        for layer, cells in sorted(found.items(), key=lambda item: _in_order(item[0]))
     ]
-    return ["layer", *(f"{kind} (rank)" for kind in kinds)], rows
+    return ["layer", *short], rows
+
+
+def _in_order(layer: str) -> tuple[str, int]:
+    stack, _, number = layer.rpartition(".")
+    return stack, int(number) if number.isdigit() else -1
 
 
 def export_run(
@@ -106,11 +126,12 @@ def export_run(
     """Write one of KINDS from a run folder or the adapter in it: a plain LoRA (of rank 2r or what
     `smaller` says), merged weights, a GGUF LoRA for the GGUF of the base, or a merged GGUF.
 
-    Only an approximation loads the base, for its probes and its KL; the others read its files
-    weight by weight. `base` is where the base is now, if not where the run had it; merging needs it
-    for a quantised base, as its original. Returns what was written and the error it makes. Raises
-    UserError for an unfinished run, an existing `out`, a wrong base, a rank that is no
-    approximation, an error that cannot be kept, or merging into packed numbers.
+    Only an approximation loads the base, for its probes and its KL, and what is merged into the
+    original of a quantised base, for its probes; the others read its files weight by weight.
+    `base` is where the base is now, if not where the run had it; merging needs it for a quantised
+    base, as its original. Returns what was written and the error it makes. Raises UserError for an
+    unfinished run, an existing `out`, a wrong base, a rank that is no approximation, an error that
+    cannot be kept, or merging into packed numbers.
     """
     if to not in KINDS:
         raise UserError(f"--to {to}: use {', '.join(KINDS[:-1])} or {KINDS[-1]}")
@@ -134,15 +155,17 @@ def export_run(
     provenance = read_json(source / "milora.json")
     if provenance["format"] != ADAPTER:
         raise UserError(f"{source} holds {provenance['format']}, not an adapter: name its run")
-    if smaller != EXACT and "approximation" in provenance:
+    lost = provenance.get("approximation_error", 0.0)
+    if smaller != EXACT and lost:
         raise UserError(
-            f"{source} was made smaller already: name its run, so that what is lost is all said"
+            f"{source} is an approximation already, of relative error {lost:.2e}: make the smaller "
+            "one of what that was made from, so that all that is lost is said"
         )
     _check(smaller, provenance)
     if to == "lora" and smaller == EXACT:
         with new_folder(out) as folder:
             shutil.copytree(source, folder, dirs_exist_ok=True)
-        return Exported(f"{out}: plain LoRA of rank {provenance['rank']}, exact")
+        return Exported(f"{out}: plain LoRA of rank {provenance['rank']}, {_exactly(lost)}")
     if to != "lora" and provenance.get("labels"):
         return _classifier(source, out, to, base, trust_remote_code)
     recorded, progress = provenance["base"], progress or Progress()
@@ -169,13 +192,19 @@ def export_run(
         for name, digest in provenance["weights_sha256"].items()
     }
     record: dict[str, Any] = {
-        key: provenance[key] for key in ("base", "method", "versions", "probes")
+        key: provenance[key]
+        for key in ("base", "method", "versions", "probes", "approximation_error")
+        if key in provenance
     }
+    if into_original:  # the probes were measured on the quantised base
+        opened = open_adapter(source, base, trust_remote_code, packed=False)
+        record["probes"] = make_probes(opened.model, opened.base.reader)
+        del opened
     with new_folder(out) as folder:
         if to == "gguf":
             write_lora(folder / LORA, skeleton.config, plain.factors, recorded)
             record |= {"format": GGUF, "file": LORA, "rank": provenance["rank"]}
-            said = f"{out / LORA}: GGUF LoRA of rank {provenance['rank']}, exact"
+            said = f"{out / LORA}: GGUF LoRA of rank {provenance['rank']}, {_exactly(lost)}"
         elif to == "merged":
             rounding = merge_files(files, skeleton, plain.factors, hashes, folder, progress)
             copy_tokenizer(source, folder)
@@ -194,6 +223,10 @@ def export_run(
         write_json(folder / "milora.json", record)
         write_text(folder / "README.md", artefact_card(record))
     return Exported(said)
+
+
+def _exactly(lost: float) -> str:
+    return f"as it is, an approximation of relative error {lost:.2e}" if lost else "exact"
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
@@ -243,12 +276,7 @@ def _smaller(
     opened = open_adapter(source, base, trust_remote_code)
     largest, model = opened.provenance["rank"], take_off(opened.model)
     exact = load_plain_lora(source, skeleton_of(model))
-    plain, storage = _approximation(exact, smaller)
-    if smaller.max_error is not None and plain.error > smaller.max_error:
-        raise UserError(
-            f"--max-error {smaller.max_error} cannot be kept with --bits 8, whose rounding alone "
-            f"makes the error {plain.error:.2e}: allow that much, or leave --bits out"
-        )
+    plain, storage = _approximation(exact, smaller, set(base_modules(model)))
     ranks = {name: len(A) for name, (A, _) in plain.factors.items()}
     with new_folder(out) as folder:
         copy_tokenizer(source, folder)
@@ -274,33 +302,58 @@ def _smaller(
         said = _sentence(plain, smaller, ranks, size / whole, kept)
         note = (
             f"\n\n## Approximation\n\nOf the trained update (rank {largest}): {said} "
-            "The scores above are those of the full update.\n"
+            "The scores above are those of the full update. For llama.cpp use `milora export "
+            "this/folder --to gguf`: its own converter knows one rank and scale for all weights. "
+            f"vLLM needs `--max-lora-rank {server_rank(written)}`.\n"
         )
         card = (source / "README.md").read_text(encoding="utf-8").rstrip()
         write_text(folder / "README.md", card + note)
     return Exported(f"{out}: {said}", ranks, plain.errors)
 
 
-def _approximation(exact: PlainLora, smaller: Smaller) -> tuple[PlainLora, Storage]:
-    plain, storage = exact, Storage()
-    if smaller.rank is not None or smaller.max_error is not None:
-        parts = decomposed(exact)
-        plain = at_ranks(exact, parts, _ranks(parts, smaller))
-    if smaller.bits == 8:
-        plain, storage = in_8_bits(exact, plain)
+def _approximation(
+    exact: PlainLora, smaller: Smaller, modules: Collection[str]
+) -> tuple[PlainLora, Storage]:
+    """`modules` are those of the base, among which expert stacks are not."""
+    stacked = sorted(set(exact.factors) - set(modules))
+    if smaller.spread and stacked:
+        raise UserError(
+            f"--spread: {stacked[0]} is one of a stack of experts, which have one rank: leave "
+            "--spread out"
+        )
+    parts, bound = decomposed(exact), smaller.max_error
+    if smaller.bits == 32:
+        plain, storage = at_ranks(exact, parts, _ranks(parts, smaller, bound)), Storage()
+        return plain, storage._replace(one_rank=not smaller.spread)
+    if bound is None:
+        plain, storage = in_8_bits(exact, parts, _ranks(parts, smaller, None))
+        return plain, storage._replace(one_rank=not smaller.spread)
+    plain, storage = in_8_bits(exact, parts, full_ranks(parts))
+    if plain.error >= bound:
+        raise UserError(
+            f"--max-error {bound} cannot be kept with --bits 8, whose rounding alone makes the "
+            f"error {plain.error:.2e}: allow more than that, or leave --bits out"
+        )
+    # Cut and rounding are next to orthogonal; what the rounding of fewer ranks adds is not known.
+    room = math.sqrt(bound**2 - plain.error**2)
+    for share in (1.0, 0.9, 0.5):
+        found = in_8_bits(exact, parts, _ranks(parts, smaller, share * room))
+        if found[0].error <= bound:
+            plain, storage = found
+            break
     return plain, storage._replace(one_rank=not smaller.spread)
 
 
-def _ranks(parts: Mapping[str, Decomposed], smaller: Smaller) -> dict[str, int]:
+def _ranks(
+    parts: Mapping[str, Decomposed], smaller: Smaller, error: float | None
+) -> dict[str, int]:
     if smaller.spread:
-        if stacked := [name for name in parts if without_expert(name) != name]:
-            raise UserError(
-                f"--spread: {stacked[0]} is one of a stack of experts, which have one rank: leave "
-                "--spread out"
-            )
-        return spread(parts, smaller.rank, smaller.max_error)
-    rank = smaller.rank or rank_within(parts, smaller.max_error or 0.0)
-    return {name: min(rank, len(part.S)) for name, part in parts.items()}
+        return spread(parts, smaller.rank, error)
+    full = full_ranks(parts)
+    rank = smaller.rank
+    if error is not None:
+        rank = rank_within(parts, error)
+    return full if rank is None else {name: min(rank, most) for name, most in full.items()}
 
 
 def _divergences(
@@ -336,7 +389,7 @@ def _sentence(
     if smaller.spread:
         rank = f"ranks {min(ranks.values())} to {max(ranks.values())}"
         if smaller.rank:
-            rank += f", in all as many parameters as rank {smaller.rank}"
+            rank += f", in all at most as many parameters as rank {smaller.rank}"
     said = f"plain LoRA of {rank}" + ", in floats of 8 bits" * (smaller.bits == 8)
     module, worst = plain.worst
     said += (
@@ -345,7 +398,7 @@ def _sentence(
     )
     if kept["default"] is not None and kept["exact"] is not None:
         said += (
-            f" {kept['measure']} {kept['default']:.5f}, of the exact update {kept['exact']:.5f}, "
+            f" {kept['measure']} {kept['default']:.4g}, of the exact update {kept['exact']:.4g}, "
             f"on {kept['text']}."
         )
     return said

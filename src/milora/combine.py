@@ -168,13 +168,14 @@ def combine(
             "how": how, "weights": weights, "seed": seed,
             **({} if how == "sum" else {"density": density}),
             "of": [
-                {"name": run.name, "method": one["method"], "adapter_sha256": digest}
+                {"name": run.name, "method": one["method"], "adapter_sha256": digest,
+                 "approximation_error": one.get("approximation_error", 0.0)}
                 for run, digest, one in zip(runs, digests, stored, strict=True)
             ],
             "in_common": common,
         },
     }  # fmt: skip
-    for key in ("cut", "lineage"):  # of the first alone
+    for key in ("cut", "lineage", "approximation"):  # of the first alone
         record.pop(key, None)
     with new_folder(out) as folder:
         copy_tokenizer(folders[0], folder)
@@ -184,8 +185,12 @@ def combine(
         write_json(folder / "milora.json", record)
         write_text(folder / "README.md", combined_card(record))
     said = f"{out}: plain LoRA of rank {record['rank']}, {how} of {len(runs)} adapters"
+    parts = [f"{one['name']} ({one['approximation_error']:.2e})"
+             for one in record["combined"]["of"] if one["approximation_error"]]  # fmt: skip
+    if parts:
+        said += f", of approximations as they are, with their errors: {', '.join(parts)}"
     if plain.error == 0:
-        return f"{said}, exact"
+        return said if parts else f"{said}, exact"
     return (
         f"{said}; relative error of the approximation {plain.error:.2e}, worst module "
         f"{plain.worst[0]} {plain.worst[1]:.2e}"

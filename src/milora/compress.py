@@ -11,12 +11,13 @@ whose factors would have more numbers than itself stays whole.
 """
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from milora.card import figure, packed_card
 from milora.errors import UserError
@@ -27,7 +28,7 @@ from milora.matrices import kind_of
 from milora.merge import copy_others
 from milora.pretrained import Pretrained, load_pretrained, source_of, task_of
 from milora.progress import Progress
-from milora.quantised import linear_shape, loaded_bytes, method_of, unlike
+from milora.quantised import is_packed, linear_shape, loaded_bytes, method_of, unlike
 
 BITS = {4: "nf4", 8: "int8"}
 PIECES = 32  # of LENGTH tokens, that the inputs are taken from
@@ -53,18 +54,23 @@ def pack(
         raise UserError(f"{model} is a GGUF file: give the folder that it was made from")
     whole = _loaded(model, dtype, trust_remote_code)
     (said, name), *_ = general_texts(text, "--text")
+    cut(whole.tokenizer, [said], 2, "--text")
     packed = load_pretrained(
         model, str(whole.model.dtype).removeprefix("torch."), trust_remote_code, None, BITS[bits]
     )
-    own = dict(whole.model.named_modules())
+    taken = [name for name, layer in packed.model.named_modules()
+             if linear_shape(layer) and is_packed(layer)]  # fmt: skip
     kinds: dict[str, list[float]] = {}
-    for module, layer in packed.model.named_modules():
-        if type(layer) is not type(own[module]) and isinstance(own[module], nn.Linear):
-            lost = unlike(layer, own[module].weight)  # type: ignore[arg-type]
-            kinds.setdefault(kind_of(module), []).append(lost)
+    for module in taken:
+        weight = _matrix(whole.model.get_submodule(module))
+        lost = unlike(packed.model.get_submodule(module), weight)
+        kinds.setdefault(kind_of(module), []).append(lost)
+    if not kinds:
+        raise UserError(f"{model} has no linear layer that bitsandbytes packs: it stays as it is")
     result = {
         "model": model, "how": BITS[bits], "text": name,
         "bytes": {"before": loaded_bytes(whole.model), "after": loaded_bytes(packed.model)},
+        "whole": _whole(packed.model, taken),
         "kinds": {
             kind: {"weights": len(lost), "error": sum(lost) / len(lost)}
             for kind, lost in kinds.items()
@@ -81,6 +87,23 @@ def pack(
         write_json(folder / "compression.json", result)
         write_text(folder / "README.md", packed_card(result, whole.name, whole.license))
     return result
+
+
+def _whole(model: nn.Module, taken: Container[str]) -> dict[str, int]:
+    """Bytes of the matrices that stay as they are, by kind: embedding, head, stacks of experts."""
+    found: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        module, _, own = name.rpartition(".")
+        if parameter.ndim > 1 and module not in taken:
+            kind = kind_of(module if own == "weight" else name)
+            found[kind] = found.get(kind, 0) + parameter.nbytes
+    return found
+
+
+def _matrix(layer: nn.Module) -> Tensor:
+    """Its weight (m, n), a view where it lies transposed."""
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    return weight.T if isinstance(layer, Conv1D) else weight
 
 
 def _loaded(model: str, dtype: str, trust_remote_code: bool) -> Pretrained:
@@ -133,16 +156,18 @@ def principal_parts(
     found: Iterable[tuple[str, Tensor | None]] = ((name, None) for name in layers)
     if aware:
         inputs = {
-            name: (whole.get_submodule(name), _shape(layer)[1]) for name, layer in layers.items()
+            name: (whole.get_submodule(name), _matrix(layer).shape[1])
+            for name, layer in layers.items()
         }
         found = covariances(whole, inputs, pieces)
     kinds: dict[str, list[tuple[int, int, int]]] = {}
-    saved = 0
+    saved, unseen = 0, list[str]()
     for done, (module, C) in enumerate(found):
         progress("principal parts", done, len(layers), module)
-        weight: Tensor = layers[module].weight  # type: ignore[assignment]
-        if tuple(weight.shape) != _shape(layers[module]):
-            weight = weight.T  # GPT-2's
+        if C is not None and not C.trace() > 0:
+            unseen.append(module)  # such as those of a vision tower
+            continue
+        weight = _matrix(layers[module])
         U, V = parts(weight, C, energy)
         kept, full = U.numel() + V.numel(), weight.numel()
         kinds.setdefault(kind_of(module), []).append((U.shape[1], min(weight.shape), kept < full))
@@ -152,7 +177,8 @@ def principal_parts(
     before = loaded_bytes(whole)
     result = {
         "model": model, "how": "principal", "energy": energy, "text": name,
-        "of": "outputs" if aware else "weights",
+        "of": "outputs" if aware else "weights", "unseen": unseen,
+        "whole": _whole(loaded.model, layers),
         "bytes": {"before": before, "after": before - saved},
         "kinds": {
             kind: {
@@ -168,12 +194,6 @@ def principal_parts(
         ),
     }  # fmt: skip
     return result, loaded
-
-
-def _shape(layer: nn.Module) -> tuple[int, int]:
-    found = linear_shape(layer)
-    assert found
-    return found
 
 
 def parts(weight: Tensor, C: Tensor | None, energy: float) -> tuple[Tensor, Tensor]:
@@ -211,6 +231,11 @@ def sentence(result: Mapping[str, Any]) -> str:
         f"({size['after'] / size['before']:.0%}); perplexity {before} to {after}, KL "
         f"{figure(kept['kl'], 4)} on {result['text']}"
     )
+    if whole := result.get("whole"):
+        parts = (f"{kind} ({count / 1e6:,.1f} MB)" for kind, count in whole.items())
+        said += f"; as they were: {', '.join(parts)}"
     if result["how"] == "principal" and size["after"] == size["before"]:
         said += "; no layer is smaller as two factors at that energy"
+    if unseen := result.get("unseen"):
+        said += f"; the text does not run through {unseen[0]} ({len(unseen)} in all), kept whole"
     return said

@@ -340,7 +340,12 @@ def check_hub_id(model: str) -> None:
 
 
 def dtype_of(name: str) -> torch.dtype:
-    """The dtype that `name` means on this machine; see load_pretrained."""
+    """The dtype that `name` means on this machine; see load_pretrained.
+
+    Raises UserError for another name.
+    """
+    if name not in ("auto", "float32", "bfloat16", "float16"):
+        raise UserError(f"dtype {name}: use auto, float32, bfloat16 or float16")
     if name == "auto":
         good = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         name = "bfloat16" if good else "float32"
