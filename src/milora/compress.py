@@ -52,8 +52,8 @@ def pack(
         raise UserError(f"--out {out} exists already: choose a new folder")
     if model.endswith(".gguf"):
         raise UserError(f"{model} is a GGUF file: give the folder that it was made from")
-    whole = _loaded(model, dtype, trust_remote_code)
     (said, name), *_ = general_texts(text, "--text")
+    whole = _loaded(model, dtype, trust_remote_code)
     cut(whole.tokenizer, [said], 2, "--text")
     packed = load_pretrained(
         model, str(whole.model.dtype).removeprefix("torch."), trust_remote_code, None, BITS[bits]
@@ -139,6 +139,7 @@ def principal_parts(
     progress = progress or Progress()
     if not 0 < energy < 1:
         raise UserError(f"--energy {energy}: a share between 0 and 1 is needed")
+    (said, name), *_ = general_texts(text, "--text")
     loaded = _loaded(model, dtype, trust_remote_code)
     whole = copy.deepcopy(loaded.model)
     layers = {
@@ -146,7 +147,6 @@ def principal_parts(
         for name, layer in loaded.model.named_modules()
         if linear_shape(layer) and layer is not loaded.model.get_output_embeddings()
     }
-    (said, name), *_ = general_texts(text, "--text")
     pieces = cut(loaded.tokenizer, [said], positions(loaded.model), "--text")[2 * chunks :][:PIECES]
     if aware and len(pieces) < PIECES / 4:
         raise UserError(
