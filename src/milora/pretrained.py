@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -102,6 +102,8 @@ def load_pretrained(
     except UserError:
         raise
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        if isinstance(error, SafetensorError):
+            _check_readable(Path(source))
         reason = " ".join(str(error).split())
         raise UserError(f"model: {model} cannot be loaded: {reason}") from error
     # What the files lack the library draws at random, and goes on.
@@ -231,6 +233,17 @@ def _is_encoder(config: Any) -> bool:
     """Every token sees every other, as in BERT: it cannot write."""
     writes = config.is_encoder_decoder or getattr(config, "is_decoder", False)  # BART fills in too
     return type(config) in MODEL_FOR_MASKED_LM_MAPPING and not writes
+
+
+def _check_readable(folder: Path) -> None:
+    """Raise UserError for the damaged file in it, which the library does not name."""
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            safe_open(path, framework="pt")
+        except SafetensorError as error:
+            raise UserError(
+                f"{path} cannot be read ({error}): it is truncated or damaged, fetch it again"
+            ) from error
 
 
 def _check_kind(model: str, config: Any, labels: Sequence[str], quantization: Any) -> None:
