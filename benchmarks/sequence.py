@@ -73,6 +73,7 @@ class Setting(NamedTuple):
     held_out: int
     test: int
     epochs: int
+    batch: int
     rates: dict[str, float]  # by method
     orders: tuple[int, ...]
     seeds: tuple[int, ...]
@@ -86,7 +87,7 @@ def settings(name: str) -> Setting:
         knowledge = [str(HELD_OUT), text_file("wikitext2_test.txt")]
         base = {"model": str(MODEL), "evaluate": {"knowledge": knowledge, "chunks": 8}}
         rates = {"lora": 3e-3, "milora": 1e-3}
-        return Setting(480, 80, 100, 2, rates, (0, 1), (0, 1, 2), base)
+        return Setting(960, 80, 100, 2, 8, rates, (0, 1), (0, 1, 2), base)
     knowledge = [text_file("wikitext2_test.txt")]
     base = {
         "model": "smollm2-135m", "dtype": "bfloat16",
@@ -95,8 +96,8 @@ def settings(name: str) -> Setting:
     rates = {"lora": 3.3e-3, "milora": 1e-3}
     if name == "try":
         base["evaluate"]["chunks"] = 1
-        return Setting(16, 8, 8, 3, rates, (0,), (0,), base)
-    return Setting(240, 40, 60, 1, rates, (0,), (0,), base)
+        return Setting(16, 8, 8, 3, 16, rates, (0,), (0,), base)
+    return Setting(240, 40, 60, 1, 8, rates, (0,), (0,), base)
 
 
 def values_of(
@@ -112,7 +113,7 @@ def values_of(
         "lora": {"r": 16, "lora_alpha": 16},
         "training": {
             "learning_rate": rate, "num_train_epochs": setting.epochs,
-            "per_device_train_batch_size": 16, "save_strategy": "no", "eval_strategy": "no",
+            "per_device_train_batch_size": setting.batch, "save_strategy": "no", "eval_strategy": "no",
             "train_sampling_strategy": "group_by_length",
         },
         "evaluate": setting.base["evaluate"] | {"tasks": [graded(task, files["test"])]},
@@ -150,7 +151,8 @@ def sequence(
         "step0": [record["step0"]["difference"] for record in records],
         "seconds": time.monotonic() - began,
         "training_seconds": [record["seconds"].get("training") for record in records],
-        "settings": {"rows": setting.rows, "epochs": setting.epochs, "test": setting.test},
+        "settings": {"rows": setting.rows, "epochs": setting.epochs, "batch": setting.batch,
+                     "test": setting.test},
         "base_sha256": records[0]["base"]["sha256"], "versions": records[0]["versions"],
     }  # fmt: skip
 
@@ -175,7 +177,8 @@ def joint(setting: Setting, rate: float, seed: int, home: Path) -> dict[str, Any
         "forward_transfer": None, "kl": max(one["kl"] for one in found["knowledge"]),
         "ranks": [record["adapter"]["rank"]], "seconds": time.monotonic() - began,
         "training_seconds": [record["seconds"].get("training")],
-        "settings": {"rows": setting.rows, "epochs": setting.epochs, "test": setting.test},
+        "settings": {"rows": setting.rows, "epochs": setting.epochs, "batch": setting.batch,
+                     "test": setting.test},
         "base_sha256": record["base"]["sha256"], "versions": record["versions"],
     }  # fmt: skip
 
