@@ -97,7 +97,7 @@ def settings(name: str) -> Setting:
     if name == "try":
         base["evaluate"]["chunks"] = 1
         return Setting(16, 8, 8, 3, 16, rates, (0,), (0,), base)
-    return Setting(240, 40, 60, 1, 8, rates, (0,), (0,), base)
+    return Setting(240, 40, 60, 1, 16, rates, (0,), (0,), base)
 
 
 def values_of(
@@ -113,7 +113,8 @@ def values_of(
         "lora": {"r": 16, "lora_alpha": 16},
         "training": {
             "learning_rate": rate, "num_train_epochs": setting.epochs,
-            "per_device_train_batch_size": setting.batch, "save_strategy": "no", "eval_strategy": "no",
+            "per_device_train_batch_size": setting.batch,
+            "save_strategy": "no", "eval_strategy": "no",
             "train_sampling_strategy": "group_by_length",
         },
         "evaluate": setting.base["evaluate"] | {"tasks": [graded(task, files["test"])]},
