@@ -20,11 +20,12 @@ from typing import Any
 
 from tasks import BUILD, DATA, ROOT, kept_tasks, require_data, task_files, text_file
 
-from milora.artefacts import Smaller, export_run
+from milora.artefacts import export_run
 from milora.compress import pack, principal_parts
 from milora.config import Config
 from milora.files import read_json, write_json, write_text
 from milora.progress import Progress
+from milora.smaller import Smaller
 from milora.train import train
 
 RESULTS, RUNS = Path("benchmarks/results/compress"), Path("build/compress")

@@ -25,11 +25,12 @@ from milora.approximation import (
     rank_within,
     spread,
 )
-from milora.artefacts import Smaller, by_layer, export_run
+from milora.artefacts import export_run
 from milora.combine import combine
 from milora.errors import UserError
 from milora.export import PlainLora
 from milora.files import read_json
+from milora.smaller import Smaller, by_layer
 from milora.verify import open_adapter, verify
 
 Tiny = Callable[[str], Path]

@@ -20,7 +20,7 @@ from tiny_run import run, settings
 
 from milora import get_milora_model
 from milora.adapter import add_adapter, base_sha256, head_of, lora_config
-from milora.artefacts import Smaller, export_run
+from milora.artefacts import export_run
 from milora.card import all_scores
 from milora.chat import replies
 from milora.classification import class_scores, label_names, tokens
@@ -33,6 +33,7 @@ from milora.forms import encoder_for
 from milora.pretrained import load_pretrained
 from milora.report import report
 from milora.server import verify_server
+from milora.smaller import Smaller
 from milora.verify import open_adapter, open_run, verify
 
 CONFIG: dict[str, Any] = {

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from milora import adapter
-from milora.artefacts import Smaller, export_run
+from milora.artefacts import export_run
 from milora.checkpoint import open_checkpoint, original_of
 from milora.errors import UserError
 from milora.evaluate import Pair, evaluate_all, general_texts
@@ -33,6 +33,7 @@ from milora.quantised import (
     quantization_config,
     require,
 )
+from milora.smaller import Smaller
 from milora.store import Store
 from milora.svd import minor_components
 from milora.verify import open_adapter, verify

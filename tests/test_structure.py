@@ -46,7 +46,7 @@ LAYERS = (
     {"export", "evaluate", "loop", "verify", "preview", "chat"},
     {"store", "merge", "server", "result", "approximation", "continual", "transfer"},
     {"material"},
-    {"ggufs", "ready"},
+    {"ggufs", "ready", "smaller"},
     {"artefacts", "train", "inspection"},
     {"compare_page", "fronts", "estimate", "combine", "compress"},
     {"inspect_page"},

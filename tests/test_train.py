@@ -13,11 +13,12 @@ from safetensors.torch import load_file
 from tiny_run import result_hashes, run, settings, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from milora.artefacts import Smaller, export_run
+from milora.artefacts import export_run
 from milora.data import IGNORED, encode, read_rows, split_rows
 from milora.errors import UserError
 from milora.evaluate import Pair, answer_loss
 from milora.files import sha256
+from milora.smaller import Smaller
 from milora.verify import open_adapter, verify
 
 Tiny = Callable[[str], Path]

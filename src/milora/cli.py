@@ -479,9 +479,10 @@ def export(
     of the update their rounding lost. A smaller LoRA says its error, by layer, and the KL it has.
     """
     _quiet()
-    from milora.artefacts import Smaller, by_layer, export_run
+    from milora.artefacts import export_run
     from milora.compare_page import Table
     from milora.progress import Progress
+    from milora.smaller import Smaller, by_layer
 
     smaller = Smaller(rank, max_error, spread, bits)
     with Progress() as progress:

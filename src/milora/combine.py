@@ -19,10 +19,9 @@ from torch import Tensor
 
 from milora.adapter import Factors, module_seed, take_off
 from milora.approximation import best_of_rank
-from milora.artefacts import copy_tokenizer
 from milora.card import combined_card
 from milora.errors import UserError
-from milora.export import PlainLora, exact_rank, load_plain_lora, save_plain_lora
+from milora.export import PlainLora, copy_tokenizer, exact_rank, load_plain_lora, save_plain_lora
 from milora.files import new_folder, read_json, sha256, write_json, write_text
 from milora.matrices import skeleton_of
 from milora.progress import Progress

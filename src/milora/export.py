@@ -8,6 +8,7 @@ never from the live model, so that exporting cannot disturb a run.
 
 import copy
 import re
+import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType, MethodType
@@ -43,6 +44,8 @@ from milora.matrices import (
 )
 from milora.pretrained import task_of
 from milora.quantised import is_packed, linear_shape
+
+OWN = ("adapter_config.json", "adapter_model.safetensors", "milora.json", "README.md")
 
 
 class PlainLora(NamedTuple):
@@ -276,6 +279,13 @@ def target_names(there: Collection[str], adapted: Collection[str], words: int = 
     short = sorted({".".join(name.split(".")[-words:]) for name in adapted})
     selected = {name for name in there if any(is_suffix(entry, name) for entry in short)}
     return short if selected == set(adapted) else sorted(adapted)
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Of an adapter what is no weight and no record: tokenizer and chat template."""
+    for file in source.iterdir():
+        if file.name not in OWN:
+            shutil.copyfile(file, folder / file.name)
 
 
 def merge(
