@@ -167,27 +167,38 @@ def _approximation(
             f"--spread: {stacked[0]} is one of a stack of experts, which have one rank: leave "
             "--spread out"
         )
-    parts, bound = decomposed(exact), smaller.max_error
-    if smaller.bits == 32:
-        plain, storage = at_ranks(exact, parts, _ranks(parts, smaller, bound)), Storage()
-        return plain, storage._replace(one_rank=not smaller.spread)
+    parts = decomposed(exact)
+    if smaller.bits == 8:
+        plain, storage = _rounded(exact, parts, smaller)
+    else:
+        plain, storage = (
+            at_ranks(exact, parts, _ranks(parts, smaller, smaller.max_error)),
+            Storage(),
+        )
+    return plain, storage._replace(one_rank=not smaller.spread)
+
+
+def _rounded(
+    exact: PlainLora, parts: Mapping[str, Decomposed], smaller: Smaller
+) -> tuple[PlainLora, Storage]:
+    """In 8 bits, cut so far that an error that is asked for is kept by both together."""
+    bound = smaller.max_error
     if bound is None:
-        plain, storage = in_8_bits(exact, parts, _ranks(parts, smaller, None))
-        return plain, storage._replace(one_rank=not smaller.spread)
-    plain, storage = in_8_bits(exact, parts, full_ranks(parts))
-    if plain.error >= bound:
+        return in_8_bits(exact, parts, _ranks(parts, smaller, None))
+    whole = in_8_bits(exact, parts, full_ranks(parts))
+    alone = whole[0].error
+    if alone >= bound:
         raise UserError(
             f"--max-error {bound} cannot be kept with --bits 8, whose rounding alone makes the "
-            f"error {plain.error:.2e}: allow more than that, or leave --bits out"
+            f"error {alone:.2e}: allow more than that, or leave --bits out"
         )
     # Cut and rounding are next to orthogonal; what the rounding of fewer ranks adds is not known.
-    room = math.sqrt(bound**2 - plain.error**2)
+    room = math.sqrt(bound**2 - alone**2)
     for share in (1.0, 0.9, 0.5):
         found = in_8_bits(exact, parts, _ranks(parts, smaller, share * room))
         if found[0].error <= bound:
-            plain, storage = found
-            break
-    return plain, storage._replace(one_rank=not smaller.spread)
+            return found
+    return whole
 
 
 def _ranks(
