@@ -488,6 +488,8 @@ def export(
     with Progress() as progress:
         done = export_run(run, out, to, smaller, trust_remote_code, base, progress)
     if done.errors:
+        own = ", behind its rank" * (len(set(done.ranks.values())) > 1)
+        typer.echo(f"relative error of each weight's update{own}:")
         _print_table(Table(*by_layer(done)))
     typer.echo(done.said)
 
