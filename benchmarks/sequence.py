@@ -286,6 +286,7 @@ def plot(name: str) -> Any:
             axis.plot([place + 1], [stages[place + 1]], "o", color=colour, markersize=8, alpha=0.3)
         axis.set_title(SAID[arm], fontsize=8)
         axis.set_xticks(range(5), ["base", *every[0]["tasks"]], fontsize=7, rotation=20)
+        axis.tick_params(labelbottom=True)
         axis.set_ylim(0, 1)
     axes[0][0].set_ylabel("accuracy")
     axes[0][0].legend(fontsize=7, frameon=False)
