@@ -21,6 +21,7 @@ from typing import Any
 
 import yaml
 from small_llama import HELD_OUT, MODEL
+from tables import fill, has_place
 from tasks import ROOT, graded, kept_tasks, require_data, task_files, text_file
 
 from milora.compare import Arm, compare, grid, measure_of, parse_arm, run_name, summary, write
@@ -213,12 +214,7 @@ def docs() -> None:
     parts["short"] = markdown(short(found))
     for page in (Path("docs/results.md"), Path("README.md")):
         text = page.read_text(encoding="utf-8")
-        for name, lines in parts.items():
-            before, marker, rest = text.partition(f"<!-- table: {name} -->")
-            if marker:
-                _, end, after = rest.partition("<!-- end -->")
-                text = "\n".join([before + marker, *lines, end + after])
-        page.write_text(text, encoding="utf-8")
+        fill(page, {name: lines for name, lines in parts.items() if has_place(text, name)})
 
 
 def _notes(result: dict[str, Any]) -> str:

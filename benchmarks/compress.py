@@ -1,7 +1,7 @@
 """Does a smaller base pay? Size, perplexity and tasks: original, compressed, and trained again.
 
     python benchmarks/compress.py                 SmolLM2-135M in all ways; goes on where it stopped
-    python benchmarks/compress.py nf4 outputs-0.9  some of them
+    python benchmarks/compress.py nf4 outputs-0.95 some of them
     python benchmarks/compress.py adapter         one run's adapter by rank, by budget, in 8 bits
     python benchmarks/compress.py docs            the tables of docs/compression.md
 
@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tables import fill
 from tasks import BUILD, DATA, ROOT, kept_tasks, require_data, task_files, text_file
 
 from milora.artefacts import export_run
@@ -25,7 +26,7 @@ from milora.compress import pack, principal_parts
 from milora.config import Config
 from milora.files import read_json, write_json, write_text
 from milora.progress import Progress
-from milora.smaller import Smaller
+from milora.smaller import EXACT, Smaller
 from milora.train import train
 
 RESULTS, RUNS = Path("benchmarks/results/compress"), Path("build/compress")
@@ -70,28 +71,34 @@ def compressed(way: str, folder: Path, progress: Progress) -> dict[str, Any]:
     return found
 
 
+def trained(
+    home: Path, model: str, data: dict[str, str], r: int, rate: float, batch: int,
+    evaluate: dict[str, Any], progress: Progress, **more: Any,
+) -> None:  # fmt: skip
+    """One epoch of MiLoRA on `model`, in home/run."""
+    values = {
+        "model": model, "dtype": DTYPE, "output_dir": str(home / "run"),
+        "data": {**data, "max_length": 256}, "lora": {"r": r, "lora_alpha": r},
+        "training": {
+            "learning_rate": rate, "num_train_epochs": 1, "per_device_train_batch_size": batch,
+            "save_strategy": "no", "eval_strategy": "no",
+        },
+        "evaluate": evaluate, **more,
+    }  # fmt: skip
+    train(**Config.model_validate(values).model_dump(), progress=progress)
+
+
 def measured(way: str) -> dict[str, Any]:
     home = RUNS / way
     shutil.rmtree(home, ignore_errors=True)
+    texts = [text_file("wikitext2_test.txt"), text_file("c4_demo.jsonl")]
+    packed = {"milora": {"factors_from": MODEL}} if way in ("int8", "nf4") else {}
     with Progress() as progress:
         about = compressed(way, home / "model", progress)
-        values: dict[str, Any] = {
-            "model": str(home / "model") if about else MODEL,
-            "dtype": DTYPE, "output_dir": str(home / "run"),
-            "data": {"train": pieces(), "max_length": 256},
-            "lora": {"r": 32, "lora_alpha": 32},
-            "training": {
-                "learning_rate": 3e-4, "num_train_epochs": 1, "per_device_train_batch_size": 4,
-                "save_strategy": "no", "eval_strategy": "no",
-            },
-            "evaluate": {
-                "tasks": list(kept_tasks(100)), "chunks": 8,
-                "knowledge": [text_file("wikitext2_test.txt"), text_file("c4_demo.jsonl")],
-            },
-        }  # fmt: skip
-        if way in ("int8", "nf4"):
-            values["milora"] = {"factors_from": MODEL}
-        train(**Config.model_validate(values).model_dump(), progress=progress)
+        trained(
+            home, str(home / "model") if about else MODEL, {"train": pieces()}, 32, 3e-4, 4,
+            {"tasks": list(kept_tasks(100)), "chunks": 8, "knowledge": texts}, progress, **packed,
+        )  # fmt: skip
     record, scores = read_json(home / "run/run.json"), read_json(home / "run/evaluation.json")
     return {
         "way": way, "compression": about, "base": record["base"], "seconds": record["seconds"],
@@ -108,7 +115,7 @@ def measured(way: str) -> dict[str, Any]:
 
 
 SMALLER = {
-    "as it was trained": Smaller(),
+    "as it was trained": EXACT,
     "`--max-error 0.01`": Smaller(max_error=0.01),
     "`--max-error 0.01 --spread`": Smaller(max_error=0.01, spread=True),
     "`--max-error 0.1`": Smaller(max_error=0.1),
@@ -124,21 +131,11 @@ def adapter() -> list[dict[str, Any]]:
     """A run on TREC, its adapter made smaller in every way of SMALLER."""
     home, files = RUNS / "adapter", task_files("trec", 480, 80, 100)
     shutil.rmtree(home, ignore_errors=True)
-    values = {
-        "model": MODEL, "dtype": DTYPE, "output_dir": str(home / "run"),
-        "data": {"train": files["train"], "eval": files["held_out"], "max_length": 256},
-        "lora": {"r": 16, "lora_alpha": 16},
-        "training": {
-            "learning_rate": 1e-3, "num_train_epochs": 1, "per_device_train_batch_size": 8,
-            "save_strategy": "no", "eval_strategy": "no",
-        },
-        "evaluate": {
-            "tasks": [], "knowledge": [text_file("wikitext2_test.txt")], "chunks": 4,
-        },
-    }  # fmt: skip
+    data = {"train": files["train"], "eval": files["held_out"]}
+    evaluate = {"tasks": [], "knowledge": [text_file("wikitext2_test.txt")], "chunks": 4}
     found = []
     with Progress() as progress:
-        train(**Config.model_validate(values).model_dump(), progress=progress)
+        trained(home, MODEL, data, 16, 1e-3, 8, evaluate, progress)
         for place, (said, smaller) in enumerate(SMALLER.items()):
             out = home / str(place)
             export_run(home / "run", out, "lora", smaller, progress=progress)
@@ -196,12 +193,7 @@ def main() -> None:
     given = parser.parse_args()
     os.chdir(ROOT)
     if given.ways == ["docs"]:
-        text = PAGE.read_text(encoding="utf-8")
-        for name, lines in (("adapter", adapter_rows()), ("base", rows())):
-            before, marker, rest = text.partition(f"<!-- table: {name} -->")
-            _, end, after = rest.partition("<!-- end -->")
-            text = "\n".join([before + marker, *lines, end + after])
-        write_text(PAGE, text)
+        fill(PAGE, {"adapter": adapter_rows(), "base": rows()})
         return
     require_data()
     if given.ways == ["adapter"]:

@@ -23,6 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from step import resident
 from svd import RESULTS, ROOT, machine, write
+from tables import fill
 
 from milora.config import Config
 from milora.costs import Step, per_device
@@ -230,11 +231,7 @@ def tables() -> dict[str, str]:
 
 
 def docs() -> None:
-    text = DOCUMENT.read_text(encoding="utf-8")
-    for name, table in tables().items():
-        head, mark, rest = text.partition(f"<!-- table: {name} -->\n")
-        text = f"{head}{mark}{table}\n<!-- end -->{rest.partition('<!-- end -->')[2]}"
-    DOCUMENT.write_text(text, encoding="utf-8")
+    fill(DOCUMENT, {name: [table] for name, table in tables().items()})
 
 
 def main() -> None:

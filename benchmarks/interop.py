@@ -33,6 +33,7 @@ from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from svd import RESULTS, ROOT, machine, write
+from tables import fill
 
 from milora.adapter import Factors
 from milora.data import prompt_ids, read_rows
@@ -481,12 +482,7 @@ def docs() -> None:
             f"{found['peft_batch']['apart']:.1f} or more)."
         ],
     }
-    text = DOCUMENT.read_text(encoding="utf-8")
-    for name, lines in parts.items():
-        head, mark, rest = text.partition(f"<!-- table: {name} -->\n")
-        body = "\n".join(lines)
-        text = f"{head}{mark}{body}\n<!-- end -->{rest.partition('<!-- end -->')[2]}"
-    DOCUMENT.write_text(text, encoding="utf-8")
+    fill(DOCUMENT, parts)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from transformers import LlamaConfig
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from checkpoint import ADAPTED, SHAPES
 from svd import RESULTS, ROOT, machine, write
+from tables import fill
 
 from milora.adapter import Factors, tensor_sha256
 from milora.checkpoint import open_checkpoint
@@ -192,11 +193,7 @@ def docs() -> None:
         f"{merges[0]['said']}. Meanwhile the machine did {found['beside']} (load before and after "
         f"the rounds {loads}, niceness {found['niceness']}).",
     ]
-    text = DOCUMENT.read_text(encoding="utf-8")
-    head, mark, rest = text.partition("<!-- table: merge -->\n")
-    body = "\n".join(lines)
-    text = f"{head}{mark}{body}\n<!-- end -->{rest.partition('<!-- end -->')[2]}"
-    DOCUMENT.write_text(text, encoding="utf-8")
+    fill(DOCUMENT, {"merge": lines})
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tables import fill
 from tasks import ROOT, graded, require_data, task_files, text_file
 from weights import gemma
 
@@ -157,10 +158,7 @@ def rows() -> Iterator[list[str]]:
 
 
 def docs() -> None:
-    page = Path("docs/results.md")
-    before, marker, rest = page.read_text(encoding="utf-8").partition("<!-- table: models -->")
-    _, end, after = rest.partition("<!-- end -->")
-    page.write_text("\n".join([before + marker, *markdown(table()), end + after]), encoding="utf-8")
+    fill(Path("docs/results.md"), {"models": markdown(table())})
 
 
 def main() -> None:

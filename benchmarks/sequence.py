@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from small_llama import HELD_OUT, MODEL
+from tables import fill
 from tasks import BUILD, ROOT, graded, require_data, task_files, text_file
 
 from milora.compare_page import COLOURS, Table, markdown
@@ -296,17 +297,11 @@ def plot(name: str) -> Any:
 
 def docs() -> None:
     """Write the tables between the markers of docs/results.md, and the plots beside the JSON."""
-    page = Path("docs/results.md")
-    text = page.read_text(encoding="utf-8")
-    for name in ("llama", "smollm2"):
-        before, marker, rest = text.partition(f"<!-- table: sequence {name} -->")
-        if not marker or not (RESULTS / name).is_dir():
-            continue
-        _, end, after = rest.partition("<!-- end -->")
-        text = "\n".join([before + marker, *markdown(summary(name)), end + after])
+    there = [name for name in ("llama", "smollm2") if (RESULTS / name).is_dir()]
+    fill(Path("docs/results.md"), {f"sequence {n}": markdown(summary(n)) for n in there})
+    for name in there:
         with inked():
             write_text(RESULTS / f"{name}.svg", standalone(svg(plot(name))))
-    write_text(page, text)
 
 
 def main() -> None:

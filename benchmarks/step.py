@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from svd import RESULTS, ROOT, machine, write
+from tables import fill
 
 from milora.adapter import TRAINED, add_adapter, lora_config
 from milora.matrices import adapted_layers, adapted_matrices
@@ -278,11 +279,7 @@ def rows() -> Iterator[str]:
 
 
 def docs() -> None:
-    text = DOCUMENT.read_text(encoding="utf-8")
-    head, mark, rest = text.partition("<!-- table: step -->\n")
-    table = "\n".join(rows())
-    text = f"{head}{mark}{table}\n<!-- end -->{rest.partition('<!-- end -->')[2]}"
-    DOCUMENT.write_text(text, encoding="utf-8")
+    fill(DOCUMENT, {"step": rows()})
 
 
 def main() -> None:

@@ -29,6 +29,7 @@ from torch import Tensor
 from milora.svd import SOLVER, minor_components
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from tables import fill
 from weights import llm_like, real
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -374,11 +375,7 @@ def plot() -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    text = DOCUMENT.read_text(encoding="utf-8")
-    for name, table in tables().items():
-        head, mark, rest = text.partition(f"<!-- table: {name} -->\n")
-        text = f"{head}{mark}{table}\n<!-- end -->{rest.partition('<!-- end -->')[2]}"
-    DOCUMENT.write_text(text, encoding="utf-8")
+    fill(DOCUMENT, {name: [table] for name, table in tables().items()})
     found = [r for r in results() if r["threads"] == 2 and min(r["shape"]) >= 576]
     figure, axes = plt.subplots(figsize=(9, 4.2), layout="constrained")
     colours = {8: "#56B4E9", 32: "#0072B2", 128: "#222222"}

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import yaml
 from PIL import Image
+from tables import fill
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -233,12 +234,7 @@ def docs() -> None:
         f"evaluation, {found['peak_memory_bytes'] / 2**30:.1f} GB, {found['threads']} thread(s), "
         f"{found['configuration']['dtype']}.",
     ]
-    page = Path("docs/results.md")
-    before, marker, rest = page.read_text(encoding="utf-8").partition("<!-- table: vision -->")
-    _, end, after = rest.partition("<!-- end -->")
-    if not marker or not end:
-        sys.exit(f"{page} has no place for the table vision")
-    write_text(page, "\n".join([before + marker, *lines, end + after]))
+    fill(Path("docs/results.md"), {"vision": lines})
 
 
 if __name__ == "__main__":

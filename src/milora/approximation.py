@@ -10,6 +10,7 @@ no better choice exists, but for the last few parameters, into which no further 
 
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -55,13 +56,23 @@ def at_ranks(
     plain: PlainLora, parts: Mapping[str, Decomposed], ranks: Mapping[str, int]
 ) -> PlainLora:
     """The best approximation of an exact update whose weights have those ranks."""
-    factors, errors, lost, whole = {}, {}, 0.0, 0.0
-    for name, part in parts.items():
-        factors[name] = part.at(ranks[name])
-        cut, total = (float(S.square().sum()) for S in (part.S[ranks[name] :], part.S))
-        errors[name] = _ratio(cut, total)
-        lost, whole = lost + cut, whole + total
-    return PlainLora(factors, _ratio(lost, whole), errors, plain.in_full)
+    factors = {name: part.at(ranks[name]) for name, part in parts.items()}
+    lost = {
+        name: (float(part.S[ranks[name] :].square().sum()), float(part.S.square().sum()))
+        for name, part in parts.items()
+    }
+    return approximate(factors, lost, plain.in_full)
+
+
+def approximate(
+    factors: dict[str, Factors],
+    lost: Mapping[str, tuple[float, float]],
+    in_full: Mapping[str, Mapping[str, Tensor]] = MappingProxyType({}),
+) -> PlainLora:
+    """With its errors: `lost` is, by module, what is missing of ||dW||² and all of it."""
+    cut, total = (sum(pair[i] for pair in lost.values()) for i in (0, 1))
+    errors = {name: _ratio(*pair) for name, pair in lost.items()}
+    return PlainLora(factors, _ratio(cut, total), errors, in_full)
 
 
 def rank_within(parts: Mapping[str, Decomposed], error: float) -> int:
@@ -117,20 +128,17 @@ def in_8_bits(
     top = max(float((_largest(A, 1) * _largest(B, 0)).max()) for A, B in cut.factors.values())
     # The largest row and column near 2^4: far from 448, and 2^10 above what is not normal.
     power = math.floor(math.log2(top)) - 8 if top > 1e-50 else 0
-    factors, errors, lost, whole = {}, {}, 0.0, 0.0
+    factors, lost, scale = {}, {}, 2.0**power
     for name, (A, B) in cut.factors.items():
         apart = torch.log2(_largest(B, 0)) - torch.log2(_largest(A, 1)) - power
         own = torch.round(apart / 2)
         A8 = torch.ldexp(A, own[:, None]).to(EIGHT).float()
         B8 = torch.ldexp(B, -power - own).to(EIGHT).float()
         factors[name] = Factors(A8, B8)
-        part, scale = parts[name], 2.0**power
+        part = parts[name]
         left = _size(torch.cat([part.Vh, A8]), torch.cat([part.U * part.S, -scale * B8], dim=1))
-        total = float(part.S.square().sum())
-        errors[name] = _ratio(left, total)
-        lost, whole = lost + left, whole + total
-    plain = PlainLora(factors, _ratio(lost, whole), errors, exact.in_full)
-    return plain, Storage(EIGHT, 2.0**power)
+        lost[name] = left, float(part.S.square().sum())
+    return approximate(factors, lost, exact.in_full), Storage(EIGHT, scale)
 
 
 def full_ranks(parts: Mapping[str, Decomposed]) -> dict[str, int]:

@@ -24,6 +24,12 @@ BASE_NOTE = {
 }
 
 
+def _front(head: Mapping[str, Any], license: str) -> list[str]:
+    """The YAML block that hubs read, with the licence where it is known."""
+    known = {} if license == "unknown" else {"license": license}
+    return ["---", yaml.safe_dump({**head, **known}, sort_keys=False).strip(), "---", ""]
+
+
 def model_card(
     record: Mapping[str, Any], asked: Mapping[str, Any], evaluation: Mapping[str, Any] | None
 ) -> str:
@@ -40,8 +46,6 @@ def model_card(
         "pipeline_tag": pipeline(base),
         "tags": ["milora"] if merged else ["lora", "transformers", "milora"],
     }
-    if base["license"] != "unknown":
-        head["license"] = base["license"]
     training, first = asked["training"], record["step0"]
     whose = "those of the run that it continues" if "from" in first else "the base's"
     kinds = record["coverage"]["adapted"].items()
@@ -54,10 +58,7 @@ def model_card(
         *(f"trained in full: {name}" for name in record["coverage"].get("trained", ())),
     ]
     lines = [
-        "---",
-        yaml.safe_dump(head, sort_keys=False).strip(),
-        "---",
-        "",
+        *_front(head, base["license"]),
         *(_whole_head(record) if merged else _adapter_head(record, asked, rank)),
     ]
     lines += [
@@ -253,8 +254,6 @@ def artefact_card(record: Mapping[str, Any]) -> str:
         "pipeline_tag": pipeline(base),
         "tags": ["milora", *(["gguf"] if file else ["transformers"])],
     }
-    if base["license"] != "unknown":
-        head["license"] = base["license"]
     if file == "adapter.gguf":
         command = "llama-server --model base.gguf --lora adapter.gguf"
         what = (
@@ -272,10 +271,7 @@ def artefact_card(record: Mapping[str, Any]) -> str:
     port = 8080 if file else 8000
     return "\n".join(
         [
-            "---",
-            yaml.safe_dump(head, sort_keys=False).strip(),
-            "---",
-            "",
+            *_front(head, base["license"]),
             f"# {name}, tuned",
             "",
             f"{what} Trained with [milora](https://arxiv.org/abs/2406.09044), method "
@@ -296,14 +292,9 @@ def packed_card(record: Mapping[str, Any], name: str, license: str) -> str:
     kept, size = record["knowledge"], record["bytes"]
     before, after = (figure(kept[f"{state}_perplexity"], 2) for state in ("base", "tuned"))
     head: dict[str, Any] = {"base_model": name, "base_model_relation": "quantized"}
-    if license != "unknown":
-        head["license"] = license
     return "\n".join(
         [
-            "---",
-            yaml.safe_dump(head, sort_keys=False).strip(),
-            "---",
-            "",
+            *_front(head, license),
             f"# {harmless(name)}, {record['how']}",
             "",
             f"The linear layers of `{harmless(name)}` packed by bitsandbytes ({record['how']}): "
@@ -334,13 +325,11 @@ def combined_card(record: Mapping[str, Any]) -> str:
         "pipeline_tag": pipeline(base),
         "tags": ["lora", "transformers", "milora"],
     }
-    if base["license"] != "unknown":
-        head["license"] = base["license"]
     how = {"sum": "the sum", "ties": "TIES", "dare": "DARE"}[about["how"]]
     kept = f", a share of {about['density']:g} of the entries kept" if "density" in about else ""
     error = record["approximation_error"]
     lines = [
-        "---", yaml.safe_dump(head, sort_keys=False).strip(), "---", "",
+        *_front(head, base["license"]),
         f"# LoRA adapters for {name}, combined", "",
         f"A plain LoRA of rank {record['rank']} for the untouched base `{name}`: {how} of the "
         f"adapters below{kept}"

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -27,6 +26,7 @@ from milora.pretrained import (
     check_known,
     dtype_of,
     model_class,
+    opened,
     refuse_quantised,
 )
 from milora.quantised import base_bytes, method_of, packing
@@ -206,7 +206,7 @@ def open_shards(source: str) -> Shards:
     single = path_of(SINGLE)
     index = None if single else path_of(INDEX)
     if single:
-        with _opened(single) as handle:
+        with opened(single) as handle:
             files: Any = dict.fromkeys(handle.keys(), SINGLE)
     elif index:
         try:
@@ -246,7 +246,7 @@ def _safetensors(source: str, skeleton: PreTrainedModel) -> Checkpoint:
                 f"{source} has no {files[name]}, which its {INDEX} names: fetch it again"
             )
         # Opened anew each time, so that no more than one weight stays mapped.
-        with _opened(path) as handle:
+        with opened(path) as handle:
             try:
                 tensor: Tensor = handle.get_tensor(name).clone()
             except Exception as error:
@@ -256,15 +256,6 @@ def _safetensors(source: str, skeleton: PreTrainedModel) -> Checkpoint:
         return tensor
 
     return Checkpoint(skeleton, lambda module: stored(module) is not None, read, False)
-
-
-def _opened(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except Exception as error:  # safetensors raises its own types, not exported under one base
-        raise UserError(
-            f"{path} cannot be read ({error}): it is truncated or damaged, fetch it again"
-        ) from error
 
 
 def _gguf(path: Path, skeleton: PreTrainedModel) -> Checkpoint:

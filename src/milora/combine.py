@@ -18,7 +18,7 @@ from peft.utils.merge_utils import dare_linear, ties
 from torch import Tensor
 
 from milora.adapter import Factors, module_seed, take_off
-from milora.approximation import best_of_rank
+from milora.approximation import Decomposed, approximate, best_of_rank
 from milora.card import combined_card
 from milora.errors import UserError
 from milora.export import PlainLora, copy_tokenizer, exact_rank, load_plain_lora, save_plain_lora
@@ -85,20 +85,16 @@ def combined(
         plain = PlainLora(joined)
         return best_of_rank(plain, rank) if rank and rank < exact_rank(plain) else plain
     rank = rank or sum(max(len(A) for A, _ in update.values()) for update in updates)
-    factors, lost, whole, errors = {}, 0.0, 0.0, {}
+    factors, lost = {}, {}
     for name in names:
         dense = [_dense(update[name]) for update in updates if name in update]
         own_weights = [w for update, w in zip(updates, weights, strict=True) if name in update]
         mixed = _mixed(dense, how, own_weights, density, module_seed(seed, name))
         total = float(mixed.double().square().sum())
         found = components(mixed, min(rank, *mixed.shape), "principal", seed)
-        cut = max(0.0, total - float(found.S.square().sum()))
-        root = found.S.sqrt()
-        A, B = root[:, None] * found.Vh, found.U * root
-        factors[name] = Factors(A.float().contiguous(), B.float().contiguous())
-        lost, whole = lost + cut, whole + total
-        errors[name] = math.sqrt(cut / total) if total else 0.0
-    return PlainLora(factors, math.sqrt(lost / whole) if whole else 0.0, errors)
+        factors[name] = Decomposed(found.U, found.S, found.Vh).at(len(found.S))
+        lost[name] = max(0.0, total - float(found.S.square().sum())), total
+    return approximate(factors, lost)
 
 
 def _dense(factors: Factors) -> Tensor:

@@ -29,6 +29,7 @@ from milora.merge import copy_others
 from milora.pretrained import Pretrained, load_pretrained, source_of, task_of
 from milora.progress import Progress
 from milora.quantised import is_packed, linear_shape, loaded_bytes, method_of, unlike
+from milora.spectra import top_holding
 
 BITS = {4: "nf4", 8: "int8"}
 PIECES = 32  # of LENGTH tokens, that the inputs are taken from
@@ -203,8 +204,7 @@ def parts(weight: Tensor, C: Tensor | None, energy: float) -> tuple[Tensor, Tens
     W = weight.double()
     Q, R = torch.linalg.qr(W)  # (m, q), (q, n): what W C Wᵀ has beside zeros is R C Rᵀ
     values, vectors = torch.linalg.eigh(R @ R.T if C is None else R @ C.double() @ R.T)
-    shares = values.flip(0).clamp_min(0).cumsum(0)
-    k = min(len(values), int((shares < energy * shares[-1]).sum()) + 1)
+    k = top_holding(values.flip(0).clamp_min(0).sqrt(), energy)
     U = Q @ vectors[:, -k:]
     return U.to(weight.dtype), (U.T @ W).to(weight.dtype)
 

@@ -123,7 +123,7 @@ def save_plain_lora(
     beside them as PEFT's modules_to_save. Another `storage` departs from that only as it says.
     """
     factors = one_rank(plain.factors) if storage.one_rank else dict(sorted(plain.factors.items()))
-    rank = max(len(A) for A, _ in factors.values())
+    rank = exact_rank(plain)
     own = {} if storage.one_rank else {re.escape(name): len(A) for name, (A, _) in factors.items()}
     modules = base_modules(base)
     transposed = {isinstance(modules.get(name), Conv1D) for name in factors}

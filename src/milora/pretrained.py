@@ -238,12 +238,17 @@ def _is_encoder(config: Any) -> bool:
 def _check_readable(folder: Path) -> None:
     """Raise UserError for the damaged file in it, which the library does not name."""
     for path in sorted(folder.glob("*.safetensors")):
-        try:
-            safe_open(path, framework="pt")
-        except SafetensorError as error:
-            raise UserError(
-                f"{path} cannot be read ({error}): it is truncated or damaged, fetch it again"
-            ) from error
+        opened(path)
+
+
+def opened(path: Path) -> Any:
+    """A safetensors file. Raises UserError when it cannot be read."""
+    try:
+        return safe_open(path, framework="pt")
+    except Exception as error:  # safetensors raises its own types, not exported under one base
+        raise UserError(
+            f"{path} cannot be read ({error}): it is truncated or damaged, fetch it again"
+        ) from error
 
 
 def _check_kind(model: str, config: Any, labels: Sequence[str], quantization: Any) -> None:

@@ -96,6 +96,7 @@ def _in_order(layer: str) -> tuple[str, int]:
 
 
 def check_smaller(smaller: Smaller, provenance: Mapping[str, Any]) -> None:
+    """Raise UserError for what contradicts itself, or the adapter's milora.json `provenance`."""
     rank, error = smaller.rank, smaller.max_error
     if rank is not None and error is not None:
         raise UserError("--rank and --max-error both say how small: give one of them")
