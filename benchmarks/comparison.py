@@ -28,6 +28,7 @@ from milora.compare import Arm, compare, grid, measure_of, parse_arm, run_name, 
 from milora.compare_page import Table, equal_score, markdown, plus_minus, scores, tables
 from milora.files import read_json, write_json, write_text
 from milora.progress import Progress
+from milora.recommended import PUBLISHED
 
 RESULTS = Path("benchmarks/results/comparison")
 SEEDS = (0, 1, 2)
@@ -41,6 +42,7 @@ def settings(model: str, output: str, files: dict[str, str], epochs: int) -> dic
         "output_dir": str(RESULTS / output),
         "data": {"train": files["train"], "eval": files["held_out"], "max_length": 256},
         "lora": {"r": 16, "lora_alpha": 16},
+        "milora": dict(PUBLISHED),  # what an arm has beside it, it says
         "training": {
             "num_train_epochs": epochs,
             "per_device_train_batch_size": 16,
@@ -84,7 +86,7 @@ HELD = tuple(
     f"{method}:milora.protect={k}" for method in ("milora", "lora") for k in (0, 16, 64, 240)
 )
 HELD_256 = tuple(arm.replace("240", "256") for arm in HELD)
-WATCHED = {"milora": {"interference": {"top": 64}}}  # or in all that are protected
+WATCHED = {"milora": {**PUBLISHED, "interference": {"top": 64}}}  # or in all that are protected
 
 
 def held(task: str) -> dict[str, Any]:
@@ -95,7 +97,7 @@ def smollm2fronts(task: str) -> dict[str, Any]:
     """Without the likelihood tasks, which take longer than all the rest."""
     values = smollm2(task, "smollm2fronts")
     values["evaluate"]["tasks"] = values["evaluate"]["tasks"][:1]
-    return values | {"milora": {"text": text_file("wikitext2_valid.txt")}}
+    return values | {"milora": {**PUBLISHED, "text": text_file("wikitext2_valid.txt")}}
 
 
 def smollm2held(task: str) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from milora.compress import pack, principal_parts
 from milora.config import Config
 from milora.files import read_json, write_json, write_text
 from milora.progress import Progress
+from milora.recommended import PUBLISHED
 from milora.smaller import EXACT, Smaller
 from milora.train import train
 
@@ -73,7 +74,7 @@ def compressed(way: str, folder: Path, progress: Progress) -> dict[str, Any]:
 
 def trained(
     home: Path, model: str, data: dict[str, str], r: int, rate: float, batch: int,
-    evaluate: dict[str, Any], progress: Progress, **more: Any,
+    evaluate: dict[str, Any], progress: Progress, **milora: Any,
 ) -> None:  # fmt: skip
     """One epoch of MiLoRA on `model`, in home/run."""
     values = {
@@ -83,7 +84,7 @@ def trained(
             "learning_rate": rate, "num_train_epochs": 1, "per_device_train_batch_size": batch,
             "save_strategy": "no", "eval_strategy": "no",
         },
-        "evaluate": evaluate, **more,
+        "evaluate": evaluate, "milora": {**PUBLISHED, **milora},
     }  # fmt: skip
     train(**Config.model_validate(values).model_dump(), progress=progress)
 
@@ -92,7 +93,7 @@ def measured(way: str) -> dict[str, Any]:
     home = RUNS / way
     shutil.rmtree(home, ignore_errors=True)
     texts = [text_file("wikitext2_test.txt"), text_file("c4_demo.jsonl")]
-    packed = {"milora": {"factors_from": MODEL}} if way in ("int8", "nf4") else {}
+    packed = {"factors_from": MODEL} if way in ("int8", "nf4") else {}
     with Progress() as progress:
         about = compressed(way, home / "model", progress)
         trained(

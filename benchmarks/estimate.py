@@ -75,7 +75,7 @@ def settings(name: str, case: dict[str, Any], folder: Path) -> dict[str, Any]:
     values: dict[str, Any] = {
         "model": model, "method": case.get("method", "milora"), "output_dir": str(folder / "run"),
         "data": {"train": str(data), "eval": 0.2, "max_length": case["tokens"]},
-        "lora": {"r": 32, "lora_alpha": 32},
+        "lora": {"r": 32, "lora_alpha": 32}, "milora": "published",
         "training": training, "evaluate": {"chunks": 1, "batch_size": 1},
     }  # fmt: skip
     return Config.model_validate(values).model_dump()

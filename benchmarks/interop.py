@@ -130,6 +130,7 @@ def prepare() -> None:
         out = RUNS / method
         if not (out / "adapter").exists():
             made("train", "examples/mail/run.yaml", f"method={method}", f"output_dir={out}",
+                 "milora=published", "training.learning_rate=3e-4",
                  "evaluate.tasks=[]", "evaluate.chunks=1")  # fmt: skip
         rank = json.loads((out / "adapter/milora.json").read_text())["rank"]
         # The whole rank again, but with factors of equal size.

@@ -37,6 +37,7 @@ def settings(rate: float, folder: Path) -> dict[str, Any]:
         "model": str(minilm()), "output_dir": str(folder), "dtype": "float32",
         "data": {"train": files["train"], "eval": files["held_out"], "max_length": 128},
         "lora": {"r": 16, "lora_alpha": 16, "target_modules": TARGETS},
+        "milora": "published",
         "training": {
             "learning_rate": rate, "num_train_epochs": 2, "per_device_train_batch_size": 16,
             "train_sampling_strategy": "group_by_length",

@@ -54,6 +54,7 @@ def run(name: str) -> dict[str, Any]:
         "quantization": quantization,
         "data": {"train": files["train"], "eval": files["held_out"], "max_length": 256},
         "lora": {"r": 16, "lora_alpha": 16},
+        "milora": "published",
         "training": {
             "learning_rate": 3e-4, "num_train_epochs": 1, "per_device_train_batch_size": 16,
             "save_strategy": "no", "train_sampling_strategy": "group_by_length",

@@ -32,6 +32,7 @@ from milora.files import read_json, write_json, write_text
 from milora.lineage import chain
 from milora.pages import inked, standalone, svg
 from milora.progress import Progress
+from milora.recommended import PUBLISHED
 from milora.train import train
 from milora.transfer import evaluate_chain
 from milora.verify import open_run
@@ -108,6 +109,7 @@ def values_of(
     own = {key: value for key, value in ARMS[arm].items() if key != "continue"}
     return setting.base | {
         **own,
+        "milora": {**PUBLISHED, **own.get("milora", {})},
         "output_dir": str(folder),
         "seed": seed,
         "data": {"train": train_file, "eval": files["held_out"], "max_length": 256},
@@ -136,10 +138,8 @@ def sequence(
         values = values_of(setting, arm, rate, seed, folder, task, source)
         if done:
             values["continue"] = {"run": str(done[-1])} | ARMS[arm].get("continue", {})
-            if values["continue"].get("how") == "same":
-                values.pop("milora", None)
-        elif "milora" in values:  # the first has no earlier tasks to keep apart from
-            values["milora"] = {"protect": 0 if "tasks" in arm else values["milora"]["protect"]}
+        else:  # the first has no earlier tasks to keep apart from
+            values["milora"] |= {"protect": 0} if "tasks" in arm else {}
         finish(values)
         done.append(folder)
     pair, reader, _ = open_run(done[-1])

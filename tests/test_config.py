@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from milora.arguments import LEARNING_RATE, training_arguments
+from milora.arguments import HELD, training_arguments
 from milora.config import DEFAULT, Config, load_config
 from milora.errors import UserError
 
@@ -33,14 +33,15 @@ def test_the_annotated_default_states_the_true_defaults(tmp_path: Path) -> None:
     keys = {field.alias or name for name, field in Config.model_fields.items()}
     assert set(yaml.safe_load(DEFAULT)) == keys
     assert shown.pop("training") == {
-        "learning_rate": 1e-4,
+        "learning_rate": HELD,
         "num_train_epochs": 3,
         "per_device_train_batch_size": 16,
     }
     assert real.pop("training") == {}  # arguments.py fills these in, the rate by method
     assert shown == real
-    assert LEARNING_RATE["milora"] == 1e-4
-    arguments = training_arguments("milora", {}, tmp_path, 0, 0)
+    arguments = training_arguments("milora", {}, tmp_path, 0, 0, None)
+    assert arguments.learning_rate == HELD
+    assert training_arguments("milora", {}, tmp_path, 0, 0).learning_rate == 1e-4  # published
     assert (arguments.num_train_epochs, arguments.per_device_train_batch_size) == (3, 16)
 
 
@@ -159,3 +160,12 @@ def test_files_that_are_no_configuration(tmp_path: Path) -> None:
         load_config(tmp_path / "latin.yaml")
     with pytest.raises(UserError, match=r"does not exist; `milora train --print-default`"):
         load_config(tmp_path / "none.yaml")
+
+
+def test_one_key_gives_the_published_method(tmp_path: Path) -> None:
+    for text, overrides in ((MINIMAL + "milora: published\n", []), (MINIMAL, ["milora=published"])):
+        found = load(tmp_path, text, *overrides).milora
+        assert (found.start, found.protect_inputs, found.keep) == ("published", 0, None)
+    found = load(tmp_path, MINIMAL).milora
+    assert (found.start, found.protect_inputs, found.text) == (None, None, "sampled")
+    assert "milora is 'publish'" in refused(tmp_path, MINIMAL + "milora: publish\n")

@@ -8,15 +8,20 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from conftest import TARGETS
+from safetensors.torch import load_file
 from tiny_run import break_off, result_hashes, run, settings
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
+from milora import keep
 from milora.adapter import add_adapter, load_start, lora_config, step0_difference
 from milora.errors import UserError
-from milora.keep import Keep, cut, input_directions, kept_loss
+from milora.keep import Keep, cut, input_directions, kept_loss, sampled
 from milora.matrices import adapted_matrices
+from milora.progress import Progress
 from milora.protect import load_tops
+from milora.recommended import PUBLISHED, as_before, recommended
 
 Load = Callable[..., PreTrainedModel]
 Tiny = Callable[[str], Path]
@@ -67,9 +72,9 @@ def test_the_loss_is_the_divergence_and_zero_at_the_base(load: Load) -> None:
 
 
 def test_a_step_has_its_own_pieces() -> None:
-    keep = Keep(pieces(3), 1.0, every=2, tokens=32)
-    assert [step for step in range(5) if keep.due(step)] == [0, 2, 4]
-    assert keep.batch(2).tolist() == [keep.pieces[2], keep.pieces[0]]
+    soft = Keep(pieces(3), 1.0, every=2, tokens=32)
+    assert [step for step in range(5) if soft.due(step)] == [0, 2, 4]
+    assert soft.batch(2).tolist() == [soft.pieces[2], soft.pieces[0]]
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -104,8 +109,6 @@ def test_inputs_are_held(method: str, tiny: Tiny, text: Path, tmp_path: Path) ->
     assert record["step0"]["difference"] <= record["step0"]["bound"]
     start = load_start(tmp_path / "run" / "init" / "factors.safetensors")
     _, inputs = load_tops(tmp_path / "run" / "init" / "top.safetensors", start.sha256)
-    from safetensors.torch import load_file
-
     adapter = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     for name, Vh in inputs.items():
         assert Vh.shape[0] == 20
@@ -211,9 +214,94 @@ def test_a_text_that_nothing_uses_is_said(
     assert "milora.text is not used" in capsys.readouterr().err
 
 
-def test_pieces_are_whole(tiny: Tiny) -> None:
-    from transformers import AutoTokenizer
+def test_the_base_writes_as_it_predicts(load: Load, tiny: Tiny) -> None:
+    model, tokenizer = load("llama"), AutoTokenizer.from_pretrained(tiny("llama"))
+    torch.manual_seed(3)
+    state = torch.random.get_rng_state()
+    pieces = sampled(model, tokenizer, 40, 100)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert pieces == sampled(model, tokenizer, 40, 100)
+    assert [len(piece) for piece in pieces] == [100] * 40
+    assert {piece[0] for piece in pieces} == {tokenizer.bos_token_id}
+    with torch.no_grad():
+        log_p = model(torch.tensor(pieces)).logits[:, :-1].double().log_softmax(-1)
+    said = log_p.gather(2, torch.tensor(pieces)[:, 1:, None])[..., 0]
+    expected = (log_p.exp() * log_p).sum(-1)
+    spread = ((log_p.exp() * log_p.square()).sum(-1) - expected.square()).sum().sqrt()
+    assert abs(float((said - expected).sum())) < 4 * float(spread)  # temperature 1, nothing cut
+    tokenizer.bos_token = tokenizer.eos_token = None
+    with pytest.raises(UserError, match="no token that a text begins or ends with"):
+        sampled(model, tokenizer, 1, 100)
 
+
+def test_the_directions_of_many_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    X = torch.randn(400, 96) * torch.arange(1, 97) ** -0.5 @ torch.linalg.qr(torch.randn(96, 96))[0]
+    exact = keep.leading(X.T @ X, 8)
+    monkeypatch.setattr(keep, "IN_FULL", 32)
+    near = keep.leading(X.T @ X, 8)
+    torch.testing.assert_close(near @ near.T, torch.eye(8), atol=1e-5, rtol=0)
+    assert float((X @ near.T).norm()) == pytest.approx(float((X @ exact.T).norm()), rel=1e-4)
+
+
+def test_what_is_recommended(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Balanced factors, inputs held, at a rate of its own: whole, broken off, and published."""
+    hashes, nothing_said = {}, {"start": None, "protect_inputs": None}
+    for name in ("whole", "broken"):
+        (tmp_path / name).mkdir()
+        arguments = settings(tiny("llama"), tmp_path / name, milora=nothing_said)
+        del arguments["training"]["learning_rate"]
+        if name == "broken":
+            break_off(arguments, 6, monkeypatch)
+        record = run(arguments, resume=name == "broken")
+        hashes[name] = result_hashes(tmp_path / name / "run")
+        del hashes[name]["samples.jsonl"]  # it names the rows' folder
+    assert hashes["whole"] == hashes["broken"]
+    written = yaml.safe_load((tmp_path / "whole" / "run" / "config.yaml").read_text())
+    assert written["milora"] | {"start": "balanced", "protect_inputs": 8} == written["milora"]
+    assert record["step0"]["difference"] <= record["step0"]["bound"]
+    init = tmp_path / "whole" / "run" / "init"
+    start = load_start(init / "factors.safetensors")
+    pieces = load_file(init / "general.safetensors")["ids"]
+    assert tuple(pieces.shape) == (16, 256)
+    adapter = load_file(tmp_path / "whole" / "run" / "adapter" / "adapter_model.safetensors")
+    for name, Vh in load_tops(init / "top.safetensors", start.sha256)[1].items():
+        A = adapter[f"base_model.model.{name}.lora_A.weight"]
+        B = adapter[f"base_model.model.{name}.lora_B.weight"]
+        update = B.double() @ A.double()
+        assert len(Vh) == 8  # a quarter of 32 inputs
+        assert float((update @ Vh.double().T).norm()) < 1e-6 * max(1.0, float(update.norm()))
+    said = capsys.readouterr().err
+    assert said.count("4096 tokens of milora.text run through the base") == 2
+    (init / "general.safetensors").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="cannot be read"):
+        keep.load_pieces(init / "general.safetensors")
+
+
+def test_a_method_without_recommendations(tiny: Tiny, tmp_path: Path) -> None:
+    nothing_said = {"start": None, "protect_inputs": None}
+    run(settings(tiny("llama"), tmp_path, method="lora", milora=nothing_said))
+    written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["milora"]
+    assert written | PUBLISHED == written
+    assert not (tmp_path / "run" / "init" / "general.safetensors").exists()
+    asked = {"output_dir": str(tmp_path / "run"), "method": "milora", "milora": nothing_said}
+    assert as_before(asked, resume=False)["milora"] == nothing_said
+    assert as_before(asked, resume=True)["milora"] == PUBLISHED  # as that run was
+
+
+@pytest.mark.parametrize("unfit", [None, "experts"])
+def test_narrow_weights_and_others(unfit: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress() as progress:
+        found = recommended({"start": None, "protect_inputs": None}, [576, 96], unfit, progress)
+        kept = recommended({"start": "published", "protect_inputs": 3}, [576], None, progress)
+    assert found == {"start": "balanced", "protect_inputs": 0 if unfit else 24}
+    assert kept == {"start": "published", "protect_inputs": 3}
+    assert ("it is not for experts" in capsys.readouterr().err) == bool(unfit)
+
+
+def test_pieces_are_whole(tiny: Tiny) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny("llama"))
     assert [len(piece) for piece in cut(tokenizer, ["a" * 600, "b" * 300], 10**9)] == [256] * 3
     assert len(cut(tokenizer, ["a" * 600], 100)) == 6

@@ -95,7 +95,7 @@ def apart(one: Path, other: Path) -> float:
 EVERYTHING = {
     "milora": {
         "protect": 4, "interference": {"top": 4, "every": 2},
-        "text": "general.txt", "keep": {"tokens": 64}, "protect_inputs": 2,
+        "text": "sampled", "keep": {"tokens": 64}, "protect_inputs": 2,
     },
     "training": {"weight_decay": 0.1},
 }  # fmt: skip

@@ -29,6 +29,7 @@ LAYERS = (
         "costs",
         "processes",
         "allocator",
+        "recommended",
     },
     {"grade", "adapter", "data", "pretrained", "config", "card", "gates", "lineage"},
     {
@@ -60,6 +61,7 @@ SAME_LAYER = {
     ("gates", "card"), ("matrices", "svd"), ("matrices", "quantised"), ("quantised", "errors"),
     ("vision", "errors"), ("vision", "matrices"), ("costs", "errors"), ("costs", "svd"),
     ("processes", "errors"), ("verify", "export"), ("continual", "approximation"),
+    ("recommended", "progress"),
 }  # fmt: skip
 
 

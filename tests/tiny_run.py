@@ -37,6 +37,7 @@ def settings(model: Path, folder: Path, **changes: Any) -> dict[str, Any]:
         "dtype": "float32",  # on a GPU too
         "data": {"train": str(data), "eval": 0.2, "max_length": 64},
         "lora": {"r": 4, "lora_dropout": 0.1, "target_modules": "all-linear"},
+        "milora": {"start": "published", "protect_inputs": 0},
         "training": {
             "max_steps": 6,
             "per_device_train_batch_size": 4,

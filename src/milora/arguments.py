@@ -20,6 +20,7 @@ from milora.errors import UserError
 LEARNING_RATE = {
     "lora": 3e-4, "milora": 1e-4, "pissa": 3e-5, "middle": 1e-4, "random": 1e-4, "full": 2e-5,
 }  # fmt: skip
+HELD = 1e-3  # of `method: milora` as recommended: LoRA-sized factors, and inputs held
 
 # TrainingArguments that milora sets itself, and what to use in their place.
 OWNED = {
@@ -39,10 +40,19 @@ OWNED = {
 }
 
 
+def default_rate(method: str, begin: str | None) -> float:
+    """The published start has large factors, which want a small rate; the others have LoRA's."""
+    return HELD if method == "milora" and begin != "published" else LEARNING_RATE[method]
+
+
 def training_arguments(
-    method: str, training: Mapping[str, Any], run: Path, seed: int, patience: int
-) -> TrainingArguments:
-    """`training:` with the defaults of `method`; raises UserError for what it cannot hold."""
+    method: str, training: Mapping[str, Any], run: Path, seed: int, patience: int,
+    begin: str | None = "published",
+) -> TrainingArguments:  # fmt: skip
+    """`training:` with the defaults of `method`; raises UserError for what it cannot hold.
+
+    `begin` is milora.start, None where it is left to the method.
+    """
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
     for key, value in training.items():
         if key in OWNED and value:
@@ -52,7 +62,7 @@ def training_arguments(
             hint = f": did you mean {near[0]}?" if near else ""
             raise UserError(f"training.{key} is not a field of TrainingArguments{hint}")
     values: dict[str, Any] = {
-        "learning_rate": LEARNING_RATE[method],
+        "learning_rate": default_rate(method, begin),
         "per_device_train_batch_size": 16,
         "logging_steps": 10,
         "warmup_steps": 0.03,

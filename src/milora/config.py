@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from milora.errors import UserError
 from milora.gates import parse_gate
 from milora.grade import Match
+from milora.recommended import PUBLISHED
 
 DEFAULT = """\
 # milora train this-file.yaml [key=value ...]
@@ -42,7 +43,7 @@ lora:                          # handed to peft.LoraConfig as it stands
   r: 32
   lora_alpha: 32
   target_modules: [q_proj, k_proj, v_proj, up_proj, down_proj]
-milora:
+milora:                        # or `milora: published`, the method as in the paper
   factors_from: null           # the full-precision checkpoint behind a model that comes quantised
   rank: null                   # by layer: {energy: 0.001}, {parameters: 2000000}; else lora.r
   protect: 0                   # top-k singular directions held fixed; {energy: 0.5}; or by pattern;
@@ -52,14 +53,17 @@ milora:
     every: 50                  # steps
     limit: null                # a share in (0, 1) above which a warning is given
     stop: false                # true: and the run ends with its last checkpoint below the limit
-  start: published             # published | directions (A = V, B = 0) | balanced (equal lengths)
-  text: null                   # general text file(s) for the two below, others than are evaluated
-  protect_inputs: 0            # top-k directions in which that text enters each weight, held too
+  start: null                  # published | directions (A = V, B = 0) | balanced (LoRA's size);
+                               # null: balanced for milora, published for other methods
+  protect_inputs: null         # top-k directions in which general text enters each weight, held
+                               # too; null: 64 for milora (a quarter of them at most), else 0
+  text: sampled                # that text: what the base itself writes, or file(s) that
+                               # evaluate.knowledge does not have
   keep: null                   # {weight: 1.0, every: 1, tokens: 512}: KL to the base on that text
                                # joins the loss
 training:                      # handed to transformers.TrainingArguments as it stands
-  learning_rate: 1.0e-4        # default by method: lora 3e-4; milora, middle, random 1e-4;
-                               # pissa 3e-5; full 2e-5 (docs/method.md says why)
+  learning_rate: 1.0e-3        # default by method: milora 1e-3 (1e-4 as published); lora 3e-4;
+                               # middle, random 1e-4; pissa 3e-5; full 2e-5 (docs/method.md)
   num_train_epochs: 3
   per_device_train_batch_size: 16
 evaluate:
@@ -145,9 +149,9 @@ class Milora(Strict):
     rank: Energy | Parameters | None = None
     protect: Number | Energy | Tasks | dict[str, Number | Energy] = 0
     interference: Interference = Interference()
-    start: Literal["published", "directions", "balanced"] = "published"
-    text: str | list[str] | None = None
-    protect_inputs: int = Field(default=0, ge=0)
+    start: Literal["published", "directions", "balanced"] | None = None
+    text: str | list[str] | None = "sampled"
+    protect_inputs: int | None = Field(default=None, ge=0)
     keep: KeepText | None = None
 
 
@@ -197,6 +201,11 @@ class Config(Strict):
     evaluate: Evaluate = Evaluate()
     continue_: Continue = Field(default=Continue(), alias="continue")  # a keyword of Python
     gates: list[str] = []
+
+    @field_validator("milora", mode="before")
+    @classmethod
+    def _published(cls, given: Any) -> Any:
+        return PUBLISHED if given == "published" else given
 
 
 class _Loader(yaml.SafeLoader):
@@ -275,8 +284,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{path}: milora.interference.limit needs top above 0 to measure by")
     if (config.milora.keep or config.milora.protect_inputs) and not config.milora.text:
         raise UserError(
-            f"{path}: milora.keep and milora.protect_inputs need milora.text, general text that "
-            "evaluate.knowledge does not have"
+            f"{path}: milora.keep and milora.protect_inputs need milora.text: sampled, or a file "
+            "that evaluate.knowledge does not have"
         )
     if config.continue_.run is None and config.continue_ != Continue():
         raise UserError(

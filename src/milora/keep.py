@@ -9,27 +9,37 @@ the part of x in them (the idea of LoRA-Null, arXiv 2503.02659, held in every st
 start alone).
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from milora.adapter import TRAINED, base_only
 from milora.errors import UserError
+from milora.files import write_bytes
 from milora.matrices import Matrix
 
 LENGTH = 256  # tokens of a piece
 AT_ONCE = 2 * 2**30  # bytes of covariances that are held at the same time
+FORMAT = "milora general text 1"
+SAMPLED = "sampled"  # milora.text: what the base itself writes
+AT_A_TIME = 16  # pieces
+IN_FULL, OVER = 2048, 16  # inputs; directions beside those that are wanted
+
+
+Pieces = list[list[int]]  # token ids of each, all of one length
 
 
 class Keep(NamedTuple):
     """The soft constraint: where in the text a step is, and what it adds to the loss."""
 
-    pieces: Sequence[Sequence[int]]  # token ids, all of one length
+    pieces: Pieces
     weight: float
     every: int  # steps
     tokens: int  # of each time
@@ -46,7 +56,7 @@ class Keep(NamedTuple):
 
 def cut(
     tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], longest: int, key: str = "milora.text"
-) -> list[list[int]]:
+) -> Pieces:
     """The texts as pieces of LENGTH tokens, or of as many as the model takes, the rest left out.
 
     Raises UserError when there is not one whole piece.
@@ -57,6 +67,70 @@ def cut(
         pieces += [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
     if not pieces:
         raise UserError(f"{key}: it has fewer than {length} tokens, of which a piece is made")
+    return pieces
+
+
+@torch.no_grad()
+def sampled(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    longest: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Pieces:
+    """`count` pieces of LENGTH tokens, or of `longest` where that is less, that the base writes.
+
+    Each is drawn token by token from what the base predicts, at temperature 1, after its first
+    token (bos, or eos of a model that has none); past an end of text it goes on with the next. The
+    seed is fixed: on a CPU it is the same text for every run.
+    """
+    length = min(LENGTH, longest)
+    first = tokenizer.bos_token_id
+    first = tokenizer.eos_token_id if first is None else first
+    settings = GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, num_beams=1, repetition_penalty=1.0,
+        no_repeat_ngram_size=0, max_new_tokens=length - 1, eos_token_id=[],
+        pad_token_id=tokenizer.pad_token_id,
+        remove_invalid_values=True,  # a damaged base is found, and named, at step 0
+    )  # fmt: skip
+    training, generate, pieces = model.training, cast(Any, model).generate, Pieces()
+    model.eval()
+    if first is None:
+        raise UserError(
+            "milora.text: the model has no token that a text begins or ends with, from which it "
+            "could write one: name a file"
+        )
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(0)
+        while len(pieces) < count:
+            progress(len(pieces), count)
+            ids = torch.full((AT_A_TIME, 1), first, device=model.device)
+            written = generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings
+            )
+            pieces += written.tolist()
+    model.train(training)
+    return pieces[:count]
+
+
+def sampled_name(
+    base_sha256: str, tokenizer: PreTrainedTokenizerBase, count: int, longest: int
+) -> str:
+    """What `sampled` depends on, for the store."""
+    first = f"{tokenizer.bos_token_id}-{tokenizer.eos_token_id}"
+    return f"{base_sha256}-sampled-{first}-{count}x{min(LENGTH, longest)}"
+
+
+def save_pieces(path: Path, pieces: Pieces) -> None:
+    write_bytes(path, save({"ids": torch.tensor(pieces)}, {"milora": FORMAT}))
+
+
+def load_pieces(path: Path) -> Pieces:
+    """What `save_pieces` wrote. Raises UserError when it is damaged."""
+    try:
+        pieces: Pieces = load_file(path)["ids"].tolist()
+    except Exception as error:  # safetensors raises its own types, not exported under one base
+        raise UserError(f"{path} cannot be read ({error}): start the run anew") from error
     return pieces
 
 
@@ -107,9 +181,25 @@ def input_directions(
     found = {}
     with base_only(model):
         for name, total in covariances(model, layers, pieces):
-            vectors = torch.linalg.eigh(total.double()).eigenvectors
-            found[name] = vectors[:, -count:].T.float().contiguous()
+            found[name] = leading(total, count)
     return {name: found[name] for name in matrices}
+
+
+def leading(total: Tensor, count: int) -> Tensor:
+    """(count, n) fp32, orthonormal rows: the leading eigenvectors of a covariance (n, n).
+
+    Of a large one by the randomised iteration of Halko et al. (arXiv 0909.4061), since a full
+    decomposition takes minutes each there.
+    """
+    if len(total) <= IN_FULL:
+        vectors = torch.linalg.eigh(total.double()).eigenvectors[:, -count:]
+    else:
+        with torch.random.fork_rng([total.device] if total.is_cuda else []):
+            torch.manual_seed(0)
+            vectors, _, _ = torch.svd_lowrank(total, count + OVER, niter=8)
+        vectors = vectors[:, :count]
+    rows: Tensor = vectors.T.float().contiguous()
+    return rows
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from milora.evaluate import (
 )
 from milora.files import sha256
 from milora.forms import answers_apart, encoder_for
-from milora.keep import cut
+from milora.keep import SAMPLED, Pieces, cut
 from milora.pretrained import Pretrained, reads_pictures, task_of
 from milora.progress import Progress
 from milora.tokens import Named, load_with_tokens
@@ -37,7 +37,7 @@ class Material(NamedTuple):
     overlap: int
     tasks: list[AnyTask]
     texts: list[tuple[str, str]]  # (text, where it comes from)
-    general: list[list[int]]  # pieces of milora.text
+    general: Pieces  # of the files of milora.text
     files: dict[str, str]  # name -> sha256
     base_sha256: str  # of the base as it came
     named: Named  # tokens of the user's own
@@ -82,7 +82,7 @@ def read_material(
     if len(set(names)) < len(names):
         raise UserError(f"evaluate.tasks: two tasks have one name ({', '.join(names)}): set name")
     texts = general_texts(evaluate["knowledge"])
-    kept = general_texts(general, "milora.text") if general else []
+    kept = general_texts(general, "milora.text") if general and general != SAMPLED else []
     for _, name in kept:
         if name in [text_source for _, text_source in texts]:
             raise UserError(

@@ -16,6 +16,7 @@ from milora.continual import Earlier, check_material, folded, open_earlier, prev
 from milora.errors import UserError
 from milora.files import read_json
 from milora.gates import Gate, check_subjects, parse_gate
+from milora.keep import SAMPLED
 from milora.lineage import Link, chain
 from milora.loop import STATE, last_complete_checkpoint
 from milora.material import Material, read_material
@@ -26,6 +27,7 @@ from milora.progress import Progress
 from milora.protect import check_patterns, check_protect, parts_of
 from milora.quantised import loaded_bytes
 from milora.ranks import ranks, with_ranks
+from milora.recommended import not_said, recommended
 from milora.store import Store
 from milora.transfer import check_tasks
 
@@ -53,6 +55,11 @@ class Ready(NamedTuple):
     @property
     def init(self) -> Path:
         return self.run / "init" / "factors.safetensors"
+
+    @property
+    def written(self) -> Path:
+        """General text that the base has written."""
+        return self.init.with_name("general.safetensors")
 
     @property
     def origin(self) -> Path:
@@ -139,9 +146,14 @@ def check(
         check_material(earlier, base_sha, model, labels, in_rows)
         previous = previous_update(earlier, base.model, init.parent)
     names: dict[str, adapter.Target] = {}
-    if method != "full" and (milora["rank"] or isinstance(protect, dict)):
+    open_yet = method == "milora" and not_said(milora)
+    if method != "full" and (milora["rank"] or isinstance(protect, dict) or open_yet):
         names = _targets(base, lora)
         check_patterns(protect, list(names))
+    if open_yet:
+        inputs = [target.shape[1] for target in names.values()]
+        unfit = _unfit(lora, task, processes.sharded)
+        asked = asked | {"milora": recommended(milora, inputs, unfit, progress)}
     if method != "full":
         options, ranked = lora, milora["rank"]
         if ranked:
@@ -292,12 +304,21 @@ def _check_general(milora: Mapping[str, Any], method: str, progress: Progress) -
     asked = [key for key in ("keep", "protect_inputs") if milora[key]]
     if method == "full" and asked:
         raise UserError(f"milora.{asked[0]}: full fine-tuning has no adapter to hold: use one")
-    if milora["start"] != "published" and method not in adapter.COMPONENT:
+    if (milora["start"] or "published") != "published" and method not in adapter.COMPONENT:
         raise UserError(
             f"milora.start is {milora['start']}, which method {method} does not have: leave it out"
         )
-    if milora["text"] and not asked:
+    if milora["text"] not in (None, SAMPLED) and not asked and milora["protect_inputs"] == 0:
         progress.say("milora.text is not used: set milora.keep or milora.protect_inputs")
+
+
+def _unfit(lora: Mapping[str, Any], task: str | None, sharded: str | None) -> str | None:
+    """Why inputs cannot be held here, where they cannot."""
+    if task != "CAUSAL_LM":
+        return "a model that writes no text"
+    if lora.get("target_parameters"):
+        return "experts, which see some tokens only"
+    return "DeepSpeed" if sharded == "zero3" else None
 
 
 def _targets(base: Pretrained, lora: Mapping[str, Any]) -> dict[str, adapter.Target]:

@@ -105,26 +105,35 @@ class Store:
         largest are rounding.
         """
         whole = weight.float() if weight.element_size() < 4 else weight
-        path = self.folder / f"{tensor_sha256(whole)}-spectrum.safetensors"
+
+        def make() -> Tensor:
+            exact = torch.float64 if min(weight.shape) <= 1024 else torch.float32
+            S: Tensor = torch.linalg.svdvals(weight.to(exact)).double().cpu()
+            return S
+
+        return self.tensor(f"{tensor_sha256(whole)}-spectrum", make)
+
+    def tensor(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` gives, on the CPU, made once: `name` must say all that it depends on."""
+        path = self.folder / f"{name}.safetensors"
         try:
             with safe_open(path, framework="pt") as handle:
                 about = json.loads((handle.metadata() or {})["milora"])
-                S: Tensor = handle.get_tensor("S")
-            if about != {"format": FORMAT, "of": path.stem, "digest": tensor_sha256(S)}:
+                kept: Tensor = handle.get_tensor("S")
+            if about != {"format": FORMAT, "of": name, "digest": tensor_sha256(kept)}:
                 raise ValueError("its content is not what was written")
             self.found += 1
-            return S
+            return kept
         except FileNotFoundError:
             pass
         except Exception as error:  # of many kinds: whatever the damage, it is computed anew
             self.say(f"{path} cannot be used ({error}): it is computed again")
-        exact = torch.float64 if min(weight.shape) <= 1024 else torch.float32
-        S = torch.linalg.svdvals(weight.to(exact)).double().cpu()
-        about = {"format": FORMAT, "of": path.stem, "digest": tensor_sha256(S)}
+        made = make()
+        about = {"format": FORMAT, "of": name, "digest": tensor_sha256(made)}
         with self._writing(path):
-            write_bytes(path, save({"S": S}, {"milora": json.dumps(about)}))
+            write_bytes(path, save({"S": made}, {"milora": json.dumps(about)}))
         self.made += 1
-        return S
+        return made
 
     def _read(
         self, path: Path, weight: Tensor, wanted: Tensor, component: Component, seed: int

@@ -18,6 +18,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
@@ -41,11 +42,20 @@ from milora.arguments import training_arguments
 from milora.card import model_card
 from milora.continual import FILE, logits_before, save_previous, step0, within
 from milora.errors import DivergedError, UserError
-from milora.evaluate import Pair, evaluate_all, save_evaluation
+from milora.evaluate import Pair, evaluate_all, positions, save_evaluation
 from milora.files import new_folder, read_json, write_json, write_text
 from milora.forms import Collate, collator_for, mean_loss, read_only
 from milora.gates import judge
-from milora.keep import Keep, input_directions
+from milora.keep import (
+    SAMPLED,
+    Keep,
+    Pieces,
+    input_directions,
+    load_pieces,
+    sampled,
+    sampled_name,
+    save_pieces,
+)
 from milora.loop import (
     STATE,
     Decay,
@@ -78,6 +88,7 @@ from milora.protect import (
     used_by_tasks,
 )
 from milora.ready import Ready, check, rows_per_step
+from milora.recommended import as_before
 from milora.result import (
     export_merged,
     export_plain,
@@ -90,7 +101,8 @@ from milora.tokens import load_with_tokens
 from milora.transfer import extend_evaluation
 from milora.vision import train_in_full
 
-CALIBRATION = 16  # pieces of milora.text that the inputs are measured on
+# Pieces of milora.text: that the inputs are measured on; and that the base writes for milora.keep.
+CALIBRATION, KEPT = 16, 64
 
 
 class Begun(NamedTuple):
@@ -100,6 +112,7 @@ class Begun(NamedTuple):
     start: adapter.Start | None
     tops: dict[str, Top]
     holds: dict[str, Held]
+    general: Pieces  # of milora.text
     record: dict[str, Any]  # run.json
     base_sha256: str  # of the base that trains: with rows for new tokens not the one that came
 
@@ -136,7 +149,7 @@ def train(
     returns as soon as the run is trained (its "state"), and what is left to do needs a process of
     its own (processes.alone).
     """
-    asked = {
+    asked: dict[str, Any] = {
         "model": model, "method": method, "output_dir": output_dir, "seed": seed, "dtype": dtype,
         "quantization": quantization,
         "trust_remote_code": trust_remote_code, "early_stopping_patience": early_stopping_patience,
@@ -147,8 +160,9 @@ def train(
         asked["tokenizer"] = dict(tokenizer)
     if continue_.get("run"):
         asked["continue"] = dict(continue_)
-    run = Path(output_dir)
-    arguments = training_arguments(method, training, run, seed, early_stopping_patience)
+    asked, run = as_before(asked, resume), Path(output_dir)
+    begin = asked["milora"]["start"]
+    arguments = training_arguments(method, training, run, seed, early_stopping_patience, begin)
     processes = processes_of(arguments)
     with processes.agree():
         ready = check(asked, arguments, resume, processes, progress)
@@ -190,6 +204,7 @@ def _begin(ready: Ready, processes: Processes, progress: Progress) -> Begun:
         before = logits_before(earlier, base.model, probe)
     live: nn.Module = base.model
     live_sha = adapter.base_sha256(live) if material.named.ids else material.base_sha256
+    general = _general(ready, live_sha, progress)
     if ready.lora_config is not None:
         store = None
         if start is None and method in adapter.COMPONENT and not previous:
@@ -219,7 +234,7 @@ def _begin(ready: Ready, processes: Processes, progress: Progress) -> Begun:
     if isinstance(live, PeftModel) and start is not None:
         take = components if previous else Store(say=progress.say, optional=True).components
         tops, inputs = _tops(
-            live, ready.weights, start, milora, material.general, origin, seed, take, progress
+            live, ready.weights, start, milora, general, origin, seed, take, progress
         )
         holds = _hold(live, start, tops, inputs, ready.apart, origin, progress)
     if earlier and earlier.how == "same":
@@ -276,7 +291,29 @@ def _begin(ready: Ready, processes: Processes, progress: Progress) -> Begun:
         adapter.save_start(init, start)
     if (tops or inputs) and start and not (init.parent / "top.safetensors").exists():
         save_tops(init.parent / "top.safetensors", tops, inputs, start.sha256)
-    return Begun(live, start, tops, holds, record, live_sha)
+    if general and milora["text"] == SAMPLED and not ready.written.exists():
+        save_pieces(ready.written, general)
+    return Begun(live, start, tops, holds, general, record, live_sha)
+
+
+def _general(ready: Ready, base_sha256: str, progress: Progress) -> Pieces:
+    """Pieces of milora.text: of files, or what the base writes, once for a run and once here."""
+    base, milora = ready.material.base, ready.asked["milora"]
+    if milora["text"] != SAMPLED or not (milora["keep"] or milora["protect_inputs"]):
+        return ready.material.general
+    if ready.written.exists():
+        return load_pieces(ready.written)
+    count = KEPT if milora["keep"] else CALIBRATION
+    longest, what = positions(base.model), "general text, which the base writes"
+
+    def write() -> Tensor:
+        told = partial(progress, what)
+        return torch.tensor(sampled(base.model, base.tokenizer, count, longest, told))
+
+    store = Store(say=progress.say, optional=True)
+    name = sampled_name(base_sha256, base.tokenizer, count, longest)
+    pieces: Pieces = store.tensor(name, write).tolist()
+    return pieces
 
 
 def _together(ready: Ready, begun: Begun | None, processes: Processes) -> Begun:
@@ -292,19 +329,20 @@ def _together(ready: Ready, begun: Begun | None, processes: Processes) -> Begun:
                 f"output_dir: {ready.run} is not there, so the machines do not share it: use a "
                 "folder that all of them see"
             )
-    files = [ready.init, ready.init.with_name("top.safetensors")]
+    files = [ready.init, ready.init.with_name("top.safetensors"), ready.written]
     sent = [processes.share(lambda f=file: f.read_bytes() if f.exists() else b"") for file in files]  # type: ignore[misc]
     if begun is None:
         live: nn.Module = ready.material.base.model
         if ready.lora_config is None:
             train_in_full(ready.material.base.model)
-            return Begun(live, None, {}, {}, {}, "")
+            return Begun(live, None, {}, {}, [], {}, "")
         with tempfile.TemporaryDirectory() as folder:
             places = [Path(folder) / file.name for file in files]
             for place, content in zip(places, sent, strict=True):
                 place.write_bytes(content)
             start = adapter.load_start(places[0])
             tops, inputs = load_tops(places[1], start.sha256) if sent[1] else ({}, {})
+            general = load_pieces(places[2]) if sent[2] else ready.material.general
         live, _ = adapter.add_adapter(
             ready.material.base.model, ready.lora_config, ready.asked["method"],
             seed=ready.asked["seed"], start=start, checked=True, previous=ready.previous,
@@ -315,7 +353,7 @@ def _together(ready: Ready, begun: Begun | None, processes: Processes) -> Begun:
             project(matrices, holds)
         if ready.earlier and ready.earlier.how == "same":
             load_state(ready.earlier.run / "checkpoints" / STATE, live)
-        begun = Begun(live, start, tops, holds, {}, "")
+        begun = Begun(live, start, tops, holds, general, {}, "")
     if processes.sharded and isinstance(begun.live, PeftModel) and begun.start:
         adapter.anchor_aside(begun.live, begun.start)
         if processes.sharded == "zero3":
@@ -411,7 +449,7 @@ def _fit(
     if begun.holds:
         callbacks.append(Hold(matrices, begun.holds))
     if asked["milora"]["keep"]:
-        keep = Keep(ready.material.general, **asked["milora"]["keep"])
+        keep = Keep(begun.general, **asked["milora"]["keep"])
     if processes.sharded and not ready.resumed.get("step0"):
         callbacks.append(StepZero(ready, begun.record, progress))
     trainer = MiloraTrainer(
@@ -515,7 +553,7 @@ def _damaged(model: nn.Module) -> str:
 
 def _tops(
     live: PeftModel, weights: Weights | None, start: adapter.Start, milora: Mapping[str, Any],
-    general: list[list[int]], init: Path, seed: int, decompose: Decompose, progress: Progress,
+    general: Pieces, init: Path, seed: int, decompose: Decompose, progress: Progress,
 ) -> tuple[dict[str, Top], dict[str, Tensor]]:  # fmt: skip
     """The singular vectors to hold and to watch, from the run folder or the store, and the
     directions of inputs to hold, from the run folder or the text.

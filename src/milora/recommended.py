@@ -1,0 +1,59 @@
+"""What `method: milora` does where the configuration does not say.
+
+`milora: published` is the method as in the paper: the start with the factors of eq. 5, and nothing
+that holds the update afterwards. docs/results.md (Learned at what price) shows what that costs and
+what the setting here costs: factors of LoRA's size, and A kept out of the directions in which
+general text enters each weight (keep.py).
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from milora.progress import Progress
+
+PUBLISHED: dict[str, Any] = {"start": "published", "protect_inputs": 0}
+INPUTS = 64  # directions
+
+
+def not_said(milora: Mapping[str, Any]) -> bool:
+    return any(milora[key] is None for key in PUBLISHED)
+
+
+def as_before(asked: dict[str, Any], resume: bool) -> dict[str, Any]:
+    """`asked` with what it does not say taken from the run that it goes on with, if any.
+
+    For a method other than milora it is said here already: nothing is held.
+    """
+    folder, earlier = Path(asked["output_dir"]), asked.get("continue", {})
+    if earlier.get("how") == "same" and not resume:
+        folder, resume = Path(earlier["run"]), True
+    there, milora = folder / "config.yaml", asked["milora"]
+    if resume and there.is_file():
+        stored = yaml.safe_load(there.read_text(encoding="utf-8")).get("milora", {})
+        milora = _filled(milora, PUBLISHED | stored)
+    if asked["method"] != "milora":
+        milora = _filled(milora, PUBLISHED)
+    return asked | {"milora": milora}
+
+
+def recommended(
+    milora: Mapping[str, Any], inputs: Sequence[int], unfit: str | None, progress: Progress
+) -> dict[str, Any]:
+    """`milora` with nothing left unsaid; `inputs` of every weight, of which a quarter is held at
+    most. `unfit` says for what inputs cannot be held, where they cannot.
+    """
+    count = min([INPUTS, *(n // 4 for n in inputs)])
+    if milora["protect_inputs"] is None and unfit:
+        progress.say(f"milora.protect_inputs is left out: it is not for {unfit}")
+        count = 0
+    return _filled(milora, {"start": "balanced", "protect_inputs": count})
+
+
+def _filled(milora: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: default[key] if value is None and key in PUBLISHED else value
+        for key, value in milora.items()
+    }
