@@ -31,15 +31,21 @@ from svd import RESULTS, ROOT, machine, write
 from tables import fill
 
 from milora.adapter import TRAINED, add_adapter, lora_config
+from milora.keep import kept_loss
 from milora.matrices import adapted_layers, adapted_matrices
+from milora.protect import Held, held, project
+from milora.recommended import INPUTS
 from milora.svd import Components
 
 DOCUMENT = ROOT / "docs" / "speed.md"
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 RANK = 32
+KEPT = 512  # tokens of general text
 METHODS = {
     "lora": "LoRA of PEFT",
     "milora": "MiLoRA",
+    "held": "MiLoRA, 64 inputs held (the default)",
+    "keep": "MiLoRA, and milora.keep",
     "rewritten": "rewritten base and a LoRA",
     "two": "two LoRAs of PEFT",
 }
@@ -107,6 +113,14 @@ class Trial:
         self.device = next(self.model.parameters()).device
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-5)
+        self.method, self.matrices = method, adapted_matrices(self.model)
+        self.holds: dict[str, Held] = {}
+        if method == "held":  # any directions: drawn
+            inputs = {
+                name: torch.linalg.qr(torch.randn(matrix.shape[1], INPUTS, device=self.device))[0].T
+                for name, matrix in self.matrices.items()
+            }
+            self.holds = held(self.matrices, {}, inputs)
 
     def use(self, case: Case) -> None:
         self.case = case
@@ -131,7 +145,10 @@ class Trial:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.case.autocast):
             loss = self.model(input_ids=self.ids, labels=self.ids).loss
         loss.backward()
+        if self.method == "keep":
+            kept_loss(self.model, self.ids.flatten()[:KEPT].view(2, -1)).backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
+        project(self.matrices, self.holds)
         self.optimizer.zero_grad()
         self.wait()
         return clock() - began

@@ -54,7 +54,8 @@ def advice_lines(found: Mapping[str, Any]) -> list[str]:
     return [
         f"lora: {{r: {lora['r']}, lora_alpha: {lora['lora_alpha']}, "
         f"target_modules: [{', '.join(lora['target_modules'])}]}}",
-        f"milora: {{protect: {advice['milora']['protect']}}}   # near half of the energy",
+        f"milora: {{protect_inputs: {advice['milora']['protect_inputs']}}}   # the default; "
+        f"protect: {advice['half']} would hold near half of the weights' energy too",
         f"training: {{learning_rate: {milora[1]:g}}}   # try {_rates(milora)}; "
         f"for lora {_rates(plain)}",
         f"{advice['trained_parameters']:,} trained parameters, "

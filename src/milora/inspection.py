@@ -20,6 +20,7 @@ from milora.errors import UserError
 from milora.matrices import kind_of
 from milora.pretrained import task_of
 from milora.progress import Progress
+from milora.recommended import held_inputs
 from milora.spectra import HARD, rank_within, spectrum, thinned, top_holding
 from milora.store import Store
 from milora.svd import components
@@ -154,7 +155,7 @@ def advice(
         high = max(kinds[kind]["minor_norm_range"][1] for kind in soft)
         said.append(
             f"{', '.join(soft)}: they are {low:.0%} to {high:.0%} of the weight, a real part of "
-            "it; the rate must be lower than LoRA's"
+            "it; with them as they are (milora: published) the rate must be lower than LoRA's"
         )
     rounded = [kind for kind in kinds if kinds[kind]["rounding"] > 0.05]
     if rounded:
@@ -165,8 +166,9 @@ def advice(
         )
     return {
         "lora": {"r": rank, "lora_alpha": rank, "target_modules": chosen},
-        "milora": {"protect": protect},
-        "learning_rates": {"milora": [3e-5, 1e-4, 3e-4], "lora": [1e-4, 3e-4, 1e-3]},
+        "milora": {"protect_inputs": held_inputs(row["shape"][1] for row in own)},
+        "half": protect,
+        "learning_rates": {"milora": [3e-4, 1e-3, 3e-3], "lora": [1e-4, 3e-4, 1e-3]},
         "trained_parameters": trained,
         "training_bytes": trained * (4 + 4 + 8 + 4),  # A, B; gradient; Adam's moments; anchor
         "decomposition_seconds": sum(seconds[kind] for kind in chosen),

@@ -6,7 +6,7 @@ what the setting here costs: factors of LoRA's size, and A kept out of the direc
 general text enters each weight (keep.py).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +42,19 @@ def as_before(asked: dict[str, Any], resume: bool) -> dict[str, Any]:
 def recommended(
     milora: Mapping[str, Any], inputs: Sequence[int], unfit: str | None, progress: Progress
 ) -> dict[str, Any]:
-    """`milora` with nothing left unsaid; `inputs` of every weight, of which a quarter is held at
-    most. `unfit` says for what inputs cannot be held, where they cannot.
+    """`milora` with nothing left unsaid; `inputs` is how many every weight has. `unfit` says for
+    what they cannot be held, where they cannot.
     """
-    count = min([INPUTS, *(n // 4 for n in inputs)])
+    count = held_inputs(inputs)
     if milora["protect_inputs"] is None and unfit:
         progress.say(f"milora.protect_inputs is left out: it is not for {unfit}")
         count = 0
     return _filled(milora, {"start": "balanced", "protect_inputs": count})
+
+
+def held_inputs(inputs: Iterable[int]) -> int:
+    """How many of each weight's, where the narrowest would keep three quarters for the task."""
+    return min([INPUTS, *(n // 4 for n in inputs)])
 
 
 def _filled(milora: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:

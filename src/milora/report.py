@@ -128,7 +128,8 @@ def _asked(record: Mapping[str, Any], asked: Mapping[str, Any]) -> list[tuple[st
     if asked["method"] != "full":
         chosen += [(f"lora.{key}", value) for key, value in asked["lora"].items()]
         milora = asked.get("milora", {})
-        chosen += [(f"milora.{key}", milora[key]) for key in ("protect", "rank") if milora.get(key)]
+        shown = ("start", "protect_inputs", "keep", "protect", "rank")
+        chosen += [(f"milora.{key}", milora[key]) for key in shown if milora.get(key)]
     chosen += [(f"continue.{key}", v) for key, v in asked.get("continue", {}).items() if v]
     chosen += [(f"tokenizer.{key}", v) for key, v in asked.get("tokenizer", {}).items() if v]
     chosen += [(f"training.{key}", value) for key, value in asked["training"].items()]
