@@ -18,13 +18,12 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, get_scheduler
 from weights import minilm
 
-from milora.adapter import COMPONENT, add_adapter, decay, place
+from milora.adapter import COMPONENT, add_adapter, decay
 from milora.data import pad
 from milora.evaluate import wilson
 from milora.keep import input_directions
 from milora.matrices import adapted_matrices
-from milora.protect import held, measure, project, top_vectors, worst
-from milora.protect import moved as out_of_the_way
+from milora.protect import begin_outside, held, measure, project, top_vectors, worst
 from milora.svd import components
 
 TRAIN, HELD_OUT, TEST = 1000, 500, 500
@@ -183,11 +182,7 @@ def adapted(of: Asked, seed: int) -> Adapted:
     if of.protect_inputs:
         inputs = input_directions(encoder, layers, general[::4], of.protect_inputs)
     holds = held(layers, tops, inputs)
-    if of.method == "lora":
-        project(layers, holds)
-    else:
-        begun.factors.update(out_of_the_way(begun, layers, holds))
-        place(layers, begun)
+    begin_outside(begun, layers, holds)
 
     def after_step(rate: float) -> None:
         if of.method in COMPONENT and of.weight_decay:

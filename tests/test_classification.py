@@ -27,10 +27,9 @@ from milora.classification import class_scores, label_names, tokens
 from milora.cli import main
 from milora.data import read_rows
 from milora.errors import UserError
-from milora.evaluate import positions
 from milora.files import read_json
 from milora.forms import encoder_for
-from milora.pretrained import load_pretrained
+from milora.pretrained import load_pretrained, positions
 from milora.report import report
 from milora.server import verify_server
 from milora.smaller import Smaller

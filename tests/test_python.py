@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from conftest import make_tokenizer
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
 from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
@@ -20,7 +21,7 @@ from transformers import (
 )
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from milora import get_milora_model
+from milora import get_milora_model, hold_inputs
 from milora.adapter import ANCHOR
 from milora.errors import UserError
 
@@ -192,3 +193,47 @@ def test_the_reference_of_dpo_stays_the_base(
         model.set_adapter("default")
         assert torch.equal(model(**batch).logits, tuned)
     assert float((tuned - plain).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("method", ["milora", "lora"])
+@pytest.mark.parametrize("loop", ["own", "trainer"])
+def test_inputs_are_held_in_loops_of_others(
+    loop: str, method: str, load: Load, tmp_path: Path, batch: dict[str, torch.Tensor]
+) -> None:
+    base, tokenizer = load("llama"), make_tokenizer()
+    model = get_milora_model(load("llama"), LoraConfig(**CONFIG), method)
+    hold = hold_inputs(
+        model, tokenizer, ["A general text. " * 40], count=None if loop == "own" else 5
+    )
+    with torch.no_grad():
+        plain = base(**batch).logits
+        torch.testing.assert_close(model(**batch).logits, plain, atol=1e-5, rtol=0)
+    ids = torch.tensor([tokenizer(p + c)["input_ids"] for p, c, _ in SUMS[:4]])
+    if loop == "own":
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
+        for _ in range(4):
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            hold.project()
+            optimizer.zero_grad()
+    else:
+        arguments = TrainingArguments(str(tmp_path / "work"), **TRAINING)
+        rows = [{"input_ids": row, "labels": row} for row in ids.tolist()]
+        Trainer(model, arguments, train_dataset=rows, callbacks=[hold]).train()  # type: ignore[arg-type]
+    model.cpu().eval().save_pretrained(tmp_path / "result")
+    plain_lora = load_file(tmp_path / "result" / "adapter_model.safetensors")
+    assert hold.holds
+    for name, one in hold.holds.items():
+        A = plain_lora[f"base_model.model.{name}.lora_A.weight"].double()
+        B = plain_lora[f"base_model.model.{name}.lora_B.weight"].double()
+        assert len(one.Vh) == (8 if loop == "own" else 5)
+        assert float((B @ (A @ one.Vh.double().T)).norm()) < 1e-6 * float((B @ A).norm())
+        assert float((B @ A).norm()) > 1e-4
+
+
+def test_several_processes_must_share_a_text(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = get_milora_model(load("llama"), LoraConfig(**CONFIG))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(UserError, match="give texts"):
+        hold_inputs(model, make_tokenizer())

@@ -17,6 +17,7 @@ _HOME = {
     "base_only": "adapter",
     "components": "svd",
     "get_milora_model": "export",
+    "hold_inputs": "loop",
     "load_start": "adapter",
     "minor_components": "svd",
     "plain_lora": "export",

@@ -21,12 +21,12 @@ from transformers.pytorch_utils import Conv1D
 
 from milora.card import figure, packed_card
 from milora.errors import UserError
-from milora.evaluate import Pair, general_texts, knowledge_kept, positions
+from milora.evaluate import Pair, general_texts, knowledge_kept
 from milora.files import new_folder, write_json, write_text
 from milora.keep import LENGTH, covariances, cut
 from milora.matrices import kind_of
 from milora.merge import copy_others
-from milora.pretrained import Pretrained, load_pretrained, source_of, task_of
+from milora.pretrained import Pretrained, load_pretrained, positions, source_of, task_of
 from milora.progress import Progress
 from milora.quantised import is_packed, linear_shape, loaded_bytes, method_of, unlike
 from milora.spectra import top_holding

@@ -61,7 +61,7 @@ from milora.forms import answers_apart, collator_for, encoder_for, predictions, 
 from milora.grade import Grader, Verdict, check_reference, grader
 from milora.harness import HarnessScores, HarnessTask, harness_task, run_harness
 from milora.keep import kl
-from milora.pretrained import labels_of, task_of
+from milora.pretrained import labels_of, positions, task_of
 from milora.vision import Picture, Reader, pixels, tokenizer_of
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
@@ -713,16 +713,6 @@ def _exp(value: float) -> float | None:
         return _finite(math.exp(value))
     except OverflowError:
         return None
-
-
-def positions(model: nn.Module) -> int:
-    """How many tokens the model takes at once; very many when its configuration sets no limit."""
-    config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
-    limit = int(getattr(config, "max_position_embeddings", None) or 10**9)
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None):
-            return limit - int(module.padding_idx) - 1  # RoBERTa counts from behind it
-    return limit
 
 
 def check_task(task: AnyTask, model: nn.Module) -> None:

@@ -321,8 +321,10 @@ def get_milora_model(
 ) -> PeftModel:
     """As peft.get_peft_model: a PeftModel for your own loop, transformers' Trainer or TRL's.
 
-    `method` and `options` are those of add_adapter. The base is untouched; with the adapter
-    disabled the model is the base, which makes it the reference model of TRL's DPOTrainer.
+    `method` and `options` are those of add_adapter, but that milora begins with balanced factors,
+    as `milora train` does; begin="published" gives the paper's. hold_inputs adds what else `milora
+    train` does by itself. The base is untouched; with the adapter disabled the model is the base,
+    which makes it the reference model of TRL's DPOTrainer.
     `save_pretrained(folder)`, a trainer's checkpoint too, writes the plain LoRA of rank 2r, which
     loads with stock PEFT and is a result, not a state to train on from: for runs that can be
     interrupted and resumed there is `milora train`. On a quantised model the factors come from the
@@ -331,6 +333,8 @@ def get_milora_model(
     if method in COMPONENT and any(linear_shape(m) and is_packed(m) for m in model.modules()):
         name = factors_from or str(model.name_or_path)
         options["weights"] = full_weights(open_checkpoint(name), name)
+    if method == "milora":
+        options = {"begin": "balanced"} | options
     live, start = add_adapter(model, config, method, **options)
     if rows := trained_rows(live):
         raise UserError(

@@ -30,6 +30,7 @@ AT_ONCE = 2 * 2**30  # bytes of covariances that are held at the same time
 FORMAT = "milora general text 1"
 SAMPLED = "sampled"  # milora.text: what the base itself writes
 AT_A_TIME = 16  # pieces
+CALIBRATION, KEPT = 16, 64  # pieces: that inputs are measured on; that the base writes for `Keep`
 IN_FULL, OVER = 2048, 16  # inputs; directions beside those that are wanted
 
 
@@ -72,7 +73,7 @@ def cut(
 
 @torch.no_grad()
 def sampled(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     count: int,
     longest: int,

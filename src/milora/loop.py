@@ -11,8 +11,10 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 from transformers import (
+    PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -23,11 +25,13 @@ from transformers import (
 from milora.adapter import TRAINED, Start, decay
 from milora.errors import UserError
 from milora.files import read_json, write_bytes, write_text
-from milora.keep import Keep, kept_loss
-from milora.matrices import Matrix
+from milora.keep import CALIBRATION, Keep, cut, input_directions, kept_loss, sampled
+from milora.matrices import Matrix, adapted_matrices
+from milora.pretrained import positions
 from milora.processes import like, put, whole
 from milora.progress import Progress
-from milora.protect import Held, Top, measure, project, worst
+from milora.protect import Held, Top, begin_outside, held, measure, project, worst
+from milora.recommended import held_inputs
 from milora.spectra import Interference
 
 STATE = "trained.safetensors"
@@ -151,8 +155,39 @@ class Hold(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.project()
+
+    def project(self) -> None:
         for some in in_one_piece(self.matrices):
             project(some, {name: self.holds[name] for name in some if name in self.holds})
+
+
+def hold_inputs(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str] = (),
+    count: int | None = None,
+) -> Hold:
+    """`milora.protect_inputs` for a model of get_milora_model, before its first step.
+
+    `count` directions in which general text enters each adapted weight, by default as `milora
+    train` chooses them, are kept out of the update. `texts` are that text; without them the base
+    writes it. Returns a callback of transformers' Trainer and of TRL's; in a loop of your own call
+    its `project()` after each step of the optimizer. Raises UserError as
+    milora.keep.input_directions does, and without texts where several processes train, which must
+    not each write their own.
+    """
+    if not texts and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise UserError("hold_inputs: every process would write a text of its own: give texts")
+    start: Start = model.start  # type: ignore[assignment]
+    matrices, longest = adapted_matrices(model), positions(model)
+    pieces = cut(tokenizer, texts, longest, "hold_inputs: texts") if texts else []
+    pieces = pieces[:CALIBRATION] or sampled(model, tokenizer, CALIBRATION, longest)
+    if count is None:
+        count = held_inputs(matrix.shape[1] for matrix in matrices.values())
+    holds = held(matrices, {}, input_directions(model, matrices, pieces, count))
+    begin_outside(start, matrices, holds)
+    return Hold(matrices, holds)
 
 
 class Watch(TrainerCallback):

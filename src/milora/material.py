@@ -16,12 +16,11 @@ from milora.evaluate import (
     check_task,
     general_texts,
     load_task,
-    positions,
 )
 from milora.files import sha256
 from milora.forms import answers_apart, encoder_for
 from milora.keep import SAMPLED, Pieces, cut
-from milora.pretrained import Pretrained, reads_pictures, task_of
+from milora.pretrained import Pretrained, positions, reads_pictures, task_of
 from milora.progress import Progress
 from milora.tokens import Named, load_with_tokens
 from milora.vision import pictures_sha256

@@ -351,6 +351,16 @@ def task_of(model: nn.Module) -> str | None:
     return "CAUSAL_LM" if inner.can_generate() else None
 
 
+def positions(model: nn.Module) -> int:
+    """How many tokens the model takes at once; very many when its configuration sets no limit."""
+    config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    limit = int(getattr(config, "max_position_embeddings", None) or 10**9)
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None):
+            return limit - int(module.padding_idx) - 1  # RoBERTa counts from behind it
+    return limit
+
+
 def check_hub_id(model: str) -> None:
     """Raise UserError for what can only have been meant as a path."""
     if model.startswith((".", "/", "~")) or model.count("/") > 1:

@@ -28,6 +28,7 @@ from milora.adapter import (
     Start,
     check_base,
     module_seed,
+    place,
     selects,
 )
 from milora.errors import UserError
@@ -281,6 +282,20 @@ def moved(
                 B[:, dead] = 0.0
             found[name] = Factors(A.float(), B.float())
     return found
+
+
+def begin_outside(
+    start: Start,
+    matrices: Mapping[str, Matrix],
+    holds: Mapping[str, Held],
+    tops: Mapping[str, Top] = MappingProxyType({}),
+) -> None:
+    """Before the first step: what trains, and the anchor with it, moved out of what is held."""
+    if start.method == "lora":  # its A starts anywhere, and B at 0: step 0 stays the base
+        project(matrices, holds)
+    elif outside := moved(start, matrices, holds, tops):
+        start.factors.update(outside)
+        place(matrices, start)
 
 
 @torch.no_grad()

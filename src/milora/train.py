@@ -42,11 +42,13 @@ from milora.arguments import training_arguments
 from milora.card import model_card
 from milora.continual import FILE, logits_before, save_previous, step0, within
 from milora.errors import DivergedError, UserError
-from milora.evaluate import Pair, evaluate_all, positions, save_evaluation
+from milora.evaluate import Pair, evaluate_all, save_evaluation
 from milora.files import new_folder, read_json, write_json, write_text
 from milora.forms import Collate, collator_for, mean_loss, read_only
 from milora.gates import judge
 from milora.keep import (
+    CALIBRATION,
+    KEPT,
     SAMPLED,
     Keep,
     Pieces,
@@ -71,16 +73,16 @@ from milora.loop import (
 )
 from milora.material import data_record
 from milora.matrices import Weights, adapted_matrices
-from milora.pretrained import labels_of, task_of
+from milora.pretrained import labels_of, positions, task_of
 from milora.preview import coverage, peak_memory, plan
 from milora.processes import Processes, processes_of
 from milora.progress import Progress
 from milora.protect import (
     Held,
     Top,
+    begin_outside,
     held,
     load_tops,
-    moved,
     parts_of,
     project,
     save_tops,
@@ -100,9 +102,6 @@ from milora.svd import Decompose, components
 from milora.tokens import load_with_tokens
 from milora.transfer import extend_evaluation
 from milora.vision import train_in_full
-
-# Pieces of milora.text: that the inputs are measured on; and that the base writes for milora.keep.
-CALIBRATION, KEPT = 16, 64
 
 
 class Begun(NamedTuple):
@@ -610,11 +609,8 @@ def _hold(
             f"kept apart: {counts[0]} to {counts[-1]} directions that earlier tasks use, in "
             f"{len(used)} weights"
         )
-    if start.method == "lora":  # its A starts anywhere, and B at 0: step 0 stays the base
-        project(matrices, holds)
-    elif not init.exists() and (outside := moved(start, matrices, holds, tops)):
-        start.factors.update(outside)
-        adapter.place(matrices, start)
+    if start.method == "lora" or not init.exists():
+        begin_outside(start, matrices, holds, tops)
     return holds
 
 

@@ -27,11 +27,11 @@ from milora.evaluate import (
     general_texts,
     load_task,
     merge_evaluations,
-    positions,
     save_evaluation,
 )
 from milora.forms import answers_apart
 from milora.lineage import Link, chain
+from milora.pretrained import positions
 from milora.progress import Progress
 from milora.vision import Reader, image_tokens
 
