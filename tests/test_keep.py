@@ -11,7 +11,7 @@ import torch
 import yaml
 from conftest import TARGETS
 from safetensors.torch import load_file
-from tiny_run import break_off, result_hashes, run, settings
+from tiny_run import NOT_SAID, break_off, result_hashes, run, settings
 from transformers import AutoTokenizer, PreTrainedModel
 
 from milora import keep
@@ -248,10 +248,10 @@ def test_what_is_recommended(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Balanced factors, inputs held, at a rate of its own: whole, broken off, and published."""
-    hashes, nothing_said = {}, {"start": None, "protect_inputs": None}
+    hashes = {}
     for name in ("whole", "broken"):
         (tmp_path / name).mkdir()
-        arguments = settings(tiny("llama"), tmp_path / name, milora=nothing_said)
+        arguments = settings(tiny("llama"), tmp_path / name, milora=NOT_SAID)
         del arguments["training"]["learning_rate"]
         if name == "broken":
             break_off(arguments, 6, monkeypatch)
@@ -281,20 +281,19 @@ def test_what_is_recommended(
 
 
 def test_a_method_without_recommendations(tiny: Tiny, tmp_path: Path) -> None:
-    nothing_said = {"start": None, "protect_inputs": None}
-    run(settings(tiny("llama"), tmp_path, method="lora", milora=nothing_said))
+    run(settings(tiny("llama"), tmp_path, method="lora", milora=NOT_SAID))
     written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["milora"]
     assert written | PUBLISHED == written
     assert not (tmp_path / "run" / "init" / "general.safetensors").exists()
-    asked = {"output_dir": str(tmp_path / "run"), "method": "milora", "milora": nothing_said}
-    assert as_before(asked, resume=False)["milora"] == nothing_said
+    asked = {"output_dir": str(tmp_path / "run"), "method": "milora", "milora": NOT_SAID}
+    assert as_before(asked, resume=False)["milora"] == NOT_SAID
     assert as_before(asked, resume=True)["milora"] == PUBLISHED  # as that run was
 
 
 @pytest.mark.parametrize("unfit", [None, "experts"])
 def test_narrow_weights_and_others(unfit: str | None, capsys: pytest.CaptureFixture[str]) -> None:
     with Progress() as progress:
-        found = recommended({"start": None, "protect_inputs": None}, [576, 96], unfit, progress)
+        found = recommended(NOT_SAID, [576, 96], unfit, progress)
         kept = recommended({"start": "published", "protect_inputs": 3}, [576], None, progress)
     assert found == {"start": "balanced", "protect_inputs": 0 if unfit else 24}
     assert kept == {"start": "published", "protect_inputs": 3}

@@ -9,7 +9,7 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pytest
-from tiny_run import result_hashes, run, run_and_kill, settings
+from tiny_run import NOT_SAID, result_hashes, run, run_and_kill, settings
 
 LAST = 60  # a run makes at least so many changes to its folder
 Tiny = Callable[[str], Path]
@@ -30,7 +30,7 @@ def unbroken(
     """The folder with the data, the hashes of an unbroken run in a child, and its seconds."""
     folder = tmp_path_factory.mktemp("unbroken")
     began = time.monotonic()
-    child = children.Process(target=run, args=(settings(tiny("llama"), folder),))
+    child = children.Process(target=run, args=(settings(tiny("llama"), folder, milora=NOT_SAID),))
     child.start()
     child.join()
     assert child.exitcode == 0
@@ -65,7 +65,7 @@ def test_killed_at_the_nth_write(
     folder, wanted, _ = unbroken
     data = {"train": str(folder / "rows.jsonl")}
     tasks = {"tasks": [{"file": data["train"], "max_new_tokens": 3, "limit": 4}]}
-    arguments = settings(tiny("llama"), tmp_path, data=data, evaluate=tasks)
+    arguments = settings(tiny("llama"), tmp_path, data=data, evaluate=tasks, milora=NOT_SAID)
     child = children.Process(target=run_and_kill, args=(arguments, False, at_write))
     child.start()
     child.join()
@@ -93,7 +93,7 @@ def test_killed_at_some_moment(
     folder, wanted, seconds = unbroken
     data = {"train": str(folder / "rows.jsonl")}
     tasks = {"tasks": [{"file": data["train"], "max_new_tokens": 3, "limit": 4}]}
-    arguments = settings(tiny("llama"), tmp_path, data=data, evaluate=tasks)
+    arguments = settings(tiny("llama"), tmp_path, data=data, evaluate=tasks, milora=NOT_SAID)
     child = children.Process(target=run, args=(arguments,))
     child.start()
     time.sleep(share * seconds)

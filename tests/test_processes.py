@@ -39,12 +39,8 @@ def config(tiny: Tiny, folder: Path, name: str, rows: int, **changes: Any) -> Pa
     if not data.exists():
         write_rows(data, 40)
     changes.setdefault("lora", {}).setdefault("lora_dropout", 0.0)
-    (folder / "general.txt").write_text("Nothing that the rows say stands in here. " * 20)
     training = {"per_device_train_batch_size": rows, "average_tokens_across_devices": True}
     changes["training"] = training | changes.get("training", {})
-    if "milora" in changes:
-        text = str(folder / changes["milora"]["text"])
-        changes["milora"] = changes["milora"] | {"text": text}
     asked = settings(tiny("llama"), folder, output_dir=str(folder / name), **changes)
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(asked))
@@ -125,7 +121,7 @@ def test_two_go_on_from_a_run_as_one_does(how: str, tiny: Tiny, tmp_path: Path) 
     alone(config(tiny, tmp_path, "first", 8))
     changes: dict[str, Any] = {"continue": {"run": str(tmp_path / "first"), "how": how}}
     if how == "fold":
-        changes["milora"] = {"protect": {"tasks": "all"}, "text": "general.txt"}
+        changes["milora"] = {"protect": {"tasks": "all"}}
     alone(config(tiny, tmp_path, "one", 8, **changes))
     finish(start("ddp", "train", str(config(tiny, tmp_path, "two", 4, **changes))))
     assert apart(tmp_path / "one", tmp_path / "two") < 1e-5

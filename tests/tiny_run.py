@@ -15,6 +15,8 @@ from milora.config import Config
 from milora.files import sha256
 from milora.progress import Progress
 
+NOT_SAID = {"start": None, "protect_inputs": None}  # of the block `milora`: left to the method
+
 
 def write_rows(path: Path, count: int = 24) -> Path:
     rows = [

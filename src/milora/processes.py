@@ -81,8 +81,8 @@ class Processes(NamedTuple):
             return make()
         data = torch.empty(0, dtype=torch.uint8)
         with self.agree():
-            if self.main:
-                data = torch.frombuffer(bytearray(make()), dtype=torch.uint8)
+            if self.main and (made := make()):  # torch takes no empty buffer
+                data = torch.frombuffer(bytearray(made), dtype=torch.uint8)
         size = torch.tensor([len(data)])
         dist.broadcast(size, 0, group=self.group)
         if not self.main:
