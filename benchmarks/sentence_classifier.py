@@ -111,6 +111,8 @@ class Start(NamedTuple):
     before: dict[str, Tensor]  # and the base's embeddings of them
     general: Pieces  # sentences of the same two texts that take part in runs: milora.text
     general_before: Tensor
+    validation: Pieces  # of the same kind, to choose settings by; neither of the above
+    validation_before: Tensor
 
 
 @functools.cache
@@ -124,10 +126,16 @@ def start() -> Start:
         return found
 
     other = {name: ids(sentences) for name, sentences in other_sentences().items()}
-    general = [piece for sentences in other_sentences(1).values() for piece in ids(sentences)]
+    general, validation = (
+        [piece for sentences in other_sentences(offset).values() for piece in ids(sentences)]
+        for offset in (1, 2)
+    )
     model = Classifier(encoder, 1)
     before = {name: over(model, pieces, "embed") for name, pieces in other.items()}
-    return Start(tokenizer, encoder, other, before, general, over(model, general, "embed"))
+    return Start(
+        tokenizer, encoder, other, before, general, over(model, general, "embed"),
+        validation, over(model, validation, "embed"),
+    )  # fmt: skip
 
 
 class Asked(NamedTuple):
@@ -235,6 +243,9 @@ def run(task: str, overrides: Sequence[str], rate: float, seed: int) -> dict[str
             "batch": BATCH, "epochs": EPOCHS, "head_rate": HEAD_RATE,
         },
         "held_out_loss": loss,
+        "validation_moved": moved(
+            start().validation_before, over(model, start().validation, "embed")
+        )["moved"],
         "trained_parameters": sum(p.numel() for p in trained),
         "seconds": {"training": seconds},
         "versions": {"torch": torch.__version__},

@@ -27,6 +27,7 @@ RECORD: dict[str, Any] = {
 }  # fmt: skip
 ASKED: dict[str, Any] = {
     "lora": {"r": 20, "lora_alpha": 20}, "seed": 0, "training": {"learning_rate": 1e-4},
+    "milora": {"start": "balanced", "protect_inputs": 64, "keep": None, "text": "sampled"},
 }  # fmt: skip
 STATE = {"accuracy": 0.5, "interval": (0.4, 0.6), "format_failures": 0.1, "loss": 1.0, "unended": 0}
 EVALUATION: dict[str, Any] = {
@@ -44,6 +45,7 @@ def test_the_card_says_what_a_user_must_know() -> None:
         "rank 40", "twice the trained rank 20", "--max-lora-rank 64",
         "90 rows for training (alpaca), 10 held out; 3 shortened, 2 refused", "abababab",
         "`train.jsonl`, sha256 `cdcdcdcd", "method milora, r 20, alpha 20", "learning_rate 0.0001",
+        "milora.start balanced", "milora.protect_inputs 64", "milora.text sampled",
         "seed 0", "adapted: q_proj (2)", "0.500 (0.400 to 0.600) | 0.900 (0.400 to 0.600)",
         "0.0123", "20.00 | 20.50", "1,234 trained parameters of 56,789", "licence: mit", "2.0e-07",
     ):  # fmt: skip

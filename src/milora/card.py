@@ -6,6 +6,8 @@ from typing import Any
 
 import yaml
 
+from milora.recommended import decisive
+
 SERVER_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes as --max-lora-rank
 
 # By PEFT's task type: the library's class, and what the hub calls the use of such a model.
@@ -52,6 +54,7 @@ def model_card(
     adapted = ", ".join(f"{kind} ({found['weights']})" for kind, found in kinds)
     recipe = [
         f"method {record['method']}, r {asked['lora']['r']}, alpha {asked['lora']['lora_alpha']}",
+        *(f"{key} {value}" for key, value in decisive(asked.get("milora", {}))),
         *(f"{key} {value}" for key, value in training.items()),
         f"seed {asked['seed']}",
         f"adapted: {adapted}",

@@ -134,7 +134,7 @@ def estimate(
             {name: (shape, rank) for name, (shape, rank, _) in shapes.items()},
             trained, checkpoints, top,
         ) if config else {"checkpoints/ and model/": (3 * checkpoints + 2) * trained_bytes},
-        "notes": _notes(milora, tokenizer, continue_),
+        "notes": _notes(method, milora, tokenizer, continue_),
     }  # fmt: skip
 
 
@@ -169,8 +169,9 @@ def _top(milora: Mapping[str, Any]) -> int:
 
 
 def _notes(
-    milora: Mapping[str, Any], tokenizer: Mapping[str, Any], continue_: Mapping[str, Any]
-) -> list[str]:
+    method: str, milora: Mapping[str, Any], tokenizer: Mapping[str, Any],
+    continue_: Mapping[str, Any],
+) -> list[str]:  # fmt: skip
     notes = []
     if continue_.get("run"):
         notes.append("continue: the frozen update of the earlier run is not counted")
@@ -179,6 +180,9 @@ def _notes(
                      "here: counted is lora.r for all")  # fmt: skip
     if not isinstance(parts_of(milora["protect"])[0], int):
         notes.append(f"milora.protect depends on the spectra: counted are {FIRST} directions")
+    if method == "milora" and milora["protect_inputs"] != 0:
+        notes.append("milora.protect_inputs: the 4,096 tokens that the base writes and reads are "
+                     "not counted")  # fmt: skip
     if milora["keep"]:
         notes.append("milora.keep: its passes over general text are not counted")
     if tokenizer.get("tokens") or tokenizer.get("special_tokens"):

@@ -52,6 +52,14 @@ def recommended(
     return _filled(milora, {"start": "balanced", "protect_inputs": count})
 
 
+def decisive(milora: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """What of the block the result depends on, for those who read about it."""
+    keys = ["start", "protect_inputs", "keep", "protect", "rank"]
+    if milora.get("protect_inputs") or milora.get("keep"):
+        keys.append("text")
+    return [(f"milora.{key}", milora[key]) for key in keys if milora.get(key)]
+
+
 def held_inputs(inputs: Iterable[int]) -> int:
     """How many of each weight's, where the narrowest would keep three quarters for the task."""
     return min([INPUTS, *(n // 4 for n in inputs)])

@@ -21,6 +21,7 @@ from milora.inspect_page import heat, spectra_panels
 from milora.matrices import kind_of
 from milora.pages import inked, inline, render, svg
 from milora.progress import duration
+from milora.recommended import decisive
 from milora.transfer import table
 
 LANGUAGES = ("en", "ja")
@@ -127,9 +128,7 @@ def _asked(record: Mapping[str, Any], asked: Mapping[str, Any]) -> list[tuple[st
     ]
     if asked["method"] != "full":
         chosen += [(f"lora.{key}", value) for key, value in asked["lora"].items()]
-        milora = asked.get("milora", {})
-        shown = ("start", "protect_inputs", "keep", "protect", "rank")
-        chosen += [(f"milora.{key}", milora[key]) for key in shown if milora.get(key)]
+        chosen += decisive(asked.get("milora", {}))
     chosen += [(f"continue.{key}", v) for key, v in asked.get("continue", {}).items() if v]
     chosen += [(f"tokenizer.{key}", v) for key, v in asked.get("tokenizer", {}).items() if v]
     chosen += [(f"training.{key}", value) for key, value in asked["training"].items()]
