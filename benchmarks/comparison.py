@@ -14,6 +14,7 @@ goes on from there on any machine; run folders lie beside it and are not.
 import argparse
 import os
 import shutil
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from small_llama import HELD_OUT, MODEL
 from tables import fill, has_place
 from tasks import ROOT, graded, kept_tasks, require_data, task_files, text_file
 
+from milora.card import short
 from milora.compare import Arm, compare, grid, measure_of, parse_arm, run_name, summary, write
 from milora.compare_page import Table, equal_score, markdown, plus_minus, scores, tables
 from milora.files import read_json, write_json, write_text
@@ -150,6 +152,17 @@ MINILM_FRONTS = (
     "lora:lora.use_dora=true",
     "lora:lora.init_lora_weights=mica",
 )
+FRONT_NAMES = {
+    "lora": "lora",
+    "lora:lora.use_dora=true": "DoRA",
+    "lora:lora.init_lora_weights=mica": "MiCA",
+    f"lora:{INPUTS}": "lora, inputs held",
+    "milora": "milora, published",
+    RECOMMENDED: "milora, the default",
+    f"milora:{BALANCED}:{INPUTS}": "milora, the default",  # of MiniLM, which writes no text
+    f"milora:{BALANCED}:{KEEP}=1": "milora, keep",
+    f"milora:{BALANCED}:{KEEP}=10": "milora, keep",
+}
 EVERY_RATE = ("smollm2fronts", "llamafronts", "minilmfronts")
 
 # By the first part of the name: arms, rates, tasks. The rates are widened where they must be.
@@ -238,9 +251,13 @@ def docs() -> None:
     for name, result in found.items():
         if equal := equal_score(result):
             parts[f"{name}, equal score"] = markdown(equal)
-    parts["comparison"] = markdown(against_lora(found))
+    parts["comparison"] = markdown(
+        against_lora({name: result for name, result in found.items() if "fronts" not in name})
+    )
+    parts["by rate"] = markdown(by_rate("smollm2fronts-polarity"))
+    parts["fronts"] = markdown(at_own_rates(found))
     parts["equal rates"] = markdown(at_equal_rates())
-    parts["short"] = markdown(short(found))
+    parts["short"] = markdown(briefly(found))
     for page in (Path("docs/results.md"), Path("README.md")):
         text = page.read_text(encoding="utf-8")
         fill(page, {name: lines for name, lines in parts.items() if has_place(text, name)})
@@ -256,13 +273,13 @@ def against_lora(found: dict[str, dict[str, Any]]) -> Table:
     head = ["comparison", "method", "accuracy", "less LoRA's (95 %)", "forgotten", "of LoRA's"]
     rows = []
     for name, result in found.items():
-        if "lora" not in result["arms"] or "fronts" in name:
-            continue  # of protection and of fronts, which have sections of their own
+        if "lora" not in result["arms"]:
+            continue  # of protection, which has a section of its own
         task = name.split("-")[1]
         own = {arm: one["knowledge"][0] for arm, one in result["arms"].items()}
         key = measure_of(own["lora"])
         for arm, one in result["arms"].items():
-            row = [name, arm.partition(":")[0] + (" + decay" if ":" in arm else "")]
+            row = [name, _named(arm, "fronts" in name)]
             row.append(plus_minus(one["tasks"][task]["accuracy"], 3))
             pair = [p for p in result["pairs"] if p["task"] == task]
             pair = [p for p in pair if (p["first"], p["second"]) == ("lora", arm)]
@@ -276,6 +293,55 @@ def against_lora(found: dict[str, dict[str, Any]]) -> Table:
             )
             rows.append(row)
     return Table(head, rows)
+
+
+def _named(arm: str, fronts: bool) -> str:
+    plain = arm.partition(":")[0] + (" + decay" if ":" in arm else "")
+    return FRONT_NAMES.get(arm, plain) if fronts else plain
+
+
+def at_own_rates(found: dict[str, dict[str, Any]]) -> Table:
+    """Of the fronts, LoRA, the default and those that stand for the rest, each at its own rate."""
+    own = {}
+    for name, result in found.items():
+        if "fronts" in name:
+            arms = {
+                arm: one
+                for arm, one in result["arms"].items()
+                if arm in FRONT_NAMES or ("weight_decay" in arm and arm.startswith("lora"))
+            }
+            own[name] = {**result, "arms": arms}
+    return against_lora(own)
+
+
+def by_rate(name: str) -> Table:
+    """What LoRA and the default came to at every rate, with as many seeds as there are."""
+    head, rows = ["arm", "rate", "seeds", "held-out loss", "accuracy"], []
+    task = name.split("-")[1]
+    for arm in ("lora", RECOMMENDED):
+        begin = run_name(arm, 0.5, 0).removesuffix("0.5-0")
+        runs: dict[float, list[dict[str, Any]]] = {}
+        for path in sorted((RESULTS / name).glob(f"{begin}0.*.json")):
+            rate, _, _ = path.stem.removeprefix(begin).rpartition("-")
+            runs.setdefault(float(rate), []).append(read_json(path))
+        for rate, of in sorted(runs.items()):
+            texts = [short(one["text"]) for one in of[0]["evaluation"]["knowledge"]]
+            head = head[:5] + [f"KL, {text}" for text in texts]
+            figures = [
+                [one["held_out_loss"] for one in of],
+                [one["evaluation"]["tasks"][task]["tuned"]["accuracy"] for one in of],
+                *(
+                    [one["evaluation"]["knowledge"][i]["kl"] for one in of]
+                    for i in range(len(texts))
+                ),
+            ]
+            rows.append([FRONT_NAMES[arm], f"{rate:g}", str(len(of)), *map(_spread, figures)])
+    return Table(head, rows)
+
+
+def _spread(values: Sequence[float]) -> str:
+    told = f"{statistics.fmean(values):.4f}"
+    return told if len(values) < 2 else f"{told} ± {statistics.stdev(values):.4f}"
 
 
 def at_equal_rates() -> Table:
@@ -305,7 +371,7 @@ def _kept_and_right(evaluation: dict[str, Any], task: str) -> tuple[float, float
     return kept["kl" if "kl" in kept else "moved"], evaluation["tasks"][task]["tuned"]["accuracy"]
 
 
-def short(found: dict[str, dict[str, Any]]) -> Table:
+def briefly(found: dict[str, dict[str, Any]]) -> Table:
     """LoRA and MiLoRA alone: learned and forgotten."""
     head = ["comparison", "LoRA: accuracy, forgotten", "MiLoRA: accuracy, forgotten"]
     rows = []

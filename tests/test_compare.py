@@ -248,6 +248,19 @@ def test_runs_of_different_material_are_not_compared(what: str) -> None:
         summary(outcomes, [0, 1])
 
 
+def test_arms_may_have_general_texts_of_their_own() -> None:
+    def run_of(text: str, train: str = "1") -> Any:
+        files = {"train.jsonl": train} | ({} if text == "sampled" else {text: "2"})
+        settings = {"settings": {"milora": {"text": text}}, "data_sha256": files}
+        return outcome(1.0) | settings
+
+    outcomes = {("a", 1e-3, 0): run_of("wiki.txt"), ("b", 1e-3, 0): run_of("sampled")}
+    assert set(summary(outcomes, [0])["arms"]) == {"a", "b"}
+    outcomes["c", 1e-3, 0] = run_of("sampled", train="3")
+    with pytest.raises(UserError, match="of different data"):
+        summary(outcomes, [0])
+
+
 HOSTILE = "<script>alert(1)</script>|"
 
 

@@ -334,13 +334,22 @@ def _check_alike(outcomes: Outcomes) -> None:
         seen: dict[str, str] = {}
         for (arm, rate, seed), outcome in outcomes.items():
             if what in outcome:
-                seen.setdefault(json.dumps(outcome[what]), run_name(arm, rate, seed))
+                seen.setdefault(json.dumps(_shared(outcome, what)), run_name(arm, rate, seed))
         if len(seen) > 1:
             first, second, *_ = seen.values()
             raise UserError(
                 f"{first}.json and {second}.json are of different {what.partition('_')[0]}: the "
                 "model or a file has changed since the comparison began; choose another output_dir"
             )
+
+
+def _shared(outcome: Outcome, what: str) -> Any:
+    """Without the files of milora.text, which an arm may have of its own."""
+    if what != "data_sha256":
+        return outcome[what]
+    own = outcome.get("settings", {}).get("milora", {}).get("text") or []
+    texts = [own] if isinstance(own, str) else own
+    return {file: digest for file, digest in outcome[what].items() if file not in texts}
 
 
 def _machines(outcomes: Outcomes) -> dict[str, int]:
