@@ -257,7 +257,9 @@ def docs() -> None:
     parts["by rate"] = markdown(by_rate("smollm2fronts-polarity"))
     parts["fronts"] = markdown(at_own_rates(found))
     parts["equal rates"] = markdown(at_equal_rates())
-    parts["short"] = markdown(briefly(found))
+    fronts = {name: result for name, result in found.items() if "fronts" in name}
+    parts["short"] = markdown(briefly({n: r for n, r in found.items() if n not in fronts}))
+    parts["default"] = markdown(briefly(fronts))
     for page in (Path("docs/results.md"), Path("README.md")):
         text = page.read_text(encoding="utf-8")
         fill(page, {name: lines for name, lines in parts.items() if has_place(text, name)})
@@ -372,14 +374,15 @@ def _kept_and_right(evaluation: dict[str, Any], task: str) -> tuple[float, float
 
 
 def briefly(found: dict[str, dict[str, Any]]) -> Table:
-    """LoRA and MiLoRA alone: learned and forgotten."""
+    """LoRA and another alone, MiLoRA as published or, of the fronts, the default."""
     head = ["comparison", "LoRA: accuracy, forgotten", "MiLoRA: accuracy, forgotten"]
     rows = []
     for name, result in found.items():
         task, arms = name.split("-")[1], result["arms"]
-        if "lora" in arms and "fronts" not in name:
+        other = RECOMMENDED if "fronts" in name else "milora"
+        if "lora" in arms and other in arms:
             row = [name]
-            for arm in ("lora", "milora"):
+            for arm in ("lora", other):
                 kept = arms[arm]["knowledge"][0]
                 score = plus_minus(arms[arm]["tasks"][task]["accuracy"], 3)
                 row.append(f"{score}, {plus_minus(kept[measure_of(kept)], 3)}")
