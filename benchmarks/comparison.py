@@ -14,7 +14,6 @@ goes on from there on any machine; run folders lie beside it and are not.
 import argparse
 import os
 import shutil
-import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +25,17 @@ from tables import fill, has_place
 from tasks import ROOT, graded, kept_tasks, require_data, task_files, text_file
 
 from milora.card import short
-from milora.compare import Arm, compare, grid, measure_of, parse_arm, run_name, summary, write
+from milora.compare import (
+    Arm,
+    compare,
+    grid,
+    measure_of,
+    parse_arm,
+    run_name,
+    spread,
+    summary,
+    write,
+)
 from milora.compare_page import Table, equal_score, markdown, plus_minus, scores, tables
 from milora.files import read_json, write_json, write_text
 from milora.progress import Progress
@@ -251,14 +260,13 @@ def docs() -> None:
     for name, result in found.items():
         if equal := equal_score(result):
             parts[f"{name}, equal score"] = markdown(equal)
-    parts["comparison"] = markdown(
-        against_lora({name: result for name, result in found.items() if "fronts" not in name})
-    )
-    parts["by rate"] = markdown(by_rate("smollm2fronts-polarity"))
-    parts["fronts"] = markdown(at_own_rates(found))
-    parts["equal rates"] = markdown(at_equal_rates())
     fronts = {name: result for name, result in found.items() if "fronts" in name}
-    parts["short"] = markdown(briefly({n: r for n, r in found.items() if n not in fronts}))
+    others = {name: result for name, result in found.items() if name not in fronts}
+    parts["comparison"] = markdown(against_lora(others))
+    parts["by rate"] = markdown(by_rate("smollm2fronts-polarity"))
+    parts["fronts"] = markdown(at_own_rates(fronts))
+    parts["equal rates"] = markdown(at_equal_rates())
+    parts["short"] = markdown(briefly(others))
     parts["default"] = markdown(briefly(fronts))
     for page in (Path("docs/results.md"), Path("README.md")):
         text = page.read_text(encoding="utf-8")
@@ -302,17 +310,16 @@ def _named(arm: str, fronts: bool) -> str:
     return FRONT_NAMES.get(arm, plain) if fronts else plain
 
 
-def at_own_rates(found: dict[str, dict[str, Any]]) -> Table:
-    """Of the fronts, LoRA, the default and those that stand for the rest, each at its own rate."""
+def at_own_rates(fronts: dict[str, dict[str, Any]]) -> Table:
+    """LoRA, the default and those that stand for the rest, each at its own rate."""
     own = {}
-    for name, result in found.items():
-        if "fronts" in name:
-            arms = {
-                arm: one
-                for arm, one in result["arms"].items()
-                if arm in FRONT_NAMES or ("weight_decay" in arm and arm.startswith("lora"))
-            }
-            own[name] = {**result, "arms": arms}
+    for name, result in fronts.items():
+        arms = {
+            arm: one
+            for arm, one in result["arms"].items()
+            if arm in FRONT_NAMES or ("weight_decay" in arm and arm.startswith("lora"))
+        }
+        own[name] = {**result, "arms": arms}
     return against_lora(own)
 
 
@@ -337,13 +344,9 @@ def by_rate(name: str) -> Table:
                     for i in range(len(texts))
                 ),
             ]
-            rows.append([FRONT_NAMES[arm], f"{rate:g}", str(len(of)), *map(_spread, figures)])
+            told = [plus_minus(spread(values), 4) for values in figures]
+            rows.append([FRONT_NAMES[arm], f"{rate:g}", str(len(of)), *told])
     return Table(head, rows)
-
-
-def _spread(values: Sequence[float]) -> str:
-    told = f"{statistics.fmean(values):.4f}"
-    return told if len(values) < 2 else f"{told} ± {statistics.stdev(values):.4f}"
 
 
 def at_equal_rates() -> Table:

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import optuna
-import torch
 from optuna import Trial
 from optuna.samplers import TPESampler
 from sentence_classifier import run
 from tables import fill
 from tasks import ROOT, require_data
 
+from milora.compare import bootstrap, row_means
 from milora.compare_page import Table, markdown
 from milora.files import read_json, write_json
 from milora.fronts import front
@@ -34,7 +34,6 @@ TASKS = ("polarity", "trec", "subjectivity")
 RATES = 1e-4, 1e-2
 TRIALS, KEPT = 16, (8, 4)  # settings with the first seed; that go on to the second and the third
 LORA = "LoRA"
-DRAWS = 2000
 
 
 def _decay(trial: Trial) -> str:
@@ -81,10 +80,13 @@ def _short(value: float) -> str:
     return f"{value:.2g}"
 
 
+def folder_of(task: str, arm: str) -> Path:
+    return RESULTS / task / "".join(c if c.isalnum() else "-" for c in arm.lower())
+
+
 def outcome(task: str, arm: str, number: int, overrides: list[str], rate: float, seed: int) -> Any:
     """Of one run, from its file where there is one."""
-    name = "".join(c if c.isalnum() else "-" for c in arm.lower())
-    file = RESULTS / task / name / f"{number}-{seed}.json"
+    file = folder_of(task, arm) / f"{number}-{seed}.json"
     if not file.exists():
         found = run(task, overrides, rate, seed)
         write_json(file, {**found, "overrides": overrides, "learning_rate": rate})
@@ -143,45 +145,26 @@ def rows(task: str, finalists: dict[str, list[Tried]]) -> Iterator[list[str]]:
     for arm, one in taken.items():
         settings = [key for key in one.outcomes[0]["overrides"] if not key.startswith("method")]
         settings = [key.replace("milora.", "").replace("training.", "") for key in settings]
-        difference, low, high = paired(task, one, reference)
+        apart = row_means(one.outcomes, task) - row_means(reference.outcomes, task)
+        low, high = bootstrap(apart)
         moved, theirs = (_test_moved(each) for each in (one, reference))
         yield [
             task, arm, ", ".join([f"{one.outcomes[0]['learning_rate']:g}", *settings]),
-            f"{one.loss:.3f}", f"{_accuracy(task, one):.3f}",
-            "" if arm == LORA else f"{difference:+.3f} ({low:+.3f} to {high:+.3f})",
+            f"{one.loss:.3f}", f"{float(row_means(one.outcomes, task).mean()):.3f}",
+            "" if arm == LORA else f"{float(apart.mean()):+.3f} ({low:+.3f} to {high:+.3f})",
             f"{moved:.4f}", f"{moved / theirs:.2f}",
         ]  # fmt: skip
-
-
-def _accuracy(task: str, one: Tried) -> float:
-    return statistics.fmean(_right(task, one).tolist())
-
-
-def _right(task: str, one: Tried) -> torch.Tensor:
-    """(rows,) how often each test row was right, over the seeds."""
-    strings = [each["right"][task] for each in one.outcomes]
-    return torch.tensor([[int(c) for c in string] for string in strings]).double().mean(0)
 
 
 def _test_moved(one: Tried) -> float:
     return statistics.fmean(each["evaluation"]["knowledge"][0]["moved"] for each in one.outcomes)
 
 
-def paired(task: str, one: Tried, other: Tried) -> tuple[float, float, float]:
-    """The difference of accuracy, and 95 % of it by resampling the rows."""
-    apart = _right(task, one) - _right(task, other)
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(len(apart), (DRAWS, len(apart)), generator=generator)
-    low, high = apart[drawn].mean(1).quantile(torch.tensor([0.025, 0.975]).double()).tolist()
-    return float(apart.mean()), low, high
-
-
 def finished(task: str) -> dict[str, list[Tried]]:
     """The arms whose search is whole, from their files alone."""
     found = {}
     for arm in ARMS:
-        name = "".join(c if c.isalnum() else "-" for c in arm.lower())
-        if len(list((RESULTS / task / name).glob("*.json"))) == TRIALS + sum(KEPT):
+        if len(list(folder_of(task, arm).glob("*.json"))) == TRIALS + sum(KEPT):
             found[arm] = search(task, arm)
     return found
 

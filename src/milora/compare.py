@@ -313,7 +313,7 @@ def _at_equal_score(
     }
     return {
         task: matched(
-            {arm: {one: _row_means(of, task) for one, of in r.items()} for arm, r in whole.items()},
+            {arm: {one: row_means(of, task) for one, of in r.items()} for arm, r in whole.items()},
             forgotten, arms[0], rate,
         )
         for task in whole[arms[0]][rate][0]["right"]
@@ -441,7 +441,7 @@ def _pairs(chosen: Mapping[str, Sequence[Outcome]]) -> list[dict[str, Any]]:
     for place, first in enumerate(names):
         for second in names[place + 1 :]:
             for task in chosen[first][0]["right"]:
-                difference = _row_means(chosen[first], task) - _row_means(chosen[second], task)
+                difference = row_means(chosen[first], task) - row_means(chosen[second], task)
                 low, high = bootstrap(difference)
                 found.append(
                     {"first": first, "second": second, "task": task,
@@ -450,7 +450,7 @@ def _pairs(chosen: Mapping[str, Sequence[Outcome]]) -> list[dict[str, Any]]:
     return found
 
 
-def _row_means(outcomes: Sequence[Outcome], task: str) -> Tensor:
+def row_means(outcomes: Sequence[Outcome], task: str) -> Tensor:
     """Each row's mean over the seeds, (rows,) fp64, so that what is resampled is the test set."""
     rows = [[float(digit) for digit in outcome["right"][task]] for outcome in outcomes]
     return torch.tensor(rows, dtype=torch.float64).mean(0)

@@ -146,7 +146,7 @@ def check(
         check_material(earlier, base_sha, model, labels, in_rows)
         previous = previous_update(earlier, base.model, init.parent)
     names: dict[str, adapter.Target] = {}
-    open_yet = method == "milora" and not_said(milora)
+    open_yet = not_said(milora)
     if method != "full" and (milora["rank"] or isinstance(protect, dict) or open_yet):
         names = _targets(base, lora)
         check_patterns(protect, list(names))
@@ -304,7 +304,7 @@ def _check_general(milora: Mapping[str, Any], method: str, progress: Progress) -
     asked = [key for key in ("keep", "protect_inputs") if milora[key]]
     if method == "full" and asked:
         raise UserError(f"milora.{asked[0]}: full fine-tuning has no adapter to hold: use one")
-    if (milora["start"] or "published") != "published" and method not in adapter.COMPONENT:
+    if milora["start"] != "published" and method not in adapter.COMPONENT:
         raise UserError(
             f"milora.start is {milora['start']}, which method {method} does not have: leave it out"
         )

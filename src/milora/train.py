@@ -298,7 +298,9 @@ def _begin(ready: Ready, processes: Processes, progress: Progress) -> Begun:
 def _general(ready: Ready, base_sha256: str, progress: Progress) -> Pieces:
     """Pieces of milora.text: of files, or what the base writes, once for a run and once here."""
     base, milora = ready.material.base, ready.asked["milora"]
-    if milora["text"] != SAMPLED or not (milora["keep"] or milora["protect_inputs"]):
+    known = ready.origin.with_name("top.safetensors").exists()  # and the inputs in it
+    wanted = milora["keep"] or (milora["protect_inputs"] and not known)
+    if milora["text"] != SAMPLED or not wanted:
         return ready.material.general
     if ready.written.exists():
         return load_pieces(ready.written)
