@@ -23,10 +23,13 @@ import yaml
 from small_llama import HELD_OUT, MODEL
 from tables import fill, has_place
 from tasks import ROOT, graded, kept_tasks, require_data, task_files, text_file
+from variants import is_variant
+from variants import run as variant
 
 from milora.card import short
 from milora.compare import (
     Arm,
+    Outcome,
     compare,
     grid,
     measure_of,
@@ -34,9 +37,11 @@ from milora.compare import (
     run_name,
     spread,
     summary,
+    trained,
     write,
 )
 from milora.compare_page import Table, equal_score, markdown, plus_minus, scores, tables
+from milora.config import Config
 from milora.files import read_json, write_json, write_text
 from milora.progress import Progress
 from milora.recommended import PUBLISHED
@@ -105,21 +110,39 @@ def held(task: str) -> dict[str, Any]:
 
 
 def llamafronts(task: str) -> dict[str, Any]:
-    return llama(task, "llamafronts")
+    return llama(task, "llamafronts") | {"milora": {**PUBLISHED, "text": "sampled"}}
 
 
 def smollm2fronts(task: str) -> dict[str, Any]:
-    """Without the likelihood tasks, which take longer than all the rest."""
+    """Without the likelihood tasks, which take longer than all the rest; more rows of the test."""
+    whole = {"polarity": 1000, "trec": 500, "mawps": 234}[task]
+    files = task_files(task, 640, 160, whole, f"{task}-640-{whole}")
     values = smollm2(task, "smollm2fronts")
-    values["evaluate"]["tasks"] = values["evaluate"]["tasks"][:1]
-    return values | {"milora": {**PUBLISHED, "text": text_file("wikitext2_valid.txt")}}
+    values["data"] |= {"train": files["train"], "eval": files["held_out"]}
+    values["evaluate"] |= {"tasks": [graded(task, files["test"])], "batch_size": 128}
+    return values | {"milora": {**PUBLISHED, "text": "sampled"}}
+
+
+def smollm2large(task: str) -> dict[str, Any]:
+    """3,200 rows, 200 steps of 16."""
+    files = task_files(task, 3200, 160, {"gsm8k": 256, "commonsense": 1000}[task])
+    values = settings("smollm2-135m", f"smollm2large-{task}", files, epochs=1)
+    values["data"]["max_length"] = 384
+    evaluate = {
+        "tasks": [graded(task, files["test"])],
+        "knowledge": [text_file("wikitext2_test.txt"), text_file("c4_demo.jsonl")],
+        "chunks": 16,
+        "batch_size": 128,
+    }
+    return values | {"dtype": "bfloat16", "evaluate": evaluate}
 
 
 def smollm2texts(task: str) -> dict[str, Any]:
     """On a third text too, which is neither the one that the runs know nor like it."""
-    values = smollm2fronts(task) | {"output_dir": str(RESULTS / f"smollm2texts-{task}")}
+    values = smollm2(task, "smollm2texts")
+    values["evaluate"]["tasks"] = values["evaluate"]["tasks"][:1]
     values["evaluate"]["knowledge"].append("default")
-    return values
+    return values | {"milora": {**PUBLISHED, "text": text_file("wikitext2_valid.txt")}}
 
 
 def smollm2held(task: str) -> dict[str, Any]:
@@ -129,42 +152,44 @@ def smollm2held(task: str) -> dict[str, Any]:
 # Who forgets less at equal score: each constraint, and all together; all seeds at every rate.
 KEEP, INPUTS, BALANCED = "milora.keep.weight", "milora.protect_inputs=64", "milora.start=balanced"
 RECOMMENDED = f"milora:{BALANCED}:{INPUTS}:milora.text=sampled"  # what `method: milora` does
+DORA, MICA = "lora:lora.use_dora=true", "lora:lora.init_lora_weights=mica"  # PEFT's own
 FRONTS = (
     "lora",
     "lora:training.weight_decay=3",
+    DORA,
+    MICA,
     f"lora:{INPUTS}",
-    f"lora:{KEEP}=1",
     "milora",
-    "milora:training.weight_decay=3",
-    f"milora:{BALANCED}",
-    f"milora:{BALANCED}:{KEEP}=1",
-    f"milora:milora.protect=64:{BALANCED}:{INPUTS}:{KEEP}=1",
     RECOMMENDED,
+    f"milora:{BALANCED}:{KEEP}=1",
 )
+LLAMA_FRONTS = tuple(arm.replace("decay=3", "decay=1") for arm in FRONTS)
+LARGE = ("lora", "lora:training.weight_decay=3", "milora", RECOMMENDED)
 TEXTS = tuple(
     f"milora:{BALANCED}:{held}{text}"
     for held in (INPUTS, f"{KEEP}=1")
     for text in ("", ":milora.text=sampled")  # WikiText-2's validation set, else
 )
-LLAMA_FRONTS = (
+MINILM_FRONTS = (
     "lora",
     "lora:training.weight_decay=1",
-    f"lora:{INPUTS}:milora.text=sampled",
-    "milora",
-    RECOMMENDED,
-)
-MINILM_FRONTS = (
-    *(arm.replace("decay=3", "decay=1").replace("weight=1", "weight=10") for arm in FRONTS[:-1]),
+    DORA,
+    MICA,
+    f"lora:{INPUTS}",
+    f"lora:{KEEP}=10",
     "lora:milora.protect=64",
-    f"milora:{BALANCED}:{INPUTS}",
+    "milora",
+    "milora:training.weight_decay=1",
+    f"milora:{BALANCED}",
     "milora:milora.start=directions",
-    "lora:lora.use_dora=true",
-    "lora:lora.init_lora_weights=mica",
+    f"milora:{BALANCED}:{INPUTS}",
+    f"milora:{BALANCED}:{KEEP}=10",
+    f"milora:milora.protect=64:{BALANCED}:{INPUTS}:{KEEP}=10",
 )
 FRONT_NAMES = {
     "lora": "lora",
-    "lora:lora.use_dora=true": "DoRA",
-    "lora:lora.init_lora_weights=mica": "MiCA",
+    DORA: "DoRA",
+    MICA: "MiCA",
     f"lora:{INPUTS}": "lora, inputs held",
     "milora": "milora, published",
     RECOMMENDED: "milora, the default",
@@ -172,13 +197,14 @@ FRONT_NAMES = {
     f"milora:{BALANCED}:{KEEP}=1": "milora, keep",
     f"milora:{BALANCED}:{KEEP}=10": "milora, keep",
 }
-EVERY_RATE = ("smollm2fronts", "llamafronts", "minilmfronts")
+EVERY_RATE = ("smollm2fronts", "smollm2large", "llamafronts", "minilmfronts")
 
 # By the first part of the name: arms, rates, tasks. The rates are widened where they must be.
 COMPARISONS = {
     "smollm2fronts": (FRONTS, (3e-4, 1e-3, 3e-3), ("polarity", "trec", "mawps")),
     "llamafronts": (LLAMA_FRONTS, (3e-4, 1e-3, 3e-3), ("trec", "subjectivity", "polarity")),
     "minilmfronts": (MINILM_FRONTS, (1e-4, 3e-4, 1e-3, 3e-3), ("trec", "subjectivity", "polarity")),
+    "smollm2large": (LARGE, (1e-3, 3e-3), ("gsm8k", "commonsense")),
     "smollm2texts": (TEXTS, (1e-3,), ("polarity",)),
     "smollm2": (SMOLLM2, (1e-4, 3e-4, 1e-3), ("trec", "mawps", "polarity")),
     "smollm2held": (HELD_256, (1e-4, 3e-4, 1e-3), ("trec", "polarity")),
@@ -204,8 +230,12 @@ def causal(
     with Progress() as progress:
         return compare(
             config, [], [parse_arm(arm) for arm in arms], seeds, rates, progress,
-            widen=not every_rate, every_rate=every_rate,
+            widen=not every_rate, every_rate=every_rate, make=made,
         )  # fmt: skip
+
+
+def made(settings: Config, progress: Progress) -> Outcome:
+    return variant(settings, progress) if is_variant(settings) else trained(settings, progress)
 
 
 def minilm(
@@ -416,7 +446,7 @@ def main() -> None:
     else:
         of = {
             "smollm2": smollm2, "smollm2held": smollm2held, "smollm2fronts": smollm2fronts,
-            "smollm2texts": smollm2texts,
+            "smollm2large": smollm2large, "smollm2texts": smollm2texts,
             "llama": llama, "llamafronts": llamafronts, "held": held,
         }  # fmt: skip
         every = model in EVERY_RATE or len(rates) == 1

@@ -1,7 +1,7 @@
 """Is `milora estimate` right? Against short real runs, each in a process of its own.
 
     python benchmarks/estimate.py cpu [CASE]   # SmolLM2-135M, Gemma-3-270M; minutes a case
-    python benchmarks/estimate.py gpu          # a drawn model of SmolLM2's shape; a minute
+    python benchmarks/estimate.py gpu          # drawn models of their shapes; two minutes
     python benchmarks/estimate.py plan         # 70 and 405 billion parameters, on paper
     python benchmarks/estimate.py docs         # the tables of docs/speed.md, from the JSON
 
@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from step import resident
 from svd import RESULTS, ROOT, machine, write
 from tables import fill
+from transformers import Gemma3TextConfig, LlamaConfig, PreTrainedConfig
 
 from milora.config import Config
 from milora.costs import Step, per_device
@@ -46,6 +47,7 @@ GPU: dict[str, dict[str, Any]] = {
     "drawn-checkpointing": {"rows": 8, "tokens": 512, "checkpointing": True},
     "drawn-autocast": {"rows": 8, "tokens": 512, "bf16": True},
     "drawn-full": {"rows": 4, "tokens": 512, "method": "full"},
+    "drawn-gemma": {"rows": 4, "tokens": 512},
 }
 PLANS = {  # hidden, feed-forward, layers, heads, and GPUs to share it out among
     "70B": (8192, 28672, 80, 64, (4, 8, 16, 64)),
@@ -61,7 +63,7 @@ def settings(name: str, case: dict[str, Any], folder: Path) -> dict[str, Any]:
 
         model = str(gemma())
     elif name.startswith("drawn"):
-        model = str(drawn())
+        model = str(drawn("gemma" if name == "drawn-gemma" else "smollm2"))
     data = folder / "rows.jsonl"
     count = case["rows"] * (STEPS + 1)
     data.write_text(
@@ -81,19 +83,15 @@ def settings(name: str, case: dict[str, Any], folder: Path) -> dict[str, Any]:
     return Config.model_validate(values).model_dump()
 
 
-def drawn() -> Path:
-    """A model of SmolLM2's shape with drawn weights, and a tokenizer of bytes."""
+def drawn(shape: str) -> Path:
+    """A model of the shape of SmolLM2 or Gemma-3-270M with drawn weights; a tokenizer of bytes."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-    folder = BUILD / "drawn"
+    folder = BUILD / f"drawn-{shape}"
     if not (folder / "tokenizer.json").exists():
         torch.manual_seed(0)
-        config = LlamaConfig(
-            hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-            num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True,
-        )  # fmt: skip
-        LlamaForCausalLM(config).save_pretrained(folder)
+        AutoModelForCausalLM.from_config(config_of(shape)).save_pretrained(folder)
         letters = sorted(pre_tokenizers.ByteLevel.alphabet())
         vocabulary = {"<s>": 0, "</s>": 1} | {c: i + 2 for i, c in enumerate(letters)}
         inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -102,6 +100,19 @@ def drawn() -> Path:
             tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="</s>"
         ).save_pretrained(folder)
     return folder
+
+
+def config_of(shape: str) -> PreTrainedConfig:
+    if shape == "smollm2":
+        return LlamaConfig(
+            hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+            num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True,
+        )  # fmt: skip
+    return Gemma3TextConfig(
+        hidden_size=640, intermediate_size=2048, num_hidden_layers=18, num_attention_heads=4,
+        num_key_value_heads=1, head_dim=256, vocab_size=262144, sliding_window=512,
+        bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
 
 
 def child(name: str) -> None:
@@ -151,8 +162,6 @@ def measure(names: list[str], where: str) -> None:
 
 def shape_of(name: str) -> Path:
     """A folder with no more than the config of a model of PLANS."""
-    from transformers import LlamaConfig
-
     hidden, wide, layers, heads, _ = PLANS[name]
     folder = BUILD / name
     LlamaConfig(
@@ -244,7 +253,6 @@ def main() -> None:
     elif given.what == "cpu":
         measure(given.rest or list(CASES), "cpu")
     elif given.what == "gpu":
-        drawn()
         measure(list(GPU), "gpu")
     elif given.what == "plan":
         plan()

@@ -3,6 +3,8 @@
     classify  TREC (6 classes of question), polarity and subjectivity (2 classes of sentence)
     MAWPS     the arithmetic expression of a word problem, between dollars, so that math-verify
               reads it; right when the value is
+    GSM8K     the steps of a word problem in words, and the number after "####"
+    mix       BoolQ, ARC-Easy, ARC-Challenge and OpenBookQA in LLM-Adapters' prompts
     kept      ARC-Easy and PIQA, by the likelihood of the options; WikiText-2 and C4 as text
 
 Rows of a training set that also stand in its test set (or in MAWPS's validation set) are left out,
@@ -15,6 +17,7 @@ import json
 import operator
 import os
 import random
+import re
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
@@ -41,6 +44,8 @@ SYSTEM = {  # short, since it is read with every row
     "polarity": "Positive or negative?",
     "subjectivity": "Subjective or objective?",
     "mawps": "Write the expression.",
+    "gsm8k": "Solve it step by step, with #### before the number in the end.",
+    "commonsense": "Answer the question.",
 }
 
 
@@ -118,8 +123,36 @@ def mawps() -> tuple[list[Row], list[Row]]:
     return parts[0], parts[1]
 
 
+def gsm8k() -> tuple[list[Row], list[Row]]:
+    """Without the notes for a calculator, <<48/2=24>>."""
+    parts = []
+    for name in ("train", "test"):
+        lines = (DATA / "gsm8k" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        items = [json.loads(line) for line in lines]
+        rows = [Row(i["question"], re.sub("<<.*?>>", "", i["answer"])) for i in items]
+        random.Random(0).shuffle(rows)
+        parts.append(rows)
+    return parts[0], parts[1]
+
+
+def commonsense() -> tuple[list[Row], list[Row]]:
+    """All that there is to train on; for the test as many of each set."""
+    parts = []
+    for name, each in (("train", None), ("test", 500)):
+        rows = []
+        for source in ("boolq", "ARC-Easy", "ARC-Challenge", "openbookqa"):
+            items = json.loads((DATA / "commonsense" / f"{source}_{name}.json").read_text())
+            own = [Row(item["instruction"], item["output"]) for item in items]
+            random.Random(0).shuffle(own)
+            rows += own[:each]
+        random.Random(0).shuffle(rows)
+        parts.append(rows)
+    return parts[0], parts[1]
+
+
 SETS: dict[str, Callable[[], tuple[list[Row], list[Row]]]] = {
     "trec": trec, "polarity": polarity, "subjectivity": subjectivity, "mawps": mawps,
+    "gsm8k": gsm8k, "commonsense": commonsense,
 }  # fmt: skip
 
 OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
@@ -166,13 +199,13 @@ def split(task: str, train: int, held_out: int, test: int) -> Split:
     return Split(rows[:train], rows[train : train + held_out], tested, leaks)
 
 
-def task_files(task: str, train: int, held_out: int, test: int) -> dict[str, str]:
+def task_files(task: str, train: int, held_out: int, test: int, folder: str = "") -> dict[str, str]:
     """Paths of train, held_out and test as JSONL in the alpaca format."""
     parts = split(task, train, held_out, test)
     paths = {}
     for name in ("train", "held_out", "test"):
         rows: list[Row] = getattr(parts, name)
-        path = BUILD / f"{task}-{train}" / f"{name}.jsonl"
+        path = BUILD / (folder or f"{task}-{train}") / f"{name}.jsonl"
         lines = [
             json.dumps({"system": SYSTEM[task], "instruction": q, "output": a}) for q, a in rows
         ]
@@ -197,8 +230,14 @@ def graded(task: str, file: str) -> dict[str, Any]:
     """The task under evaluate.tasks."""
     if task == "mawps":
         return {"file": file, "name": task, "match": "math", "max_new_tokens": 32}
-    pattern = rf"\b({'|'.join(LABELS[task])})\b"
-    return {"file": file, "name": task, "match": "choice", "pattern": pattern, "max_new_tokens": 6}
+    if task == "gsm8k":
+        return {"file": file, "name": task, "match": "number", "max_new_tokens": 256}
+    if task == "commonsense":
+        pattern, longest = r"\b(true|false|answer[1-5])\b", 12
+    else:
+        pattern, longest = rf"\b({'|'.join(LABELS[task])})\b", 6
+    of = {"match": "choice", "pattern": pattern, "max_new_tokens": longest}
+    return {"file": file, "name": task, **of}
 
 
 def kept_tasks(limit: int) -> Iterator[dict[str, Any]]:

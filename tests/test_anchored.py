@@ -125,7 +125,7 @@ def test_on_16_bits_the_update_is_rounded_as_a_share_of_itself(
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_what_is_kept_for_the_backward(dropout: float) -> None:
-    """Beside x and the factors, which are there anyway: A x, and of the dropout a byte an entry."""
+    """Beside x, which is there anyway: [A; A - A0] x, the stacks, a byte per entry of dropout."""
     given = drawn(0, 40, 30, 2, 50)
     kept: list[Tensor] = []
     known = {t.untyped_storage().data_ptr() for t in given.values()}
@@ -137,8 +137,8 @@ def test_what_is_kept_for_the_backward(dropout: float) -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         anchored(**given, scaling=1.0, dropout=dropout)
-    product = 50 * 2 * 8
-    assert sum(t.untyped_storage().nbytes() for t in kept) == product + (50 * 30 if dropout else 0)
+    stacked = (50 + 40 + 30) * 2 * 2 * 8
+    assert sum(t.untyped_storage().nbytes() for t in kept) == stacked + (50 * 30 if dropout else 0)
 
 
 def losses(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:

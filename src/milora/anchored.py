@@ -13,8 +13,9 @@ With h = s g [B - B0, B0] for the gradient g of the output, and h1, h2 its halve
 
     dx = h [A; A - A0]        dA = (h1 + h2)ᵀ x        dB = s gᵀ (A x)
 
-so that x, in its own dtype, and A x (t, r) are all that is kept. Dropout is on the trained half,
-B A D x - B0 A0 x = [B - B0, B0] [A D x; A D x - A0 x]; of D the mask is kept, a byte per entry.
+so that x, in its own dtype, [A; A - A0] x and the stacks are all that is kept. Dropout is on the
+trained half, B A D x - B0 A0 x = [B - B0, B0] [A D x; A D x - A0 x]; of D the mask is kept, a
+byte per entry.
 """
 
 from typing import Any
@@ -56,59 +57,69 @@ class _Anchored(torch.autograd.Function):
         ctx: Any, result: Tensor, x: Tensor, A: Tensor, B: Tensor, A0: Tensor, minus_B0: Tensor,
         scaling: float, dropout: float, dtype: torch.dtype,
     ) -> Tensor:  # fmt: skip
-        with torch.autocast(x.device.type, enabled=False):
-            rows, mask = x.reshape(-1, x.shape[-1]).to(dtype), None
-            wide = _wide(B, minus_B0, scaling, dtype)
-            if dropout:
-                rows0 = rows
-                rows, mask = torch.native_dropout(rows, dropout, True)
-                kept = rows @ A.to(dtype).T
-                inner = torch.cat((kept, kept - rows0 @ A0.to(dtype).T), 1)
-            else:
-                inner = rows @ _tall(A, A0, dtype).T
-                kept = inner[:, : len(A)].contiguous()
-            flat = result.reshape(-1, result.shape[-1])
-            # No view, since a model may write into what a layer gave (Falcon does).
-            out = torch.empty(result.shape, dtype=result.dtype, device=result.device)
-            if flat.dtype == dtype:
-                torch.addmm(flat, inner, wide.T, out=out.view(flat.shape))
-            else:
-                torch.add(flat, inner @ wide.T, out=out.view(flat.shape))
-        ctx.save_for_backward(x, kept, mask, A, B, A0, minus_B0)
-        ctx.scaling, ctx.dropout, ctx.dtype = scaling, dropout, dtype
+        rows, mask = x.reshape(-1, x.shape[-1]).to(dtype), None
+        wide = _wide(B, minus_B0, dtype)
+        if dropout:
+            tall, rows0 = torch.cat((A, A0)).to(dtype), rows
+            rows, mask = torch.native_dropout(rows, dropout, True)
+            kept = rows @ tall[: len(A)].T
+            inner = torch.cat((kept, kept - rows0 @ tall[len(A) :].T), 1)
+        else:
+            tall = _tall(A, A0, dtype)
+            inner = rows @ tall.T
+        flat = result.reshape(-1, result.shape[-1])
+        # No view, since a model may write into what a layer gave (Falcon does).
+        out = torch.empty(result.shape, dtype=result.dtype, device=result.device)
+        if flat.dtype == dtype:
+            torch.addmm(flat, inner, wide.T, alpha=scaling, out=out.view(flat.shape))
+        else:
+            torch.add(flat, inner @ wide.T, alpha=scaling, out=out.view(flat.shape))
+        # The stacks are kept too: to make them again takes longer than all else that is small.
+        ctx.save_for_backward(x, inner, mask, wide, tall)
+        ctx.scaling, ctx.dropout, ctx.factors = scaling, dropout, A.dtype
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, kept, mask, A, B, A0, minus_B0 = ctx.saved_tensors
-        dtype = ctx.dtype
+        x, inner, mask, wide, tall = ctx.saved_tensors
+        dtype, rank = wide.dtype, len(tall) // 2
         g = grad.reshape(-1, grad.shape[-1]).to(dtype)
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
-        h = g @ _wide(B, minus_B0, ctx.scaling, dtype)
-        h2 = h[:, len(A) :]
-        both = h[:, : len(A)] + h2
+        h = g @ wide
+        if ctx.scaling != 1:
+            h.mul_(ctx.scaling)
+        h2 = h[:, rank:]
+        both = h[:, :rank] + h2
         dx = dA = dB = None
         if mask is not None:
             mask = mask.to(dtype).mul_(1 / (1 - ctx.dropout))
         if ctx.needs_input_grad[1]:
             if mask is None:
-                dx = h @ _tall(A, A0, dtype)
+                dx = h @ tall
             else:
-                dx = (both @ A.to(dtype)).mul_(mask).addmm_(h2, A0.to(dtype), alpha=-1)
+                dx = (both @ tall[:rank]).mul_(mask).addmm_(h2, tall[rank:], alpha=-1)
             dx = dx.to(x.dtype).view(x.shape)
         if ctx.needs_input_grad[2]:
-            dA = (both.T @ (rows if mask is None else rows * mask)).to(A.dtype)
+            dA = (both.T @ (rows if mask is None else rows * mask)).to(ctx.factors)
         if ctx.needs_input_grad[3]:
-            dB = (g.T @ kept).to(B.dtype).mul_(ctx.scaling)
+            dB = (g.T @ inner[:, :rank]).to(ctx.factors)
+            if ctx.scaling != 1:
+                dB.mul_(ctx.scaling)
         return grad, dx, dA, dB, None, None, None, None, None
 
 
-def _wide(B: Tensor, minus_B0: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
-    """s [B - B0, B0] (m, 2r)."""
-    return torch.cat((B + minus_B0, -minus_B0), 1).mul_(scaling).to(dtype)
+def _wide(B: Tensor, minus_B0: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B - B0, B0] (m, 2r)."""
+    wide = torch.empty(len(B), 2 * B.shape[1], dtype=dtype, device=B.device)
+    torch.add(B, minus_B0, out=wide[:, : B.shape[1]])
+    torch.mul(minus_B0, -1, out=wide[:, B.shape[1] :])
+    return wide
 
 
 def _tall(A: Tensor, A0: Tensor, dtype: torch.dtype) -> Tensor:
     """[A; A - A0] (2r, n)."""
-    return torch.cat((A, A - A0)).to(dtype)
+    tall = torch.empty(2 * len(A), A.shape[1], dtype=dtype, device=A.device)
+    tall[: len(A)] = A
+    torch.sub(A, A0, out=tall[len(A) :])
+    return tall

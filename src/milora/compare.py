@@ -38,6 +38,7 @@ WIDEN_AT_MOST = 4  # rates that are added to those given, for each arm
 
 Outcome = dict[str, Any]
 Outcomes = dict[tuple[str, float, int], Outcome]  # by arm, learning rate and seed
+Make = Callable[[Config, Progress], Outcome]  # does a run; raises DivergedError
 
 
 class Arm(NamedTuple):
@@ -68,9 +69,11 @@ def compare(
     progress: Progress,
     widen: bool = False,
     every_rate: bool = False,
+    make: Make | None = None,
 ) -> dict[str, Any]:
     """Run what is missing and return the content of compare.json; see `grid` for the two switches.
 
+    `make` does one run in place of `milora train`, for methods that it does not have.
     Raises UserError for settings under which there is nothing to choose by or to compare.
     """
     home = Path(load_config(config, overrides).output_dir)
@@ -86,7 +89,7 @@ def compare(
     _check([settings(arm, rate, seed) for arm in arms for rate in rates for seed in seeds])
 
     def run(arm: Arm, rate: float, seed: int) -> Outcome:
-        return _run(settings(arm, rate, seed), progress)
+        return _outcome(settings(arm, rate, seed), make or trained, progress)
 
     outcomes = grid(arms, seeds, rates, run, progress, widen, every_rate)
     result = summary(outcomes, seeds)
@@ -192,7 +195,7 @@ def _check(settings: Sequence[Config]) -> None:
         )
 
 
-def _run(settings: Config, progress: Progress) -> Outcome:
+def _outcome(settings: Config, make: Make, progress: Progress) -> Outcome:
     """What the run came to, from its file, or by doing the run or the rest of it."""
     folder = Path(settings.output_dir)
     file = folder.with_name(folder.name + ".json")
@@ -209,17 +212,18 @@ def _run(settings: Config, progress: Progress) -> Outcome:
             )
         return found
     try:
-        record = train(**settings.model_dump(), resume=folder.exists(), progress=progress)
+        outcome = {"settings": asked, **make(settings, progress)}
     except DivergedError as error:
         progress.say(str(error))
-        outcome: Outcome = {"settings": asked, "held_out_loss": None, "diverged": str(error)}
-    else:
-        outcome = {"settings": asked, **_outcome(folder, record)}
+        outcome = {"settings": asked, "held_out_loss": None, "diverged": str(error)}
     write_json(file, outcome)
     return outcome
 
 
-def _outcome(folder: Path, record: Mapping[str, Any]) -> Outcome:
+def trained(settings: Config, progress: Progress) -> Outcome:
+    """What a run of `milora train` comes to, begun or gone on with; raises DivergedError."""
+    folder = Path(settings.output_dir)
+    record = train(**settings.model_dump(), resume=folder.exists(), progress=progress)
     lines = read_lines(folder / "metrics.jsonl")
     held = [line["eval_loss"] for line in lines if "eval_loss" in line]
     if not held:

@@ -304,8 +304,10 @@ def project(matrices: Mapping[str, Matrix], holds: Mapping[str, Held]) -> None:
     for name, hold in holds.items():
         A, B = matrices[name].factors(TRAINED)
         U, Vh = hold.U.to(B), hold.Vh.to(A)
-        B.sub_(U @ (U.T @ B))
-        A.sub_((A @ Vh.T) @ Vh)
+        if U.shape[1]:
+            B.addmm_(U, U.T @ B, alpha=-1)
+        if len(Vh):
+            A.addmm_(A @ Vh.T, Vh, alpha=-1)
 
 
 @torch.no_grad()

@@ -249,7 +249,7 @@ def _begin(ready: Ready, processes: Processes, progress: Progress) -> Begun:
             **ready.packed,
             **({"reads": "pictures"} if base.processor else {}),
         },
-        "versions": _versions(),
+        "versions": versions(),
         "data": data_record(material),
         "parameters": {
             "trainable": sum(p.numel() for p in live.parameters() if p.requires_grad),
@@ -616,6 +616,6 @@ def _hold(
     return holds
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     packages = ("milora", "torch", "transformers", "peft", "accelerate", "safetensors")
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
