@@ -44,6 +44,7 @@ Make = Callable[[Config, Progress], Outcome]  # does a run; raises DivergedError
 class Arm(NamedTuple):
     name: str  # as it was asked for
     overrides: list[str]  # method=..., and what else makes it differ
+    rates: Sequence[float] = ()  # of its own, in place of those of all
 
 
 def parse_arm(text: str) -> Arm:
@@ -86,7 +87,8 @@ def compare(
              f"output_dir={folder}"],
         )  # fmt: skip
 
-    _check([settings(arm, rate, seed) for arm in arms for rate in rates for seed in seeds])
+    each = [(arm, rate) for arm in arms for rate in arm.rates or rates]
+    _check([settings(arm, rate, seed) for arm, rate in each for seed in seeds])
 
     def run(arm: Arm, rate: float, seed: int) -> Outcome:
         return _outcome(settings(arm, rate, seed), make or trained, progress)
@@ -120,7 +122,8 @@ def grid(
         raise UserError("--widen: the distance to the next rate comes from two --learning-rates")
     outcomes: Outcomes = {}
     first = seeds[0]
-    count = len(arms) * (len(rates) + (len(rates) if every_rate else 1) * (len(seeds) - 1))
+    tried = [len(arm.rates or rates) for arm in arms]
+    count = sum(n + (n if every_rate else 1) * (len(seeds) - 1) for n in tried)
 
     def one(arm: Arm, rate: float, seed: int) -> None:
         nth = len(outcomes) + 1
@@ -128,7 +131,7 @@ def grid(
         outcomes[arm.name, rate, seed] = run(arm, rate, seed)
 
     for arm in arms:
-        for rate in rates:
+        for rate in arm.rates or rates:
             one(arm, rate, first)
         for _ in range(WIDEN_AT_MOST if widen else 0):
             beyond = _beyond(_losses(outcomes, arm.name, first))
