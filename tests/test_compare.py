@@ -16,7 +16,7 @@ import milora.compare
 from milora.cli import main
 from milora.compare import Arm, bootstrap, chosen_rate, compare, grid, parse_arm, summary
 from milora.compare_page import page, plot, tables
-from milora.errors import UserError
+from milora.errors import DivergedError, UserError
 from milora.pages import inline, standalone
 from milora.progress import Progress
 
@@ -195,6 +195,35 @@ def test_rates_beyond_those_given() -> None:
     assert "full: the chosen rate 2.4e-06 is at the edge" in " ".join(result["notes"])
     with pytest.raises(UserError, match="--widen"):
         grid(arms("lora"), [0], [1e-3], landscape(best, tried), Progress(), widen=True)
+
+
+def test_rates_of_an_arm_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    tried: list[tuple[str, float, int]] = []
+    best = {"lora": 1e-3, "milora": 1e-5}
+    lora, milora = arms("lora", "milora")
+    own = milora._replace(rates=(1e-5, 1e-4))
+    outcomes = grid([lora, own], [0, 1], [1e-3, 1e-2], landscape(best, tried), Progress())
+    rates = {arm: {rate for name, rate, _ in tried if name == arm} for arm in best}
+    assert rates == {"lora": {1e-3, 1e-2}, "milora": {1e-5, 1e-4}}
+    assert chosen_rate(outcomes, "milora", 0) == 1e-5
+    assert "run 6 of 6" in capsys.readouterr().err
+
+
+def test_runs_that_another_function_makes(config: Path, tmp_path: Path) -> None:
+    asked: list[Any] = []
+
+    def make(settings: Any, progress: Progress) -> dict[str, Any]:
+        asked.append(settings)
+        if settings.training["learning_rate"] == 1e-2:
+            raise DivergedError("as its loss is NaN")
+        return outcome(0.5)
+
+    result = compare(config, [], arms("lora"), [0, 1], [1e-3, 1e-2], Progress(), make=make)
+    assert [one.seed for one in asked] == [0, 0, 1]
+    assert result["arms"]["lora"]["tried"]["0.01"] == {"held_out_loss": None}
+    stored = json.loads((tmp_path / "grid" / "lora-0.001-0.json").read_text())
+    assert stored["settings"]["training"]["learning_rate"] == 1e-3
+    assert stored["held_out_loss"] == 0.5
 
 
 def test_every_rate_gives_a_table_at_equal_score() -> None:
