@@ -410,7 +410,7 @@ def _evaluate_chain(
 
 @app.command(
     epilog="Example: milora compare run.yaml --methods lora,milora,lora:training.weight_decay=0.1 "
-    "--seeds 0,1,2 --learning-rates 1e-4,3e-4,1e-3"
+    "--seeds 0,1,2 --learning-rates 1e-4,3e-4,1e-3,3e-3"
 )
 def compare(
     config: Annotated[Path, typer.Argument(help="A configuration; output_dir holds all runs.")],
@@ -421,7 +421,9 @@ def compare(
         str, typer.Option(help="Comma-separated METHOD or METHOD:key=value.")
     ] = "lora,milora",
     seeds: Annotated[str, typer.Option(help="The first chooses the rates.")] = "0,1,2",
-    learning_rates: Annotated[str, typer.Option(help="Tried for every method.")] = "1e-4,3e-4,1e-3",
+    learning_rates: Annotated[
+        str, typer.Option(help="Tried for every method.")
+    ] = "1e-4,3e-4,1e-3,3e-3",
     widen: Annotated[
         bool, typer.Option("--widen", help="Try more while a method's best rate is at the edge.")
     ] = False,
