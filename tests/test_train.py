@@ -253,7 +253,7 @@ def test_weight_decay_shrinks_the_update(method: str, tiny: Tiny, tmp_path: Path
         kept[decay] = json.loads((folder / "run/evaluation.json").read_text())["knowledge"][0]["kl"]
     assert 0 < size[30] < 0.6 * size[0]
     assert size[100] < 1e-12
-    assert kept[100] < 1e-9 < kept[30] < kept[0]
+    assert kept[100] < 1e-8 < kept[30] < kept[0]  # what rounding makes of a KL of 0
 
 
 def test_a_tracker_gets_the_figures(tiny: Tiny, tmp_path: Path) -> None:

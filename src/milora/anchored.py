@@ -71,9 +71,9 @@ class _Anchored(torch.autograd.Function):
         # No view, since a model may write into what a layer gave (Falcon does).
         out = torch.empty(result.shape, dtype=result.dtype, device=result.device)
         if flat.dtype == dtype:
-            torch.addmm(flat, inner, wide.T, alpha=scaling, out=out.view(flat.shape))
+            torch.addmm(flat, inner, wide, alpha=scaling, out=out.view(flat.shape))
         else:
-            torch.add(flat, inner @ wide.T, alpha=scaling, out=out.view(flat.shape))
+            torch.add(flat, inner @ wide, alpha=scaling, out=out.view(flat.shape))
         # The stacks are kept too: to make them again takes longer than all else that is small.
         ctx.save_for_backward(x, inner, mask, wide, tall)
         ctx.scaling, ctx.dropout, ctx.factors = scaling, dropout, A.dtype
@@ -86,7 +86,7 @@ class _Anchored(torch.autograd.Function):
         dtype, rank = wide.dtype, len(tall) // 2
         g = grad.reshape(-1, grad.shape[-1]).to(dtype)
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
-        h = g @ wide
+        h = g @ wide.T
         if ctx.scaling != 1:
             h.mul_(ctx.scaling)
         h2 = h[:, rank:]
@@ -110,10 +110,11 @@ class _Anchored(torch.autograd.Function):
 
 
 def _wide(B: Tensor, minus_B0: Tensor, dtype: torch.dtype) -> Tensor:
-    """[B - B0, B0] (m, 2r)."""
-    wide = torch.empty(len(B), 2 * B.shape[1], dtype=dtype, device=B.device)
-    torch.add(B, minus_B0, out=wide[:, : B.shape[1]])
-    torch.mul(minus_B0, -1, out=wide[:, B.shape[1] :])
+    """[B - B0, B0]ᵀ (2r, m), so that what is written to is contiguous, as torch.compile asks."""
+    rank = B.shape[1]
+    wide = torch.empty(2 * rank, len(B), dtype=dtype, device=B.device)
+    torch.add(B.T, minus_B0.T, out=wide[:rank])
+    torch.mul(minus_B0.T, -1, out=wide[rank:])
     return wide
 
 
