@@ -68,15 +68,19 @@ def settings(model: str, output: str, files: dict[str, str], epochs: int) -> dic
 
 
 def smollm2(task: str, name: str = "smollm2") -> dict[str, Any]:
-    """640 rows, 40 steps of 16. 16-bit weights, which the anchor leaves exact."""
+    """640 rows, 40 steps of 16."""
     files = task_files(task, 640, 160, 200)
-    evaluate = {
-        "tasks": [graded(task, files["test"]), *kept_tasks(200)],
-        "knowledge": [text_file("wikitext2_test.txt"), text_file("c4_demo.jsonl")],
-        "chunks": 8,
-    }
-    shared = settings("smollm2-135m", f"{name}-{task}", files, epochs=1)
-    return shared | {"dtype": "bfloat16", "evaluate": evaluate}
+    return bfloat16(f"{name}-{task}", files, [graded(task, files["test"]), *kept_tasks(200)])
+
+
+def bfloat16(
+    output: str, files: dict[str, str], tasks: list[Any], **evaluate: Any
+) -> dict[str, Any]:
+    """SmolLM2 as it is, 16-bit weights, which the anchor leaves exact."""
+    texts = [text_file("wikitext2_test.txt"), text_file("c4_demo.jsonl")]
+    shared = settings("smollm2-135m", output, files, epochs=1)
+    given = {"tasks": tasks, "knowledge": texts, "chunks": 8, **evaluate}
+    return shared | {"dtype": "bfloat16", "evaluate": given}
 
 
 def llama(task: str, name: str = "llama") -> dict[str, Any]:
@@ -116,30 +120,24 @@ def smollm2fronts(task: str) -> dict[str, Any]:
     """Without the likelihood tasks, which take longer than all the rest; more rows of the test."""
     whole = {"polarity": 1000, "trec": 500, "mawps": 234}[task]
     files = task_files(task, 640, 160, whole, f"{task}-640-{whole}")
-    values = smollm2(task, "smollm2fronts")
-    values["data"] |= {"train": files["train"], "eval": files["held_out"]}
-    values["evaluate"] |= {"tasks": [graded(task, files["test"])], "batch_size": 128}
+    tasks = [graded(task, files["test"])]
+    values = bfloat16(f"smollm2fronts-{task}", files, tasks, batch_size=128)
     return values | {"milora": {**PUBLISHED, "text": "sampled"}}
 
 
 def smollm2large(task: str) -> dict[str, Any]:
     """3,200 rows, 200 steps of 16."""
     files = task_files(task, 3200, 160, {"gsm8k": 256, "commonsense": 1000}[task])
-    values = settings("smollm2-135m", f"smollm2large-{task}", files, epochs=1)
+    tasks = [graded(task, files["test"])]
+    values = bfloat16(f"smollm2large-{task}", files, tasks, chunks=16, batch_size=128)
     values["data"]["max_length"] = 384
-    evaluate = {
-        "tasks": [graded(task, files["test"])],
-        "knowledge": [text_file("wikitext2_test.txt"), text_file("c4_demo.jsonl")],
-        "chunks": 16,
-        "batch_size": 128,
-    }
-    return values | {"dtype": "bfloat16", "evaluate": evaluate}
+    return values
 
 
 def smollm2texts(task: str) -> dict[str, Any]:
     """On a third text too, which is neither the one that the runs know nor like it."""
-    values = smollm2(task, "smollm2texts")
-    values["evaluate"]["tasks"] = values["evaluate"]["tasks"][:1]
+    files = task_files(task, 640, 160, 200)
+    values = bfloat16(f"smollm2texts-{task}", files, [graded(task, files["test"])])
     values["evaluate"]["knowledge"].append("default")
     return values | {"milora": {**PUBLISHED, "text": text_file("wikitext2_valid.txt")}}
 
@@ -362,23 +360,26 @@ def by_rate(names: Sequence[str]) -> Table:
     """What LoRA and the default came to at every rate, with as many seeds as there are."""
     head, rows = ["comparison", "arm", "rate", "seeds", "held-out loss", "accuracy"], []
     head += ["KL, WikiText-2 test", "KL, C4"]
-    for name in names:
+    for name, arm in [(name, arm) for name in names for arm in ("lora", RECOMMENDED)]:
         task = name.split("-")[1]
-        for arm in ("lora", RECOMMENDED):
-            begin = run_name(arm, 0.5, 0).removesuffix("0.5-0")
-            runs: dict[float, list[dict[str, Any]]] = {}
-            for path in sorted((RESULTS / name).glob(f"{begin}0.*.json")):
-                rate, _, _ = path.stem.removeprefix(begin).rpartition("-")
-                runs.setdefault(float(rate), []).append(read_json(path))
-            for rate, of in sorted(runs.items()):
-                figures = [
-                    [one["held_out_loss"] for one in of],
-                    [one["evaluation"]["tasks"][task]["tuned"]["accuracy"] for one in of],
-                    *([one["evaluation"]["knowledge"][i]["kl"] for one in of] for i in range(2)),
-                ]
-                told = [plus_minus(spread(values), 4) for values in figures]
-                rows.append([name, FRONT_NAMES[arm], f"{rate:g}", str(len(of)), *told])
+        for rate, of in runs_by_rate(name, arm):
+            figures = [
+                [one["held_out_loss"] for one in of],
+                [one["evaluation"]["tasks"][task]["tuned"]["accuracy"] for one in of],
+                *([one["evaluation"]["knowledge"][i]["kl"] for one in of] for i in range(2)),
+            ]
+            told = [plus_minus(spread(values), 4) for values in figures]
+            rows.append([name, FRONT_NAMES[arm], f"{rate:g}", str(len(of)), *told])
     return Table(head, rows)
+
+
+def runs_by_rate(name: str, arm: str, seed: int | str = "*") -> list[tuple[float, list[Outcome]]]:
+    """The runs of an arm that there are, of all seeds or one, from the smallest rate on."""
+    begin, found = run_name(arm, 0.5, 0).removesuffix("0.5-0"), dict[float, list[Outcome]]()
+    for path in sorted((RESULTS / name).glob(f"{begin}[0-9]*-{seed}.json")):
+        rate, _, _ = path.stem.removeprefix(begin).rpartition("-")
+        found.setdefault(float(rate), []).append(read_json(path))
+    return sorted(found.items())
 
 
 def at_equal_rates() -> Table:
@@ -391,10 +392,8 @@ def at_equal_rates() -> Table:
         for method in ("lora", "milora"):
             at: dict[float, dict[int, Any]] = {}
             for k in (0, 16, 64, 240, 256):
-                arm = f"{method}-milora.protect-{k}-"
-                for path in (RESULTS / name).glob(f"{arm}*-{SEEDS[0]}.json"):
-                    rate = float(path.stem.removeprefix(arm).rpartition("-")[0])
-                    at.setdefault(rate, {})[k] = read_json(path)["evaluation"]
+                for rate, (one,) in runs_by_rate(name, f"{method}:milora.protect={k}", SEEDS[0]):
+                    at.setdefault(rate, {})[k] = one["evaluation"]
             for rate, of in sorted(at.items()):
                 if 0 in of and len(of) == 4:
                     (free, right), *rest = [_kept_and_right(of[k], task) for k in sorted(of)]

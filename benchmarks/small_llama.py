@@ -33,6 +33,8 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+from milora.files import read_lines
+
 MODEL = Path("build/small-llama")
 RESULT = Path("benchmarks/results/small-llama.json")
 HELD_OUT = MODEL / "c4_held_out.txt"
@@ -44,14 +46,10 @@ TEMPLATE = (
 )
 
 
-def rows_of(file: Path) -> list[dict[str, str]]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-
-
 def corpus() -> tuple[list[str], list[str]]:
     """Documents to train on, and C4's held out."""
     general = DATA / "general_text"
-    c4 = [row["text"] for row in rows_of(general / "c4_demo.jsonl")]
+    c4 = [row["text"] for row in read_lines(general / "c4_demo.jsonl")]
     documents = c4[:-50]
     documents += (general / "wiki_demo.txt").read_text(encoding="utf-8").splitlines()
     for name, parting in (("wikitext2_valid.txt", "\n = "), ("tinyshakespeare.txt", "\n\n\n")):
@@ -62,7 +60,7 @@ def corpus() -> tuple[list[str], list[str]]:
     for first in range(0, len(lines), 6):  # context, label, four endings
         context, label = lines[first : first + 2]
         documents.append(f"{context} {lines[first + 2 + int(label)]}")
-    documents += [row["question"] for row in rows_of(DATA / "gsm8k" / "train.jsonl")]
+    documents += [row["question"] for row in read_lines(DATA / "gsm8k" / "train.jsonl")]
     documents += pydoc_data.topics.topics.values()
     return [d.strip() for d in documents if d.strip()], c4[-50:]
 

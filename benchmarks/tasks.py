@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from milora.files import write_bytes, write_text
+from milora.files import read_lines, write_bytes, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("SHARED_DATA", ROOT.parent / "shared" / "data"))
@@ -127,8 +127,7 @@ def gsm8k() -> tuple[list[Row], list[Row]]:
     """Without the notes for a calculator, <<48/2=24>>."""
     parts = []
     for name in ("train", "test"):
-        lines = (DATA / "gsm8k" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-        items = [json.loads(line) for line in lines]
+        items = read_lines(DATA / "gsm8k" / f"{name}.jsonl")
         rows = [Row(i["question"], re.sub("<<.*?>>", "", i["answer"])) for i in items]
         random.Random(0).shuffle(rows)
         parts.append(rows)

@@ -13,13 +13,12 @@ from peft import LoraConfig, get_peft_model
 from transformers import PrinterCallback, set_seed
 
 from milora.arguments import training_arguments
-from milora.compare import Outcome, rows_right
+from milora.compare import Outcome, held_out_loss, rows_right
 from milora.config import Config
 from milora.evaluate import Pair, evaluate_all, save_evaluation
-from milora.files import read_json, read_lines
+from milora.files import read_json
 from milora.forms import collator_for
 from milora.loop import MiloraTrainer, Reporter
-from milora.material import data_record
 from milora.processes import processes_of
 from milora.progress import Progress
 from milora.ready import check
@@ -59,7 +58,6 @@ def run(settings: Config, progress: Progress) -> Outcome:
         began = time.monotonic()
         trainer.train()
         seconds["training"] = time.monotonic() - began
-        lines = read_lines(folder / "metrics.jsonl")
         live.eval()
         began = time.monotonic()
         evaluate: dict[str, Any] = asked["evaluate"]
@@ -71,12 +69,12 @@ def run(settings: Config, progress: Progress) -> Outcome:
         files = folder / "evaluation.json", folder / "samples.jsonl"
         save_evaluation(*files, result, samples)
         return {
-            "held_out_loss": [line["eval_loss"] for line in lines if "eval_loss" in line][-1],
+            "held_out_loss": held_out_loss(folder),
             "trained_parameters": sum(p.numel() for p in live.parameters() if p.requires_grad),
             "seconds": seconds,
             "versions": versions(),
             "base_sha256": material.base_sha256,
-            "data_sha256": data_record(material)["sha256"],
+            "data_sha256": material.files,
             "interference": None,
             "evaluation": read_json(files[0]),
             "right": rows_right(files[1]),

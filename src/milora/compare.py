@@ -227,12 +227,8 @@ def trained(settings: Config, progress: Progress) -> Outcome:
     """What a run of `milora train` comes to, begun or gone on with; raises DivergedError."""
     folder = Path(settings.output_dir)
     record = train(**settings.model_dump(), resume=folder.exists(), progress=progress)
-    lines = read_lines(folder / "metrics.jsonl")
-    held = [line["eval_loss"] for line in lines if "eval_loss" in line]
-    if not held:
-        raise UserError(f"{folder} has no held-out loss: its training.eval_strategy never came up")
     return {
-        "held_out_loss": held[-1],
+        "held_out_loss": held_out_loss(folder),
         "trained_parameters": record["parameters"]["trainable"],
         "seconds": record["seconds"],
         "versions": record["versions"],
@@ -244,6 +240,15 @@ def trained(settings: Config, progress: Progress) -> Outcome:
         "evaluation": read_json(folder / "evaluation.json"),
         "right": rows_right(folder / "samples.jsonl"),
     }
+
+
+def held_out_loss(folder: Path) -> float:
+    """The last of a run, from its metrics.jsonl; raises UserError where there is none."""
+    lines = read_lines(folder / "metrics.jsonl")
+    held: list[float] = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    if not held:
+        raise UserError(f"{folder} has no held-out loss: its training.eval_strategy never came up")
+    return held[-1]
 
 
 def rows_right(samples: Path) -> dict[str, str]:

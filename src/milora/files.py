@@ -56,7 +56,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_lines(path: Path) -> list[Any]:
-    """The values of a file that we wrote with one JSON a line."""
+    """The values of a file with one JSON a line, of ours or one that is known to be whole."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
