@@ -4,8 +4,8 @@
 
 4 M parameters: 4 layers of width 256, 4,096 byte-level BPE tokens, on 3 M tokens of Wikipedia,
 WikiText-2 valid, C4, HellaSwag's true endings, GSM8K's problems, Shakespeare and Python's help
-topics, twice over, in about an hour on one core; goes on where it stopped. It writes English
-that is right for a few words. Held out: WikiText-2 test and the last 50 documents of C4.
+topics, twice over, in about an hour on one core or a minute on a GPU; goes on where it stopped. It writes
+English that is right for a few words. Held out: WikiText-2 test and the last 50 documents of C4.
 """
 
 import bz2
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from svd import machine
 from tasks import DATA, ROOT, require_data
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
@@ -121,7 +122,7 @@ def main() -> None:
             per_device_eval_batch_size=32, learning_rate=2e-3, lr_scheduler_type="cosine",
             warmup_steps=100, weight_decay=0.1, adam_beta2=0.95, logging_steps=50,
             eval_strategy="steps", eval_steps=100, save_steps=100, save_total_limit=1, seed=0,
-            report_to="none", use_cpu=True, dataloader_pin_memory=False, disable_tqdm=True,
+            report_to="none", dataloader_pin_memory=False, disable_tqdm=True,
         ),
         train_dataset=[{"input_ids": row, "labels": row} for row in data],
         eval_dataset=[{"input_ids": row, "labels": row} for row in kept],
@@ -136,10 +137,11 @@ def main() -> None:
         "epochs": EPOCHS,
         "seconds": done.metrics["train_runtime"],
         "held_out_loss": {str(line["step"]): line["eval_loss"] for line in history},
+        "device": machine(model.device.type),
         "torch": torch.__version__,
     }
     RESULT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    prompt = tokenizer("The first time that", return_tensors="pt")
+    prompt = tokenizer("The first time that", return_tensors="pt").to(model.device)
     said = model.generate(**prompt, do_sample=False, max_new_tokens=40, repetition_penalty=1.2)
     print(tokenizer.decode(said[0]))
 
