@@ -4,8 +4,9 @@
 
 4 M parameters: 4 layers of width 256, 4,096 byte-level BPE tokens, on 3 M tokens of Wikipedia,
 WikiText-2 valid, C4, HellaSwag's true endings, GSM8K's problems, Shakespeare and Python's help
-topics, twice over, in about an hour on one core or a minute on a GPU; goes on where it stopped. It writes
-English that is right for a few words. Held out: WikiText-2 test and the last 50 documents of C4.
+topics, twice over, in about an hour on one core or a minute on a GPU; goes on where it stopped.
+It writes English that is right for a few words. Held out: WikiText-2 test and the last 50
+documents of C4.
 """
 
 import bz2
