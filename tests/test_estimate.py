@@ -92,6 +92,32 @@ def test_what_changes_the_memory_of_a_step() -> None:
     assert sixteen.memory["activations"] < 0.9 * lora.memory["activations"]
 
 
+def test_attention_without_a_fused_kernel_keeps_its_probabilities() -> None:
+    """On a GPU fp32 with shared keys: more than with a fused one."""
+
+    def model(keys: int, dtype: torch.dtype) -> Any:
+        shape = {"num_attention_heads": 4, "num_hidden_layers": 3, "vocab_size": 258}
+        with torch.device("meta"):
+            config = LlamaConfig(
+                hidden_size=32, intermediate_size=64, num_key_value_heads=keys, **shape
+            )
+            return LlamaForCausalLM(config).to(dtype)
+
+    single, half = torch.float32, torch.bfloat16
+    unfused = costs.attention_unfused
+    assert unfused(model(2, single), "cuda", None)
+    assert not unfused(model(2, single), "cpu", None)
+    assert not unfused(model(2, single), "cuda", half)
+    assert not unfused(model(2, half), "cuda", None)
+    assert not unfused(model(4, single), "cuda", None)
+    fused, apart = (
+        costs.step(model(2, single), 1, 512, 258, unfused=how).memory["activations"]
+        for how in (False, True)
+    )
+    of_a_layer = 4 * 512**2 * 4  # heads, tokens², bytes
+    assert 3 * of_a_layer < apart - fused < 5 * of_a_layer  # of the last one twice
+
+
 def test_several_devices() -> None:
     whole = of_shapes("llama", "milora")
     replicated = costs.per_device(whole, 1000, 4, False, 0).memory

@@ -11,11 +11,13 @@ was freed, where allocator.py cannot tell it not to.
 import time
 import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -44,13 +46,13 @@ class Step(NamedTuple):
 
 def step(
     model: nn.Module, rows: int, tokens: int, vocabulary: int, *,
-    accumulated: bool = False, autocast: torch.dtype | None = None,
+    accumulated: bool = False, autocast: torch.dtype | None = None, unfused: bool = False,
 ) -> Step:  # fmt: skip
     """Forward, backward and AdamW's state of `model` on the meta device, at `rows` x `tokens`.
 
     `vocabulary` tells logits from other tensors; `accumulated`: gradients are there from the
-    start. The model's tensors are fake ones afterwards. Raises UserError where the shapes depend
-    on values.
+    start; `unfused`: attention keeps its probabilities (see `attention_unfused`). The model's
+    tensors are fake ones afterwards. Raises UserError where the shapes depend on values.
     """
     live = _Live()
     with FakeTensorMode():
@@ -67,8 +69,9 @@ def step(
             parameter.grad = torch.empty_like(parameter)
             live.see(parameter.grad, "gradients")
         ids = torch.zeros(rows, tokens, dtype=torch.long, device="cpu")
+        kernels = sdpa_kernel(SDPBackend.MATH) if unfused else nullcontext()
         try:
-            with live:
+            with live, kernels:
                 with torch.autocast("cpu", autocast, enabled=autocast is not None):
                     loss = model(input_ids=ids, labels=ids, use_cache=False).loss
                 loss.backward()
@@ -87,6 +90,19 @@ def step(
             kind = "gradients" if serial in made else "logits" if logits else "activations"
         memory[kind] += size
     return Step(memory, live.operations)
+
+
+def attention_unfused(model: nn.Module, device: str, autocast: torch.dtype | None) -> bool:
+    """Whether a GPU computes this model's attention without a fused kernel.
+
+    None of them takes fp32 where several heads share a key, and then the probabilities are kept
+    for the backward, heads x tokens² of each row.
+    """
+    config: Any = model.config
+    text = config.get_text_config()
+    shared = getattr(text, "num_key_value_heads", None) not in (None, text.num_attention_heads)
+    single = next(model.parameters()).dtype == torch.float32 and autocast is None
+    return device == "cuda" and shared and single
 
 
 class _Live(TorchDispatchMode):

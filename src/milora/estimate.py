@@ -84,9 +84,10 @@ def estimate(
     trained = sum(p.numel() for p in live.parameters() if p.requires_grad)
     trained_bytes = sum(p.nbytes for p in live.parameters() if p.requires_grad)
     cast = compute_dtype(arguments)
+    unfused = costs.attention_unfused(skeleton, device, cast)
     whole = costs.step(
         live, rows, tokens, vocabulary,
-        accumulated=arguments.gradient_accumulation_steps > 1, autocast=cast,
+        accumulated=arguments.gradient_accumulation_steps > 1, autocast=cast, unfused=unfused,
     )  # fmt: skip
     step = costs.per_device(whole, trained_bytes, processes, sharded, gathered)
     if rates is None:
