@@ -2,12 +2,15 @@
 
     python benchmarks/step.py cpu [CASE]   # SmolLM2-135M in fp32; some minutes a case
     python benchmarks/step.py gpu          # 8 layers of Llama-3-8B's shape in bf16; a minute
+    python benchmarks/step.py host         # 8 layers so small that a CPU hardly computes; a minute
     python benchmarks/step.py docs         # the table of docs/speed.md, from the JSON
 
 All are in one process and take turns, each round in another order, so that what the machine does
 besides falls on all of them; a ratio is the median over the rounds of time / time of LoRA. Peak
 memory is that of the GPU, or of a process of its own for each on the CPU. The factors are drawn:
-a step takes as long whatever stands in them. `gpu` needs no network and no file but this project.
+a step takes as long whatever stands in them. `gpu` and `host` need no network and no file but this
+project. `host` tells what a GPU waits for where its own work is short: Python, and the calls that
+start kernels.
 """
 
 import argparse
@@ -30,9 +33,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from svd import RESULTS, ROOT, machine, write
 from tables import fill
 
-from milora.adapter import TRAINED, add_adapter, lora_config
+from milora.adapter import add_adapter, lora_config
 from milora.keep import kept_loss
-from milora.matrices import adapted_layers, adapted_matrices
+from milora.matrices import TRAINED, adapted_layers, adapted_matrices
 from milora.protect import Held, held, project
 from milora.recommended import INPUTS
 from milora.svd import Components
@@ -76,6 +79,14 @@ GPU = {
 }
 
 
+HOST = {
+    "host": Case(1, 8, dtype="bfloat16"),
+    "host-autocast": Case(1, 8, autocast=True, dtype="bfloat16"),
+    "host-checkpointing": Case(1, 8, checkpointing=True, dtype="bfloat16"),
+    "host-dropout": Case(1, 8, dropout=0.05, dtype="bfloat16"),
+}
+
+
 def drawn(weight: Tensor, rank: int, component: str, seed: int = 0) -> Components:
     """In place of a decomposition."""
     (m, n), like = weight.shape, {"dtype": torch.float64, "device": weight.device}
@@ -84,14 +95,14 @@ def drawn(weight: Tensor, rank: int, component: str, seed: int = 0) -> Component
     return Components(U / m**0.5, S, Vh / n**0.5, 10.0, 0.0, "drawn")
 
 
-def model_of(base: PreTrainedModel, method: str) -> PeftModel:
+def model_of(base: PreTrainedModel, method: str, rank: int) -> PeftModel:
     """`base` with the adapter of `method`."""
-    config = lora_config({"r": RANK, "lora_alpha": RANK, "target_modules": TARGETS})
+    config = lora_config({"r": rank, "lora_alpha": rank, "target_modules": TARGETS})
     if method == "rewritten":
         model, _ = add_adapter(base, config, "lora")
         with torch.no_grad():
             for matrix in adapted_matrices(model).values():
-                found = drawn(matrix.weight, RANK, "minor")
+                found = drawn(matrix.weight, rank, "minor")
                 A, B = matrix.factors(TRAINED)
                 A.copy_(found.S.sqrt()[:, None] * found.Vh)
                 B.copy_(found.U * found.S.sqrt())
@@ -108,8 +119,8 @@ def model_of(base: PreTrainedModel, method: str) -> PeftModel:
 class Trial:
     """A model, its optimizer, and a step of both."""
 
-    def __init__(self, base: PreTrainedModel, method: str) -> None:
-        self.model = model_of(base, method)
+    def __init__(self, base: PreTrainedModel, method: str, rank: int = RANK) -> None:
+        self.model = model_of(base, method, rank)
         self.device = next(self.model.parameters()).device
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-5)
@@ -117,8 +128,8 @@ class Trial:
         self.holds: dict[str, Held] = {}
         if method == "held":  # any directions: drawn
             inputs = {
-                name: torch.linalg.qr(torch.randn(matrix.shape[1], INPUTS, device=self.device))[0].T
-                for name, matrix in self.matrices.items()
+                name: torch.linalg.qr(torch.randn(n, min(INPUTS, n // 2), device=self.device))[0].T
+                for name, n in ((name, one.shape[1]) for name, one in self.matrices.items())
             }
             self.holds = held(self.matrices, {}, inputs)
 
@@ -178,13 +189,14 @@ def rounds(trials: dict[str, Trial], count: int) -> dict[str, list[float]]:
     return seconds
 
 
-def llama3_like() -> PreTrainedModel:
-    """8 layers of Llama-3-8B's shape with drawn weights, in bf16 on the GPU."""
+def llama3_like(device: str, part: int = 1) -> PreTrainedModel:
+    """8 layers of Llama-3-8B's shape, or of a part of its widths, with drawn weights, in bf16."""
     config = LlamaConfig(
-        hidden_size=4096, intermediate_size=14336, num_hidden_layers=8, num_attention_heads=32,
-        num_key_value_heads=8, vocab_size=128256, max_position_embeddings=8192,
+        hidden_size=4096 // part, intermediate_size=14336 // part, num_hidden_layers=8,
+        num_attention_heads=32, num_key_value_heads=8, vocab_size=128256 // part,
+        max_position_embeddings=8192,
     )  # fmt: skip
-    with torch.device("cuda"):
+    with torch.device(device):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     return model.requires_grad_(False)
 
@@ -192,7 +204,7 @@ def llama3_like() -> PreTrainedModel:
 def gpu() -> None:
     torch.manual_seed(0)
     began = time.monotonic()
-    base = llama3_like()
+    base = llama3_like("cuda")
     trials = {method: Trial(copy.deepcopy(base), method) for method in METHODS}
     print(f"built: {time.monotonic() - began:.0f} s", flush=True)
     for name, case in GPU.items():
@@ -208,6 +220,18 @@ def gpu() -> None:
             memory[method] = torch.cuda.max_memory_allocated() - before + trial.own()
         keep(f"gpu-{name}", "Llama-3-8B's shape, 8 layers", case, seconds, memory)
         print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
+
+
+def host() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    base = llama3_like("cpu", 64)
+    trials = {method: Trial(copy.deepcopy(base), method, 4) for method in METHODS}
+    for name, case in HOST.items():
+        for trial in trials.values():
+            trial.use(case)
+            trial.ids %= base.config.vocab_size
+        keep(name, "a 64th of Llama-3-8B's widths, 8 layers", case, rounds(trials, 120), {}, 4)
 
 
 def smollm2(dtype: str) -> PreTrainedModel:
@@ -250,11 +274,12 @@ def resident(line: str) -> int:
 
 
 def keep(
-    name: str, model: str, case: Case, seconds: dict[str, list[float]], memory: dict[str, int]
+    name: str, model: str, case: Case, seconds: dict[str, list[float]], memory: dict[str, int],
+    rank: int = RANK,
 ) -> None:  # fmt: skip
     device = "cuda" if name.startswith("gpu") else "cpu"
     result = {
-        "model": model, **case._asdict(), "rank": RANK, "targets": TARGETS,
+        "model": model, **case._asdict(), "rank": rank, "targets": TARGETS,
         "device": machine(device), "threads": torch.get_num_threads(), "torch": torch.__version__,
         "seconds": seconds, "peak_bytes": memory,
     }  # fmt: skip
@@ -286,12 +311,14 @@ def rows() -> Iterator[str]:
         for method, (ratio, low, high) in ratios(result["seconds"]).items():
             median = statistics.median(result["seconds"][method])
             tokens = result["rows"] * result["tokens"] / median
-            memory = result["peak_bytes"][method]
+            peak = result["peak_bytes"]
+            memory = (
+                f"{peak[method] / peak['lora']:.3f} ({peak[method] / 1e9:.2f} GB)" if peak else ""
+            )
             yield (
                 f"| {where} | {result['rows']} × {result['tokens']} | {', '.join(options)} | "
                 f"{METHODS[method]} | {median:.3g} s | {tokens:,.0f} | **{ratio:.3f}** "
-                f"({low:.3f} to {high:.3f}) | {memory / result['peak_bytes']['lora']:.3f} "
-                f"({memory / 1e9:.2f} GB) |"
+                f"({low:.3f} to {high:.3f}) | {memory} |"
             )
 
 
@@ -301,11 +328,13 @@ def docs() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", choices=["cpu", "gpu", "docs", "peak"])
+    parser.add_argument("what", choices=["cpu", "gpu", "host", "docs", "peak"])
     parser.add_argument("rest", nargs="*", help=f"for cpu: of {', '.join(CPU)}")
     given = parser.parse_args()
     if given.what == "gpu":
         gpu()
+    elif given.what == "host":
+        host()
     elif given.what == "peak":
         print_peak(*given.rest)
     elif given.what == "docs":

@@ -12,9 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from milora import adapter
-from milora.anchored import anchored
+from milora.anchored import anchored, product_dtype, stacked
+from milora.anchored_layers import AHEAD
 from milora.errors import UserError
-from milora.matrices import adapted_matrices
+from milora.matrices import TRAINED, adapted_matrices
 
 Load = Callable[..., PreTrainedModel]
 
@@ -43,6 +44,14 @@ def apart(
     return result + s * (inner @ A.T @ B.T) + s * (x @ A0.T @ minus_B0.T)
 
 
+def as_one(
+    result: Tensor, x: Tensor, A: Tensor, B: Tensor, A0: Tensor, minus_B0: Tensor,
+    scaling: float = 1.0, dropout: float = 0.0,
+) -> Tensor:  # fmt: skip
+    dtype = product_dtype(x.dtype, A.dtype, "cpu")
+    return anchored(result, x, stacked(A, B, A0, minus_B0, scaling, dropout > 0, dtype), dropout)
+
+
 def gradients(out: Tensor, given: dict[str, Tensor]) -> list[Tensor]:
     weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
     return list(torch.autograd.grad((out * weight).sum(), [given[k] for k in ("x", "A", "B")]))
@@ -51,7 +60,7 @@ def gradients(out: Tensor, given: dict[str, Tensor]) -> list[Tensor]:
 def test_what_it_gives_may_be_written_into() -> None:
     """Falcon adds the attention's output to the MLP's in place."""
     given = drawn(0, 6, 5, 2, 2, 3)
-    out = anchored(**given, scaling=1.0)
+    out = as_one(**given, scaling=1.0)
     out += 1
     theirs = apart(**given, s=1.0) + 1
     for a, b in zip(gradients(out, given), gradients(theirs, given), strict=True):
@@ -64,7 +73,7 @@ shapes = st.tuples(*(st.integers(1, 9) for _ in range(2)), st.integers(1, 5))
 @given(shapes, st.lists(st.integers(1, 4), max_size=3), st.floats(0.1, 4), st.integers(0, 99))
 def test_as_two_adapters(shape: tuple[int, int, int], lead: list[int], s: float, seed: int) -> None:
     given = drawn(seed, *shape, *lead)
-    ours, theirs = anchored(**given, scaling=s), apart(**given, s=s)
+    ours, theirs = as_one(**given, scaling=s), apart(**given, s=s)
     torch.testing.assert_close(ours, theirs, atol=1e-11, rtol=1e-11)
     for a, b in zip(gradients(ours, given), gradients(theirs, given), strict=True):
         torch.testing.assert_close(a, b, atol=1e-11, rtol=1e-11)
@@ -74,7 +83,7 @@ def test_as_two_adapters(shape: tuple[int, int, int], lead: list[int], s: float,
 def test_as_two_adapters_with_dropout(shape: tuple[int, int, int], p: float, seed: int) -> None:
     given = drawn(seed, *shape, 3, 4)
     torch.manual_seed(seed)
-    ours = anchored(**given, scaling=0.7, dropout=p)
+    ours = as_one(**given, scaling=0.7, dropout=p)
     torch.manual_seed(seed)
     mask = torch.native_dropout(torch.ones(12, shape[1], dtype=torch.float64), p, True)[0]
     theirs = apart(**given, s=0.7, dropped=given["x"] * mask.view(3, 4, -1))
@@ -93,7 +102,7 @@ def test_nothing_at_all_at_step_0(
     given |= {"A": given["A0"], "B": -given["minus_B0"]}
     given |= {k: given[k].to(base) for k in ("result", "x")}
     with torch.autocast("cpu", cast or torch.bfloat16, enabled=cast is not None):
-        out = anchored(**given, scaling=1.3)
+        out = as_one(**given, scaling=1.3)
     assert torch.equal(out, given["result"])
     assert out.dtype == base
 
@@ -116,7 +125,7 @@ def test_on_16_bits_the_update_is_rounded_as_a_share_of_itself(
     found = []
     for one in (single, exact):
         torch.manual_seed(seed)
-        out = anchored(**one, scaling=0.7, dropout=dropout)
+        out = as_one(**one, scaling=0.7, dropout=dropout)
         loss = (out * cotangent.to(out)).sum()
         found.append([out, *torch.autograd.grad(loss, [one[k] for k in ("x", "A", "B")])])
     for ours, wanted in zip(*found, strict=True):
@@ -125,20 +134,22 @@ def test_on_16_bits_the_update_is_rounded_as_a_share_of_itself(
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_what_is_kept_for_the_backward(dropout: float) -> None:
-    """Beside x, which is there anyway: [A; A - A0] x, the stacks, a byte per entry of dropout."""
+    """[A; A - A0] x and the stacks, beside x, which is there anyway; or D x, and D's byte each."""
     given = drawn(0, 40, 30, 2, 50)
-    kept: list[Tensor] = []
+    kept: dict[int, int] = {}
     known = {t.untyped_storage().data_ptr() for t in given.values()}
 
     def keep(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in known:
-            kept.append(tensor)
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        anchored(**given, scaling=1.0, dropout=dropout)
+        out = as_one(**given, dropout=dropout)
+    assert out.requires_grad
     stacked = (50 + 40 + 30) * 2 * 2 * 8
-    assert sum(t.untyped_storage().nbytes() for t in kept) == stacked + (50 * 30 if dropout else 0)
+    assert sum(kept.values()) == stacked + (50 * 30 * (8 + 1) if dropout else 0)
 
 
 def losses(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -149,8 +160,8 @@ def losses(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tens
     return loss.detach(), found
 
 
-def moved(load: Load, kind: str) -> Any:
-    options = {"r": 4, "lora_alpha": 6, "target_modules": TARGETS[kind]}
+def moved(load: Load, kind: str, **further: Any) -> Any:
+    options = {"r": 4, "lora_alpha": 6, "target_modules": TARGETS[kind], **further}
     model, _ = adapter.add_adapter(
         load(kind, torch.float64), adapter.lora_config(options), "milora"
     )
@@ -171,6 +182,31 @@ def test_a_model_trains_as_with_two_adapters_of_peft(
     for matrix in adapted_matrices(model).values():
         del matrix.layer.forward
     torch.testing.assert_close(ours, losses(model, batch), atol=1e-10, rtol=1e-9)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_stacks_made_ahead_are_those_that_each_layer_makes(
+    dropout: float, load: Load, batch: dict[str, Tensor]
+) -> None:
+    """Anew in every forward; a call of the model within, past the tuner, has each make its own."""
+    model = moved(load, "llama", lora_dropout=dropout).train()
+    layers = [matrix.layer for matrix in adapted_matrices(model).values()]
+    seen: list[bool] = []
+    for layer in layers:
+        layer.base_layer.register_forward_hook(lambda *_, of=layer: seen.append(AHEAD in vars(of)))
+    for _ in range(2):
+        found = []
+        for ahead, run in ((True, model), (False, model.base_model.model)):
+            torch.manual_seed(0)
+            seen.clear()
+            loss, gradients = losses(run, batch)
+            found.append((loss, list(gradients.values())))
+            assert seen == [ahead] * len(layers)
+            assert not any(AHEAD in vars(layer) for layer in layers)
+        torch.testing.assert_close(*found, rtol=0, atol=0)
+        with torch.no_grad():
+            for layer in layers:
+                layer.lora_A[TRAINED].weight.data.mul_(1.5)  # which bumps no version
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -31,6 +31,7 @@ LAYERS = (
         "allocator",
         "recommended",
     },
+    {"anchored_layers"},
     {"grade", "adapter", "data", "pretrained", "config", "card", "gates", "lineage"},
     {
         "choices",

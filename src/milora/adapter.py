@@ -35,11 +35,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from milora.anchored import anchored
+from milora.anchored_layers import compute_as_one
 from milora.errors import UserError
 from milora.files import write_bytes
 from milora.matrices import (
+    ANCHOR,
     PREVIOUS,
+    TRAINED,
     Matrix,
     Weights,
     adapted_layers,
@@ -64,7 +66,6 @@ from milora.spectra import apart, span
 from milora.svd import Component, Components, Decompose, components
 from milora.vision import leave_tower_alone, outside_language_model, part_of, projectors
 
-TRAINED, ANCHOR = "default", "anchor"
 SAVED = "modules_to_save"  # PEFT's word for what is trained in full, in the names of tensors
 HEADS = ["classifier", "score"]  # what PEFT itself trains in full in a classifier
 COMPONENT: dict[str, Component] = {
@@ -349,9 +350,9 @@ def decay(matrices: Mapping[str, Matrix], share: float) -> None:
 def _add_anchor(peft_model: PeftModel, config: LoraConfig) -> None:
     """The frozen pair beside the one that trains, and the forward that computes both as one."""
     _add_frozen(peft_model, copy.deepcopy(config), ANCHOR)
-    for matrix in adapted_matrices(peft_model).values():
-        if matrix.expert is None:  # of experts PEFT adds up the updates by itself
-            matrix.layer.forward = MethodType(_anchored_forward, matrix.layer)
+    # Of experts PEFT adds up the updates by itself.
+    matrices = adapted_matrices(peft_model).values()
+    compute_as_one(peft_model, [one.layer for one in matrices if one.expert is None])
 
 
 @torch.no_grad()
@@ -559,41 +560,6 @@ def _start(
             "residual": found.residual,
         }
     return Start(method, factors, scaling, hashes, spectra)
-
-
-def _anchored_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """W x + s (B A x - B0 A0 x), with PEFT's modules as the places of the factors.
-
-    With an update of earlier runs W x + dW' x in place of W x, summed as PEFT sums it, so that step
-    0 is to the last bit what their adapter gives.
-    """
-    result: Tensor = layer.base_layer(x, *args, **kwargs)
-    if layer.disable_adapters or layer.merged:
-        return result
-    if PREVIOUS in layer.lora_A:
-        A, B = layer.lora_A[PREVIOUS], layer.lora_B[PREVIOUS]
-        result = (result + B(A(x.to(A.weight.dtype)))).to(result.dtype)
-    # Usually TRAINED; a copy of it, where TRL keeps one as the reference.
-    others = ANCHOR, PREVIOUS
-    names = [name for name in layer.active_adapters if name in layer.lora_A and name not in others]
-    if not names:
-        return result
-    if len(names) > 1:
-        raise UserError(
-            f"adapters {', '.join(names)} are active at once, and the anchor belongs to one: "
-            "use set_adapter with one name"
-        )
-    A, B, dropout = layer.lora_A, layer.lora_B, layer.lora_dropout[names[0]]
-    return anchored(
-        result,
-        x,
-        A[names[0]].weight,
-        B[names[0]].weight,
-        A[ANCHOR].weight,
-        B[ANCHOR].weight,  # holds -B0
-        layer.scaling[ANCHOR],
-        dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0,
-    )
 
 
 def _set_adapter(model: PeftModel, adapter_name: str, *args: Any, **kwargs: Any) -> None:

@@ -20,10 +20,10 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from milora.adapter import TRAINED, base_only
+from milora.adapter import base_only
 from milora.errors import UserError
 from milora.files import write_bytes
-from milora.matrices import Matrix
+from milora.matrices import TRAINED, Matrix
 
 LENGTH = 256  # tokens of a piece
 AT_ONCE = 2 * 2**30  # bytes of covariances that are held at the same time

@@ -22,11 +22,11 @@ from transformers import (
     TrainingArguments,
 )
 
-from milora.adapter import TRAINED, Start, decay
+from milora.adapter import Start, decay
 from milora.errors import UserError
 from milora.files import read_json, write_bytes, write_text
 from milora.keep import CALIBRATION, Keep, cut, input_directions, kept_loss, sampled
-from milora.matrices import Matrix, adapted_matrices
+from milora.matrices import TRAINED, Matrix, adapted_matrices
 from milora.pretrained import positions
 from milora.processes import like, put, whole
 from milora.progress import Progress

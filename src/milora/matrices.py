@@ -25,6 +25,7 @@ from milora.quantised import is_packed, linear_shape
 from milora.svd import Component, Components, Decompose
 
 Weights = Callable[[str], Tensor]  # module name -> W (m, n) in full precision
+TRAINED, ANCHOR = "default", "anchor"
 PREVIOUS = "previous"  # PEFT's name here for the update of the runs that this one continues
 
 

@@ -17,7 +17,15 @@ from milora import adapter, costs
 from milora.data import IGNORED, Prepared
 from milora.errors import UserError
 from milora.forms import answers_apart, collator_for
-from milora.matrices import Matrix, Weights, adapted_matrices, base_modules, is_stack, kind_of
+from milora.matrices import (
+    TRAINED,
+    Matrix,
+    Weights,
+    adapted_matrices,
+    base_modules,
+    is_stack,
+    kind_of,
+)
 from milora.pretrained import Pretrained, labels_of, task_of
 from milora.progress import duration
 from milora.quantised import is_packed, linear_shape
@@ -141,7 +149,7 @@ def prepared(
         live = adapted
         for name, matrix in adapted_matrices(adapted).items():
             parts = [len(part) for part in matrix.parts]
-            shapes[name] = matrix.shape, matrix.rank(adapter.TRAINED), parts
+            shapes[name] = matrix.shape, matrix.rank(TRAINED), parts
     live.train()
     if arguments.gradient_checkpointing:
         skeleton.gradient_checkpointing_enable(arguments.gradient_checkpointing_kwargs)
@@ -167,7 +175,7 @@ def decomposition_time(matrices: Mapping[str, Matrix], component: Component) -> 
     """Seconds without the store, measured on one weight of every shape and rank."""
     alike: dict[tuple[int, ...], list[Matrix]] = {}
     for matrix in matrices.values():
-        key = (*matrix.shape, matrix.rank(adapter.TRAINED))
+        key = (*matrix.shape, matrix.rank(TRAINED))
         alike.setdefault(key, []).append(matrix)
     total = 0.0
     for (*_, rank), same in alike.items():

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from milora.adapter import (
     COMPONENT,
-    TRAINED,
     Factors,
     Start,
     check_base,
@@ -33,7 +32,7 @@ from milora.adapter import (
 )
 from milora.errors import UserError
 from milora.files import write_bytes
-from milora.matrices import PREVIOUS, Matrix
+from milora.matrices import PREVIOUS, TRAINED, Matrix
 from milora.spectra import Interference, directions, interference, span
 from milora.svd import Decompose, positions
 

@@ -1,0 +1,137 @@
+"""PEFT's LoRA layers with an anchor: W x + s (B A x - B0 A0 x) as one forward (anchored.py)."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from types import MethodType
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from milora.anchored import Stacked, anchored, product_dtype, stacked
+from milora.errors import UserError
+from milora.matrices import ANCHOR, PREVIOUS, TRAINED
+
+AT_ONCE = 2**24  # numbers: 64 MB of fp32
+AHEAD = "_stacks_ahead"  # in a layer while a forward runs that trains
+
+
+def compute_as_one(model: PeftModel, layers: Sequence[Any]) -> None:
+    """Give the layers of `model` that have an anchor the forward that computes both as one."""
+    for layer in layers:
+        layer.forward = MethodType(_forward, layer)
+    alike = list(_alike(layers))
+    tuner = model.base_model
+    tuner.register_forward_pre_hook(partial(_stack_ahead, alike))
+    tuner.register_forward_hook(partial(_forget, layers), always_call=True)
+
+
+def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """W x + s (B A x - B0 A0 x), with PEFT's modules as the places of the factors.
+
+    With an update of earlier runs W x + dW' x in place of W x, summed as PEFT sums it, so that step
+    0 is to the last bit what their adapter gives.
+    """
+    result: Tensor = layer.base_layer(x, *args, **kwargs)
+    if layer.disable_adapters or layer.merged:
+        return result
+    ahead: Ahead | None = layer.__dict__.get(AHEAD)
+    if ahead is not None and ahead.active == layer.active_adapters:
+        dtype = product_dtype(x.dtype, ahead.factors, x.device.type)
+        if ahead.by.tall.dtype == dtype and ahead.training == layer.training:
+            return anchored(result, x, ahead.by, ahead.dropout)
+    if PREVIOUS in layer.lora_A:
+        A, B = layer.lora_A[PREVIOUS], layer.lora_B[PREVIOUS]
+        result = (result + B(A(x.to(A.weight.dtype)))).to(result.dtype)
+    # Usually TRAINED; a copy of it, where TRL keeps one as the reference.
+    others = ANCHOR, PREVIOUS
+    names = [name for name in layer.active_adapters if name in layer.lora_A and name not in others]
+    if not names:
+        return result
+    if len(names) > 1:
+        raise UserError(
+            f"adapters {', '.join(names)} are active at once, and the anchor belongs to one: "
+            "use set_adapter with one name"
+        )
+    A, B, A0, minus_B0 = _factors(layer, names[0])
+    dropout = _dropout(layer, names[0])
+    dtype = product_dtype(x.dtype, A.dtype, x.device.type)
+    by = stacked(A, B, A0, minus_B0, layer.scaling[ANCHOR], dropout > 0, dtype)
+    return anchored(result, x, by, dropout)
+
+
+def _factors(layer: Any, adapter: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A, B, A0, -B0"""
+    A, B = layer.lora_A, layer.lora_B
+    return A[adapter].weight, B[adapter].weight, A[ANCHOR].weight, B[ANCHOR].weight
+
+
+def _dropout(layer: Any, adapter: str) -> float:
+    dropout = layer.lora_dropout[adapter]
+    return float(dropout.p) if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+
+
+class Ahead(NamedTuple):
+    """What a layer multiplies by in this forward, and what must be as it was when that was made."""
+
+    active: list[str]  # adapters
+    training: bool
+    factors: torch.dtype
+    by: Stacked
+    dropout: float
+
+
+class _Alike(NamedTuple):
+    """Layers whose factors have the same shape and place, and the modules of A, B, A0 and -B0."""
+
+    layers: list[Any]
+    factors: list[tuple[nn.Module, ...]]
+
+
+def _alike(layers: Sequence[Any]) -> Iterator[_Alike]:
+    """In groups of no more than may be stacked at once."""
+    found: dict[Any, list[Any]] = {}
+    for layer in layers:
+        A, B, _, _ = _factors(layer, TRAINED)
+        key = A.shape, B.shape, A.dtype, A.device, layer.scaling[ANCHOR]
+        found.setdefault(key, []).append(layer)
+    for (A, B, *_), some in found.items():
+        count = max(1, AT_ONCE // (A.numel() + B.numel()))
+        for group in (some[i : i + count] for i in range(0, len(some), count)):
+            sides = [(one.lora_A, one.lora_B) for one in group]
+            names = TRAINED, ANCHOR
+            yield _Alike(group, [tuple(side[n] for n in names for side in two) for two in sides])
+
+
+def _stack_ahead(alike: Sequence[_Alike], *_: Any) -> None:
+    """The stacks of layers of one shape, in as few kernels as those of one layer.
+
+    Layer by layer it is several times as many, and where a model is small its steps wait for the
+    host that starts them. The stacks hold within one forward: nothing writes into the factors
+    meanwhile. A layer that has none, as while checkpointing computes it again, makes its own.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return
+    active = [TRAINED, ANCHOR]  # so with no update of earlier runs
+    for layers, modules in alike:
+        weight = getattr(layers[0].get_base_layer(), "weight", None)
+        A: Any = modules[0][0].weight
+        whole = type(A) is nn.Parameter and A.numel() and not A.is_meta  # not sharded or away
+        if not whole or weight is None or not weight.is_floating_point():
+            continue
+        if layers[0].active_adapters != active:
+            continue
+        dropout, training = _dropout(layers[0], TRAINED), layers[0].training
+        dtype = product_dtype(weight.dtype, A.dtype, A.device.type)
+        factors: list[list[Any]] = [[one.weight for one in each] for each in modules]
+        every_A, every_B, A0, minus_B0 = map(torch.stack, zip(*factors, strict=True))
+        scaling = layers[0].scaling[ANCHOR]
+        tall, wide = stacked(every_A, every_B, A0, minus_B0, scaling, dropout > 0, dtype)
+        for layer, *by in zip(layers, tall.unbind(), wide.unbind(), strict=True):
+            layer.__dict__[AHEAD] = Ahead(active, training, A.dtype, Stacked(*by), dropout)
+
+
+def _forget(layers: Sequence[Any], *_: Any) -> None:
+    for layer in layers:
+        layer.__dict__.pop(AHEAD, None)
