@@ -184,7 +184,7 @@ def test_rates_beyond_those_given() -> None:
     assert [rate for arm, rate, seed in tried if arm == "lora"] == [3e-4, 1e-3, 3e-3, 1e-3]
     downwards = [rate for arm, rate, seed in tried if arm == "pissa" and seed == 7][3:]
     assert downwards == [9e-5, 2.7e-5, 8.1e-6, 2.4e-6]
-    assert chosen_rate(outcomes, "pissa", 7) == 2.4e-6
+    assert chosen_rate(outcomes, "pissa", [7, 8]) == 2.4e-6
     # Upwards until it diverges, and four at most.
     assert [rate for arm, rate, seed in tried if arm == "milora" and seed == 7][3:] == [
         0.009, 0.027, 0.081, 0.24,
@@ -205,8 +205,24 @@ def test_rates_of_an_arm_alone(capsys: pytest.CaptureFixture[str]) -> None:
     outcomes = grid([lora, own], [0, 1], [1e-3, 1e-2], landscape(best, tried), Progress())
     rates = {arm: {rate for name, rate, _ in tried if name == arm} for arm in best}
     assert rates == {"lora": {1e-3, 1e-2}, "milora": {1e-5, 1e-4}}
-    assert chosen_rate(outcomes, "milora", 0) == 1e-5
+    assert chosen_rate(outcomes, "milora", [0, 1]) == 1e-5
     assert "run 6 of 6" in capsys.readouterr().err
+
+
+def test_with_all_seeds_at_every_rate_their_mean_chooses() -> None:
+    """And no rate at which one of them diverged."""
+
+    losses = {1e-4: (1.0, 4.0), 1e-3: (2.0, 2.5), 1e-2: (0.5, None), 1e-1: (None, 0.0)}
+
+    def pretend(arm: Arm, rate: float, seed: int) -> dict[str, Any]:
+        return outcome(losses[rate][seed])
+
+    outcomes = grid(arms("lora"), [0, 1], list(losses), pretend, Progress(), every_rate=True)
+    assert chosen_rate(outcomes, "lora", [0, 1]) == 1e-3
+    assert chosen_rate(outcomes, "lora", [0]) == 1e-2
+    found = summary(outcomes, [0, 1])["arms"]["lora"]
+    assert found["learning_rate"] == 1e-3
+    assert not found["at_the_edge"]
 
 
 def test_runs_that_another_function_makes(config: Path, tmp_path: Path) -> None:

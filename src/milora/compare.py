@@ -1,9 +1,9 @@
 """Methods x learning rates x seeds, compared as one would want to be compared oneself.
 
 Every arm is tried at every rate with the first seed; the rate with the smallest loss on the
-held-out rows is its own; the other seeds run at that rate. The test tasks take no part in the
-choice. Each run is an ordinary run folder and leaves one file with all that is needed of it, so
-that a stopped comparison goes on where it was.
+held-out rows is its own; the other seeds run at that rate. With all seeds at every rate the mean
+over them chooses. The test tasks take no part in the choice. Each run is an ordinary run folder and
+leaves one file with all that is needed of it, so that a stopped comparison goes on where it was.
 
     OUTPUT_DIR/<arm>-<rate>-<seed>/       the runs
     OUTPUT_DIR/<arm>-<rate>-<seed>.json   what each came to
@@ -139,7 +139,7 @@ def grid(
                 break
             count += 1
             one(arm, beyond, first)
-        again = [chosen_rate(outcomes, arm.name, first)]
+        again = [chosen_rate(outcomes, arm.name, [first])]
         if every_rate:
             losses = _losses(outcomes, arm.name, first)
             again = [rate for rate, loss in losses.items() if math.isfinite(loss)]
@@ -159,13 +159,29 @@ def _losses(outcomes: Outcomes, arm: str, seed: int) -> dict[float, float]:
     return dict(sorted(found.items()))
 
 
-def chosen_rate(outcomes: Outcomes, arm: str, seed: int) -> float:
-    """The rate with the smallest held-out loss. Raises UserError if the arm diverged at each."""
-    losses = _losses(outcomes, arm, seed)
+def chosen_rate(outcomes: Outcomes, arm: str, seeds: Sequence[int]) -> float:
+    """The rate with the smallest held-out loss. Raises UserError if the arm diverged at each.
+
+    Of the first seed, or where several rates were run with all `seeds` the mean over these.
+    """
+    losses = _judged(outcomes, arm, seeds)
     best = min(losses, key=losses.__getitem__)
     if math.isinf(losses[best]):
         raise UserError(f"{arm} diverged at every rate: give lower --learning-rates")
     return best
+
+
+def _judged(outcomes: Outcomes, arm: str, seeds: Sequence[int]) -> dict[float, float]:
+    """What `chosen_rate` chooses by, for every rate: infinite where one of the runs diverged."""
+    first = _losses(outcomes, arm, seeds[0])
+    whole = [rate for rate in first if all((arm, rate, seed) in outcomes for seed in seeds)]
+    if len(whole) < 2:
+        return first
+    of = [_losses(outcomes, arm, seed) for seed in seeds]
+    return {
+        rate: statistics.fmean(one[rate] for one in of) if rate in whole else math.inf
+        for rate in first
+    }
 
 
 def _beyond(losses: Mapping[float, float]) -> float | None:
@@ -273,7 +289,7 @@ def summary(outcomes: Outcomes, seeds: Sequence[int]) -> dict[str, Any]:
     """
     _check_alike(outcomes)
     arms = list(dict.fromkeys(arm for arm, _, _ in outcomes))
-    chosen = {arm: chosen_rate(outcomes, arm, seeds[0]) for arm in arms}
+    chosen = {arm: chosen_rate(outcomes, arm, seeds) for arm in arms}
     of_chosen = {arm: [outcomes[arm, rate, seed] for seed in seeds] for arm, rate in chosen.items()}
     for arm, found in of_chosen.items():
         for seed, outcome in zip(seeds, found, strict=True):
@@ -290,12 +306,13 @@ def summary(outcomes: Outcomes, seeds: Sequence[int]) -> dict[str, Any]:
         "pairs": _pairs(of_chosen),
     }
     for arm in arms:
-        losses = _losses(outcomes, arm, seeds[0])
+        losses = _judged(outcomes, arm, seeds)
         result["arms"][arm] = {
             "learning_rate": chosen[arm],
             "at_the_edge": _beyond(losses) is not None if len(losses) > 1 else False,
             "tried": {
-                f"{rate:g}": _tried(outcomes[arm, rate, seeds[0]]) for rate in losses
+                f"{rate:g}": _tried(outcomes[arm, rate, seeds[0]], loss)
+                for rate, loss in losses.items()
             },
             **_over_seeds(of_chosen[arm]),
         }  # fmt: skip
@@ -374,12 +391,13 @@ def _machines(outcomes: Outcomes) -> dict[str, int]:
     return dict(found)
 
 
-def _tried(outcome: Outcome) -> dict[str, Any]:
+def _tried(outcome: Outcome, loss: float) -> dict[str, Any]:
+    """The first seed's run at a rate, and the loss that the rate was judged by."""
+    judged = {"held_out_loss": loss if math.isfinite(loss) else None}
     if "diverged" in outcome:
-        return {"held_out_loss": None}
+        return judged
     evaluation = outcome["evaluation"]
-    return {
-        "held_out_loss": outcome["held_out_loss"],
+    return judged | {
         "accuracy": {name: task["tuned"]["accuracy"] for name, task in _scored(evaluation)},
         "knowledge": [one[measure_of(one)] for one in evaluation["knowledge"]],
     }

@@ -128,8 +128,8 @@ def explanation(result: Mapping[str, Any]) -> list[str]:
     seeds = ", ".join(map(str, result["seeds"]))
     return [
         f"Mean ± standard deviation over seeds {seeds}; each arm at the rate with the smallest "
-        "loss on held-out rows, chosen with the first seed. Scores are of test rows, which took no "
-        "part in that.",
+        "loss on held-out rows, that of the first seed or, where all seeds ran at every rate, the "
+        "mean over them. Scores are of test rows, which took no part in that.",
         "Differences: each row's score is averaged over the seeds, and the rows are resampled "
         "(paired bootstrap), which says how far another test set would move them, not other seeds. "
         "One in twenty goes beyond chance by chance.",
