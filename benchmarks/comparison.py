@@ -223,7 +223,7 @@ def causal(
 ) -> dict[str, Any]:  # fmt: skip
     """A comparison by `milora compare` itself."""
     home = Path(values["output_dir"])
-    widened = home.name.split("-")[0] not in NOT_WIDENED
+    widened = not _of_fronts(home.name)
     for folder in home.glob("*/"):  # a finished run is all in its file
         if folder.with_name(folder.name + ".json").exists():
             shutil.rmtree(folder, ignore_errors=True)  # another process may be at it
@@ -298,10 +298,11 @@ def docs() -> None:
     for name, result in found.items():
         if equal := equal_score(result):
             parts[f"{name}, equal score"] = markdown(equal)
-    fronts = {name: result for name, result in found.items() if "fronts" in name}
+    fronts = {name: result for name, result in found.items() if _of_fronts(name)}
     others = {name: result for name, result in found.items() if name not in fronts}
     parts["comparison"] = markdown(against_lora(others))
-    parts["by rate"] = markdown(by_rate([name for name in NAMES if "smollm2fronts" in name]))
+    parts["by rate"] = markdown(by_rate("smollm2fronts", ("lora", RECOMMENDED)))
+    parts["larger"] = markdown(by_rate("smollm2large", LARGE))
     parts["fronts"] = markdown(at_own_rates(fronts))
     parts["equal rates"] = markdown(at_equal_rates())
     parts["short"] = markdown(briefly(others))
@@ -327,7 +328,7 @@ def against_lora(found: dict[str, dict[str, Any]]) -> Table:
         own = {arm: one["knowledge"][0] for arm, one in result["arms"].items()}
         key = measure_of(own["lora"])
         for arm, one in result["arms"].items():
-            row = [name, _named(arm, "fronts" in name)]
+            row = [name, _named(arm, _of_fronts(name))]
             row.append(plus_minus(one["tasks"][task]["accuracy"], 3))
             pair = [p for p in result["pairs"] if p["task"] == task]
             pair = [p for p in pair if (p["first"], p["second"]) == ("lora", arm)]
@@ -341,6 +342,10 @@ def against_lora(found: dict[str, dict[str, Any]]) -> Table:
             )
             rows.append(row)
     return Table(head, rows)
+
+
+def _of_fronts(name: str) -> bool:
+    return name.split("-")[0] in NOT_WIDENED
 
 
 def _named(arm: str, fronts: bool) -> str:
@@ -361,20 +366,22 @@ def at_own_rates(fronts: dict[str, dict[str, Any]]) -> Table:
     return against_lora(own)
 
 
-def by_rate(names: Sequence[str]) -> Table:
-    """What LoRA and the default came to at every rate, with as many seeds as there are."""
+def by_rate(model: str, arms: Sequence[str]) -> Table:
+    """What `arms` came to at every rate, with as many seeds as there are."""
     head, rows = ["comparison", "arm", "rate", "seeds", "held-out loss", "accuracy"], []
-    head += ["KL, WikiText-2 test", "KL, C4"]
-    for name, arm in [(name, arm) for name in names for arm in ("lora", RECOMMENDED)]:
+    head += ["loss", "KL, WikiText-2 test", "KL, C4"]
+    for name, arm in [(f"{model}-{task}", arm) for task in COMPARISONS[model][2] for arm in arms]:
         task = name.split("-")[1]
         for rate, of in runs_by_rate(name, arm):
+            tuned = [one["evaluation"]["tasks"][task]["tuned"] for one in of]
             figures = [
                 [one["held_out_loss"] for one in of],
-                [one["evaluation"]["tasks"][task]["tuned"]["accuracy"] for one in of],
+                [one["accuracy"] for one in tuned],
+                [one["loss"] for one in tuned],
                 *([one["evaluation"]["knowledge"][i]["kl"] for one in of] for i in range(2)),
             ]
             told = [plus_minus(spread(values), 4) for values in figures]
-            rows.append([name, FRONT_NAMES[arm], f"{rate:g}", str(len(of)), *told])
+            rows.append([name, _named(arm, True), f"{rate:g}", str(len(of)), *told])
     return Table(head, rows)
 
 
@@ -418,7 +425,7 @@ def briefly(found: dict[str, dict[str, Any]]) -> Table:
     rows = []
     for name, result in found.items():
         task, arms = name.split("-")[1], result["arms"]
-        other = RECOMMENDED if "fronts" in name else "milora"
+        other = RECOMMENDED if _of_fronts(name) else "milora"
         if "lora" in arms and other in arms:
             row = [name]
             for arm in ("lora", other):
