@@ -30,7 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=4)
     rounds = parser.parse_args().rounds
-    trial, library = Trial(smollm2(), "milora"), ctypes.CDLL(None)
+    trial, library = Trial(smollm2(CPU["4x256"].dtype), "milora"), ctypes.CDLL(None)
     trial.use(CPU["4x256"])
     seconds: dict[str, list[float]] = {name: [] for name in THRESHOLDS}
     for i in range(rounds):

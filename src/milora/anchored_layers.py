@@ -125,6 +125,8 @@ def _stack_ahead(alike: Sequence[_Alike], *_: Any) -> None:
         dropout, training = _dropout(layers[0], TRAINED), layers[0].training
         dtype = product_dtype(weight.dtype, A.dtype, A.device.type)
         factors: list[list[Any]] = [[one.weight for one in each] for each in modules]
+        if len({trained.device for trained, *_ in factors}) > 1:
+            continue  # moved apart since
         every_A, every_B, A0, minus_B0 = map(torch.stack, zip(*factors, strict=True))
         scaling = layers[0].scaling[ANCHOR]
         tall, wide = stacked(every_A, every_B, A0, minus_B0, scaling, dropout > 0, dtype)
