@@ -127,10 +127,11 @@ class Trial:
         self.method, self.matrices = method, adapted_matrices(self.model)
         self.holds: dict[str, Held] = {}
         if method == "held":  # any directions: drawn
-            inputs = {
-                name: torch.linalg.qr(torch.randn(n, min(INPUTS, n // 2), device=self.device))[0].T
-                for name, n in ((name, one.shape[1]) for name, one in self.matrices.items())
-            }
+            inputs = {}
+            for name, matrix in self.matrices.items():
+                n = matrix.shape[1]
+                some = torch.randn(n, min(INPUTS, n // 2), device=self.device)
+                inputs[name] = torch.linalg.qr(some)[0].T
             self.holds = held(self.matrices, {}, inputs)
 
     def use(self, case: Case) -> None:

@@ -63,8 +63,14 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 def _factors(layer: Any, adapter: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A, B, A0, -B0"""
+    A, B, A0, minus_B0 = _modules(layer, adapter)
+    return A.weight, B.weight, A0.weight, minus_B0.weight
+
+
+def _modules(layer: Any, adapter: str) -> tuple[Any, Any, Any, Any]:
+    """Of A, B, A0 and -B0."""
     A, B = layer.lora_A, layer.lora_B
-    return A[adapter].weight, B[adapter].weight, A[ANCHOR].weight, B[ANCHOR].weight
+    return A[adapter], B[adapter], A[ANCHOR], B[ANCHOR]
 
 
 def _dropout(layer: Any, adapter: str) -> float:
@@ -83,10 +89,10 @@ class Ahead(NamedTuple):
 
 
 class _Alike(NamedTuple):
-    """Layers whose factors have the same shape and place, and the modules of A, B, A0 and -B0."""
+    """Layers whose factors have the same shape and place, and where these are."""
 
     layers: list[Any]
-    factors: list[tuple[nn.Module, ...]]
+    modules: list[tuple[Any, Any, Any, Any]]  # as `_modules` gives them
 
 
 def _alike(layers: Sequence[Any]) -> Iterator[_Alike]:
@@ -99,9 +105,7 @@ def _alike(layers: Sequence[Any]) -> Iterator[_Alike]:
     for (A, B, *_), some in found.items():
         count = max(1, AT_ONCE // (A.numel() + B.numel()))
         for group in (some[i : i + count] for i in range(0, len(some), count)):
-            sides = [(one.lora_A, one.lora_B) for one in group]
-            names = TRAINED, ANCHOR
-            yield _Alike(group, [tuple(side[n] for n in names for side in two) for two in sides])
+            yield _Alike(group, [_modules(layer, TRAINED) for layer in group])
 
 
 def _stack_ahead(alike: Sequence[_Alike], *_: Any) -> None:
@@ -118,9 +122,9 @@ def _stack_ahead(alike: Sequence[_Alike], *_: Any) -> None:
         weight = getattr(layers[0].get_base_layer(), "weight", None)
         A: Any = modules[0][0].weight
         whole = type(A) is nn.Parameter and A.numel() and not A.is_meta  # not sharded or away
-        if not whole or weight is None or not weight.is_floating_point():
+        if weight is None or not weight.is_floating_point():
             continue
-        if layers[0].active_adapters != active:
+        if not whole or layers[0].active_adapters != active:
             continue
         dropout, training = _dropout(layers[0], TRAINED), layers[0].training
         dtype = product_dtype(weight.dtype, A.dtype, A.device.type)
