@@ -3,7 +3,7 @@
     python benchmarks/step.py cpu [CASE]   # SmolLM2-135M in fp32; some minutes a case
     python benchmarks/step.py gpu          # 8 layers of Llama-3-8B's shape in bf16; a minute
     python benchmarks/step.py host         # 8 layers so small that a CPU hardly computes; a minute
-    python benchmarks/step.py docs         # the table of docs/speed.md, from the JSON
+    python benchmarks/step.py docs         # the tables of docs/speed.md, from the JSON
 
 All are in one process and take turns, each round in another order, so that what the machine does
 besides falls on all of them; a ratio is the median over the rounds of time / time of LoRA. Peak
@@ -20,9 +20,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -35,8 +35,9 @@ from tables import fill
 
 from milora.adapter import add_adapter, lora_config
 from milora.keep import kept_loss
+from milora.loop import Hold
 from milora.matrices import TRAINED, adapted_layers, adapted_matrices
-from milora.protect import Held, held, project
+from milora.protect import held
 from milora.recommended import INPUTS
 from milora.svd import Components
 
@@ -48,10 +49,11 @@ METHODS = {
     "lora": "LoRA of PEFT",
     "milora": "MiLoRA",
     "held": "MiLoRA, 64 inputs held (the default)",
-    "keep": "MiLoRA, and milora.keep",
+    "keep": "MiLoRA, milora.keep",
     "rewritten": "rewritten base and a LoRA",
     "two": "two LoRAs of PEFT",
 }
+OTHERS = [method for method in METHODS if method != "lora"]
 
 
 class Case(NamedTuple):
@@ -124,15 +126,16 @@ class Trial:
         self.device = next(self.model.parameters()).device
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-5)
-        self.method, self.matrices = method, adapted_matrices(self.model)
-        self.holds: dict[str, Held] = {}
+        self.method = method
+        self.hold: Hold | None = None
+        matrices = adapted_matrices(self.model)
         if method == "held":  # any directions: drawn
             inputs = {}
-            for name, matrix in self.matrices.items():
+            for name, matrix in matrices.items():
                 n = matrix.shape[1]
                 some = torch.randn(n, min(INPUTS, n // 2), device=self.device)
                 inputs[name] = torch.linalg.qr(some)[0].T
-            self.holds = held(self.matrices, {}, inputs)
+            self.hold = Hold(matrices, held(matrices, {}, inputs))
 
     def use(self, case: Case) -> None:
         self.case = case
@@ -160,7 +163,8 @@ class Trial:
         if self.method == "keep":
             kept_loss(self.model, self.ids.flatten()[:KEPT].view(2, -1)).backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
-        project(self.matrices, self.holds)
+        if self.hold:
+            self.hold.project()
         self.optimizer.zero_grad()
         self.wait()
         return clock() - began
@@ -299,32 +303,54 @@ def ratios(seconds: dict[str, list[float]]) -> dict[str, tuple[float, float, flo
     return found
 
 
-def rows() -> Iterator[str]:
-    yield "| model | tokens | | method | step | tokens/s | of LoRA's time | of LoRA's memory |"
-    yield "|---|---|---|---|---|---|---|---|"
-    for path in sorted(RESULTS.glob("step-*.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
-        options = [key for key in ("checkpointing", "autocast") if result[key]]
-        options += [f"dropout {result['dropout']}"] if result["dropout"] else []
-        where = f"{result['model']}, {result['dtype']}, {result['device']}"
-        if "cpu" in path.name:
-            where += f", {result['threads']} thread" + "s" * (result["threads"] > 1)
-        for method, (ratio, low, high) in ratios(result["seconds"]).items():
-            median = statistics.median(result["seconds"][method])
-            tokens = result["rows"] * result["tokens"] / median
-            peak = result["peak_bytes"]
-            memory = (
-                f"{peak[method] / peak['lora']:.3f} ({peak[method] / 1e9:.2f} GB)" if peak else ""
+def tables() -> dict[str, Iterator[str]]:
+    """Of time and of memory, a row a case."""
+    paths = sorted(RESULTS.glob("step-*.json"))
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    return {"step": times(found), "step memory": peaks(found)}
+
+
+def times(found: Sequence[dict[str, Any]]) -> Iterator[str]:
+    yield from _head("base, device", f"{METHODS['lora']}: a step, tokens/s")
+    for result in found:
+        own = statistics.median(result["seconds"]["lora"])
+        cells = [f"{own:.3g} s, {result['rows'] * result['tokens'] / own:,.0f}"]
+        of_lora = ratios(result["seconds"])
+        for method in OTHERS:
+            cell = (
+                "**{:.2f}** ({:.2f} to {:.2f})".format(*of_lora[method])
+                if method in of_lora
+                else ""
             )
-            yield (
-                f"| {where} | {result['rows']} × {result['tokens']} | {', '.join(options)} | "
-                f"{METHODS[method]} | {median:.3g} s | {tokens:,.0f} | **{ratio:.3f}** "
-                f"({low:.3f} to {high:.3f}) | {memory} |"
-            )
+            cells.append(cell)
+        yield _row(result, cells)
+
+
+def peaks(found: Sequence[dict[str, Any]]) -> Iterator[str]:
+    yield from _head("base, device", f"{METHODS['lora']}: peak")
+    for result in found:
+        if peak := result["peak_bytes"]:
+            others = [f"{peak[one] / peak['lora']:.2f}" if one in peak else "" for one in OTHERS]
+            yield _row(result, [f"{peak['lora'] / 1e9:.2f} GB", *others])
+
+
+def _head(*first: str) -> Iterator[str]:
+    base, lora = first
+    head = [base, "rows × tokens", "with", lora, *(METHODS[method] for method in OTHERS)]
+    yield f"| {' | '.join(head)} |"
+    yield "|---" * len(head) + "|"
+
+
+def _row(result: dict[str, Any], cells: list[str]) -> str:
+    options = [key for key in ("checkpointing", "autocast") if result[key]]
+    options += [f"dropout {result['dropout']}"] if result["dropout"] else []
+    where = f"{result['model']}, {result['dtype']}, {result['device']}"
+    first = [where, f"{result['rows']} × {result['tokens']}", ", ".join(options)]
+    return f"| {' | '.join([*first, *cells])} |"
 
 
 def docs() -> None:
-    fill(DOCUMENT, {"step": rows()})
+    fill(DOCUMENT, tables())
 
 
 def main() -> None:

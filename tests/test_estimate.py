@@ -24,11 +24,13 @@ from milora import adapter, costs
 from milora.cli import app
 from milora.errors import UserError
 from milora.estimate import estimate, lines
+from milora.loop import Hold
 from milora.preview import compute_dtype, prepared
 
 Tiny = Callable[[str], Path]
 ROOT = Path(__file__).resolve().parent.parent
 ROWS, TOKENS = 4, 48
+RATES = {torch.float32: 1e10, torch.float64: 5e9}
 
 
 def of_shapes(model: str, method: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
@@ -177,10 +179,9 @@ def test_no_weight_is_read(tiny: Tiny, tmp_path: Path) -> None:
     """A folder with a config alone is enough; nothing is written."""
     (tmp_path / "bare").mkdir()
     shutil.copy(tiny("llama") / "config.json", tmp_path / "bare")
-    rates = {torch.float32: 1e10, torch.float64: 5e9}
     changes: dict[str, Any] = {"training": {"max_steps": -1, "num_train_epochs": 3}}
     arguments = settings(tmp_path / "bare", tmp_path, **changes)
-    found = estimate(**arguments, rates=rates, speed=1e9, processes=2)
+    found = estimate(**arguments, rates=RATES, speed=1e9, processes=2)
     assert found["training"]["batches"] == 9  # 20 of 24 rows, 8 at a time, three times
     assert found["training"]["seconds"] == pytest.approx(9 * found["training"]["operations"] / 1e9)
     assert found["peak_bytes"] == sum(found["memory"].values())
@@ -190,9 +191,35 @@ def test_no_weight_is_read(tiny: Tiny, tmp_path: Path) -> None:
     assert "each of 2 devices" in said
     assert "9 batches" in said
     elsewhere = arguments | {"data": arguments["data"] | {"train": "some/data"}}
-    found = estimate(**elsewhere, rates=rates, speed=1e9)
+    found = estimate(**elsewhere, rates=RATES, speed=1e9)
     assert found["training"]["batches"] is None
     assert "set training.max_steps" in "\n".join(lines(found))
+
+
+def test_what_is_held_is_counted(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bytes that a run has on its device for it."""
+    seen: list[int] = []
+
+    class Seen(Hold):
+        def project(self) -> None:
+            seen.append(sum(x.nbytes for hold in self.holds.values() for x in hold))
+            super().project()
+
+    monkeypatch.setattr("milora.train.Hold", Seen)
+    text = tmp_path / "general.txt"
+    text.write_text("of this and that " * 400)
+    for inputs, protect in (0, 2), (3, 0), (None, 0):
+        asked = settings(
+            tiny("llama"), tmp_path, output_dir=str(tmp_path / f"{inputs}"),
+            milora={"protect": protect, "protect_inputs": inputs, "text": str(text)},
+        )  # fmt: skip
+        expected = estimate(**asked, speed=1.0, rates=RATES)
+        run(asked)
+        assert seen[-1] == expected["memory"]["held"] > 0
+    asked["method"] = "lora"
+    assert estimate(**asked, speed=1.0, rates=RATES)["memory"]["held"] == 0
 
 
 def test_the_verb(tiny: Tiny, tmp_path: Path) -> None:

@@ -23,8 +23,10 @@ from milora.adapter import (
 from milora.config import load_config
 from milora.errors import UserError
 from milora.export import plain_lora
+from milora.loop import Hold
 from milora.matrices import adapted_matrices
 from milora.protect import (
+    Held,
     Top,
     held,
     load_tops,
@@ -150,6 +152,56 @@ def test_fewer_are_held_than_watched(load: Load) -> None:
         _, B = layers[name].factors("default")
         assert float((top.U[:, :2].T @ B).detach().abs().max()) < 1e-5
         assert float((top.U[:, 2:].T @ B).detach().abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("at_once", [1, 2**24])
+def test_factors_of_one_shape_are_projected_together(
+    at_once: int, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one by one, however many fit, with other numbers held of other weights."""
+    monkeypatch.setattr("milora.protect.AT_ONCE", at_once)
+    _, _, layers = adapted(load, "milora")
+    generator = torch.Generator().manual_seed(0)
+    holds, wanted = {}, {}
+    for place, (name, layer) in enumerate(layers.items()):
+        A, B = layer.factors("default")
+        with torch.no_grad():
+            A.normal_(generator=generator)
+            B.normal_(generator=generator)
+        U, Vh = (
+            torch.linalg.qr(torch.randn(size, count, generator=generator))[0]
+            for size, count in ((len(B), place % 3), (A.shape[1], 1 + place % 2))
+        )
+        holds[name] = Held(U, Vh.T)
+        P, Q, u, v = B.detach().double(), A.detach().double(), U.double(), Vh.double()
+        wanted[name] = P - u @ u.T @ P, Q - Q @ v @ v.T
+    project(layers, holds)
+    for name, layer in layers.items():
+        A, B = layer.factors("default")
+        torch.testing.assert_close(B.detach().double(), wanted[name][0], rtol=0, atol=1e-5)
+        torch.testing.assert_close(A.detach().double(), wanted[name][1], rtol=0, atol=1e-5)
+
+
+def test_what_is_held_is_fetched_once(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the first step, to where the model is; another dtype stands for a device."""
+    seen: list[Hold] = []
+
+    class Seen(Hold):
+        def __init__(self, matrices: Any, holds: Any) -> None:
+            super().__init__(
+                matrices, {n: Held(*(x.double() for x in h)) for n, h in holds.items()}
+            )
+            seen.append(self)
+
+        def project(self) -> None:
+            assert {x.dtype for hold in self.holds.values() for x in hold} == {torch.float32}
+            super().project()
+
+    monkeypatch.setattr("milora.train.Hold", Seen)
+    run(settings(tiny("llama"), tmp_path, milora={"protect": 2}))
+    assert seen
 
 
 def test_how_many(load: Load) -> None:

@@ -25,7 +25,9 @@ from torch.utils.flop_counter import flop_registry
 from milora.errors import UserError
 from milora.svd import Component
 
-KINDS = ("weights", "adapter", "anchor", "gradients", "optimizer", "activations", "logits")
+KINDS = (
+    "weights", "adapter", "anchor", "held", "gradients", "optimizer", "activations", "logits",
+)  # fmt: skip
 
 # Seconds of a decomposition beside its factorisation, as fp64 operations of a matrix product per
 # entry of the weight: fitted to benchmarks/results/svd-*.json (docs/speed.md has how well).
@@ -187,7 +189,8 @@ def per_device(step: Step, trained: int, processes: int, sharded: bool, whole: i
 
     Without `sharded` each has everything, and a second copy of the gradients to exchange. With it
     (FSDP, ZeRO-3) weights, adapter, gradients and optimizer state are shared out, and `whole` bytes
-    of weights are whole at a time (see `gathered`); the anchor, which is no parameter, is on each.
+    of weights are whole at a time (see `gathered`); the anchor and what is held, which are no
+    parameters, are on each.
     """
     if processes == 1:
         return step

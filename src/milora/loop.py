@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from milora.matrices import TRAINED, Matrix, adapted_matrices
 from milora.pretrained import positions
 from milora.processes import like, put, whole
 from milora.progress import Progress
-from milora.protect import Held, Top, begin_outside, held, measure, project, worst
+from milora.protect import Held, Top, begin_outside, beside, held, measure, project, worst
 from milora.recommended import held_inputs
 from milora.spectra import Interference
 
@@ -150,16 +150,26 @@ class Hold(TrainerCallback):
     """Keeps the update out of what is held, after every optimizer step."""
 
     def __init__(self, matrices: Mapping[str, Matrix], holds: Mapping[str, Held]) -> None:
-        self.matrices, self.holds = matrices, holds
+        self.matrices, self.holds = matrices, dict(holds)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.project()
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Fetches what is held to where the model is now."""
+        for some in in_one_piece(self.matrices):
+            self.holds |= beside(some, self._of(some))
+
     def project(self) -> None:
         for some in in_one_piece(self.matrices):
-            project(some, {name: self.holds[name] for name in some if name in self.holds})
+            project(some, self._of(some))
+
+    def _of(self, some: Iterable[str]) -> dict[str, Held]:
+        return {name: self.holds[name] for name in some if name in self.holds}
 
 
 def hold_inputs(

@@ -39,6 +39,7 @@ from milora.svd import Decompose, positions
 FORMAT = "milora top singular vectors 2"
 TINY = 1e-4  # of a factor: what is left of it is rounding
 FIRST = 64  # triplets that are computed before it is known how many an energy takes
+AT_ONCE = 2**24  # numbers: 64 MB of fp32
 
 Energy = Mapping[str, float]  # {"energy": share of ||W||²}
 Protect = int | Energy | Mapping[str, int | Energy]  # the last by pattern of module names
@@ -299,14 +300,33 @@ def begin_outside(
 
 @torch.no_grad()
 def project(matrices: Mapping[str, Matrix], holds: Mapping[str, Held]) -> None:
-    """B <- B - U Uᵀ B and A <- A - A V Vᵀ, in place, on the adapter of every weight held."""
+    """B <- B - U Uᵀ B and A <- A - A V Vᵀ, in place, on the adapter of every weight held.
+
+    Factors of one shape are in one product: one by one they are so small that a GPU mostly waits.
+    """
+    alike: dict[Any, list[tuple[Tensor, Tensor]]] = {}
     for name, hold in holds.items():
         A, B = matrices[name].factors(TRAINED)
-        U, Vh = hold.U.to(B), hold.Vh.to(A)
-        if U.shape[1]:
-            B.addmm_(U, U.T @ B, alpha=-1)
-        if len(Vh):
-            A.addmm_(A @ Vh.T, Vh, alpha=-1)
+        for rows, out in (A, hold.Vh), (B.T, hold.U.T):
+            if len(out):
+                key = rows.shape, out.shape, rows.dtype, rows.device
+                alike.setdefault(key, []).append((rows, out.to(rows)))
+    for pairs in alike.values():
+        count = max(1, AT_ONCE // sum(one.numel() for one in pairs[0]))
+        for some in (pairs[i : i + count] for i in range(0, len(pairs), count)):
+            X, V = map(torch.stack, zip(*some, strict=True))
+            left = torch.baddbmm(X, X @ V.mT, V, alpha=-1)
+            for (rows, _), new in zip(some, left, strict=True):
+                rows.copy_(new)
+
+
+def beside(matrices: Mapping[str, Matrix], holds: Mapping[str, Held]) -> dict[str, Held]:
+    """`holds` where the factors are now, so that `project` need not fetch them at every step."""
+    found = {}
+    for name, hold in holds.items():
+        A, B = matrices[name].factors(TRAINED)
+        found[name] = Held(hold.U.to(B), hold.Vh.to(A))
+    return found
 
 
 @torch.no_grad()
