@@ -32,7 +32,7 @@ from milora.fronts import front
 RESULTS = Path("benchmarks/results/search")
 TASKS = ("polarity", "trec", "subjectivity")
 RATES = 1e-4, 1e-2
-TRIALS, KEPT = 16, (8, 4)  # settings with the first seed; that go on to the second and the third
+TRIALS, KEPT = 8, (4, 2)  # settings with the first seed; that go on to the second and the third
 LORA = "LoRA"
 
 
