@@ -174,14 +174,20 @@ def chosen_rate(outcomes: Outcomes, arm: str, seeds: Sequence[int]) -> float:
 def _judged(outcomes: Outcomes, arm: str, seeds: Sequence[int]) -> dict[float, float]:
     """What `chosen_rate` chooses by, for every rate: infinite where one of the runs diverged."""
     first = _losses(outcomes, arm, seeds[0])
-    whole = [rate for rate in first if all((arm, rate, seed) in outcomes for seed in seeds)]
-    if len(whole) < 2:
+    if not (whole := _whole(outcomes, arm, seeds)):
         return first
     of = [_losses(outcomes, arm, seed) for seed in seeds]
     return {
         rate: statistics.fmean(one[rate] for one in of) if rate in whole else math.inf
         for rate in first
     }
+
+
+def _whole(outcomes: Outcomes, arm: str, seeds: Sequence[int]) -> list[float]:
+    """The rates that were run with all `seeds`; none where that is the chosen one alone."""
+    rates = [rate for name, rate, seed in outcomes if (name, seed) == (arm, seeds[0])]
+    whole = [rate for rate in rates if all((arm, rate, seed) in outcomes for seed in seeds)]
+    return whole if len(whole) > 1 else []
 
 
 def _beyond(losses: Mapping[float, float]) -> float | None:
@@ -306,12 +312,15 @@ def summary(outcomes: Outcomes, seeds: Sequence[int]) -> dict[str, Any]:
         "pairs": _pairs(of_chosen),
     }
     for arm in arms:
-        losses = _judged(outcomes, arm, seeds)
+        losses, whole = _judged(outcomes, arm, seeds), _whole(outcomes, arm, seeds)
         result["arms"][arm] = {
             "learning_rate": chosen[arm],
             "at_the_edge": _beyond(losses) is not None if len(losses) > 1 else False,
             "tried": {
-                f"{rate:g}": _tried(outcomes[arm, rate, seeds[0]], loss)
+                f"{rate:g}": _tried(
+                    [outcomes[arm, rate, seed] for seed in (seeds if rate in whole else seeds[:1])],
+                    loss,
+                )
                 for rate, loss in losses.items()
             },
             **_over_seeds(of_chosen[arm]),
@@ -391,15 +400,15 @@ def _machines(outcomes: Outcomes) -> dict[str, int]:
     return dict(found)
 
 
-def _tried(outcome: Outcome, loss: float) -> dict[str, Any]:
-    """The first seed's run at a rate, and the loss that the rate was judged by."""
-    judged = {"held_out_loss": loss if math.isfinite(loss) else None}
-    if "diverged" in outcome:
+def _tried(runs: Sequence[Outcome], loss: float) -> dict[str, Any]:
+    """Means over the runs at a rate, and the loss that the rate was judged by."""
+    judged = {"seeds": len(runs), "held_out_loss": loss if math.isfinite(loss) else None}
+    if any("diverged" in run for run in runs):
         return judged
-    evaluation = outcome["evaluation"]
+    means = _over_seeds(runs)
     return judged | {
-        "accuracy": {name: task["tuned"]["accuracy"] for name, task in _scored(evaluation)},
-        "knowledge": [one[measure_of(one)] for one in evaluation["knowledge"]],
+        "accuracy": {name: task["accuracy"]["mean"] for name, task in means["tasks"].items()},
+        "knowledge": [one[measure_of(one)]["mean"] for one in means["knowledge"]],
     }
 
 
