@@ -30,10 +30,11 @@ from checkpoint import ADAPTED, SHAPES
 from svd import RESULTS, ROOT, machine, write
 from tables import fill
 
-from milora.adapter import Factors, tensor_sha256
+from milora.adapter import Factors
 from milora.checkpoint import open_checkpoint
 from milora.export import PlainLora, save_plain_lora
 from milora.files import write_json
+from milora.fingerprints import tensor_sha256
 from milora.verify import ADAPTER
 
 RANK = 64

@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 
-from milora.adapter import add_adapter, lora_config
+from milora.adapter import add_adapter
 from milora.matrices import adapted_matrices
 from milora.pretrained import load_pretrained
 from milora.progress import Progress
 from milora.protect import held, measure, project, top_vectors
 from milora.store import Store
+from milora.targeting import lora_config
 
 RESULT = Path(__file__).resolve().parent / "results" / "protection.json"
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]

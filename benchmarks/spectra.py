@@ -83,7 +83,7 @@ def noise(weight: Tensor) -> dict[str, float]:
 
 
 def run() -> None:
-    from milora.adapter import base_sha256
+    from milora.fingerprints import base_sha256
     from milora.pretrained import load_pretrained
 
     torch.set_num_threads(1)

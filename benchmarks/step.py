@@ -33,13 +33,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from svd import RESULTS, ROOT, machine, write
 from tables import fill
 
-from milora.adapter import add_adapter, lora_config
+from milora.adapter import add_adapter
 from milora.keep import kept_loss
 from milora.loop import Hold
 from milora.matrices import TRAINED, adapted_layers, adapted_matrices
 from milora.protect import held
 from milora.recommended import INPUTS
 from milora.svd import Components
+from milora.targeting import lora_config
 
 DOCUMENT = ROOT / "docs" / "speed.md"
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]

@@ -14,9 +14,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from milora import adapter, costs
-from milora.adapter import ANCHOR, TRAINED, base_only, initial_factors
+from milora import adapter, costs, fingerprints, targeting
+from milora.adapter import ANCHOR, TRAINED, initial_factors
 from milora.errors import UserError
+from milora.logits import base_only, step0_bound, step0_difference
 from milora.matrices import adapted_matrices
 from milora.svd import minor_components
 
@@ -25,7 +26,9 @@ Load = Callable[..., PreTrainedModel]
 
 
 def config(kind: str, **options: Any) -> LoraConfig:
-    return adapter.lora_config({"r": 4, "lora_alpha": 4, "target_modules": TARGETS[kind]} | options)
+    return targeting.lora_config(
+        {"r": 4, "lora_alpha": 4, "target_modules": TARGETS[kind]} | options
+    )
 
 
 def perturb(model: nn.Module, seed: int = 0) -> None:
@@ -44,10 +47,10 @@ def test_step_0_is_the_base(
     kind: str, dtype: torch.dtype, method: str, load: Load, batch: dict[str, torch.Tensor]
 ) -> None:
     model, _ = adapter.add_adapter(load(kind, dtype), config(kind), method)
-    difference = adapter.step0_difference(model, batch)
-    assert difference <= adapter.step0_bound(dtype)
+    difference = step0_difference(model, batch)
+    assert difference <= step0_bound(dtype)
     perturb(model)
-    assert adapter.step0_difference(model, batch) > 1e-4  # the figure can fail
+    assert step0_difference(model, batch) > 1e-4  # the figure can fail
 
 
 def test_step_0_is_checked_in_the_memory_of_one_row(load: Load) -> None:
@@ -58,16 +61,14 @@ def test_step_0_is_checked_in_the_memory_of_one_row(load: Load) -> None:
         ids = torch.randint(0, 250, (rows, 32))
         live = costs._Live()
         with live:
-            adapter.step0_difference(
-                model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            )
+            step0_difference(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
         peaks.append(live.peak)
     assert peaks[1] < 1.2 * peaks[0]
     ids = torch.tensor([[1, 2], [3, 4], [1, 2]])
     with torch.no_grad():
         model.get_input_embeddings().weight[4] = torch.nan
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    assert math.isnan(adapter.step0_difference(model, batch))
+    assert math.isnan(step0_difference(model, batch))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -78,13 +79,13 @@ def test_the_base_is_untouched_and_comes_back_bitwise(
     plain = load(kind, dtype)
     with torch.no_grad():
         logits = plain(**batch).logits
-    before = adapter.base_sha256(plain)
+    before = fingerprints.base_sha256(plain)
     model, _ = adapter.add_adapter(plain, config(kind), "milora")
     perturb(model)
-    assert adapter.base_sha256(model) == before
+    assert fingerprints.base_sha256(model) == before
     with base_only(model), torch.no_grad():
         assert torch.equal(model(**batch).logits, logits)
-    assert adapter.base_sha256(model.unload()) == before
+    assert fingerprints.base_sha256(model.unload()) == before
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -94,7 +95,7 @@ def test_autocast_starts_exactly_at_the_base(
 ) -> None:
     model, _ = adapter.add_adapter(load(kind), config(kind), method)
     with torch.autocast("cpu", torch.bfloat16):
-        assert adapter.step0_difference(model, batch) == 0
+        assert step0_difference(model, batch) == 0
 
 
 def test_a_copy_of_the_model_is_a_model_of_its_own(
@@ -103,8 +104,8 @@ def test_a_copy_of_the_model_is_a_model_of_its_own(
     model, _ = adapter.add_adapter(load("llama"), config("llama"), "milora")
     other = copy.deepcopy(model)
     perturb(other)
-    assert adapter.step0_difference(other, batch) > 1e-4
-    assert adapter.step0_difference(model, batch) <= 1e-5
+    assert step0_difference(other, batch) > 1e-4
+    assert step0_difference(model, batch) <= 1e-5
 
 
 def test_the_bare_pair_cannot_be_saved_by_mistake(load: Load, tmp_path: Path) -> None:
@@ -116,10 +117,10 @@ def test_the_bare_pair_cannot_be_saved_by_mistake(load: Load, tmp_path: Path) ->
 
 def test_the_fingerprint_sees_one_changed_bit(load: Load) -> None:
     model = load("llama")
-    before = adapter.base_sha256(model)
+    before = fingerprints.base_sha256(model)
     with torch.no_grad():
         model.model.norm.weight.view(torch.int32)[3] ^= 1
-    assert adapter.base_sha256(model) != before
+    assert fingerprints.base_sha256(model) != before
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -180,7 +181,7 @@ def test_ranks_and_alphas_by_pattern(load: Load, batch: dict[str, torch.Tensor])
     model, start = adapter.add_adapter(load("llama"), config("llama", **patterns), "milora")
     assert start.factors["model.layers.0.self_attn.q_proj"].A.shape == (2, 32)
     assert start.scaling["model.layers.1.mlp.up_proj"] == 9 / 4
-    assert adapter.step0_difference(model, batch) <= 1e-5
+    assert step0_difference(model, batch) <= 1e-5
 
 
 def test_pissa_takes_out_what_peft_takes_out(load: Load) -> None:
@@ -266,7 +267,7 @@ def test_a_zero_weight_can_be_adapted(scale: float) -> None:
 
 def refused(model: PreTrainedModel, options: dict[str, Any], method: str = "milora") -> str:
     with pytest.raises(UserError) as caught:
-        adapter.add_adapter(model, adapter.lora_config(options), method)
+        adapter.add_adapter(model, targeting.lora_config(options), method)
     return str(caught.value)
 
 
@@ -305,7 +306,7 @@ def test_all_linear_leaves_the_head_alone(load: Load, batch: dict[str, torch.Ten
         names = adapted_matrices(model)
         assert not any("lm_head" in name for name in names)
         assert len(names) == (8 if kind == "gpt2" else 14)
-        assert adapter.step0_difference(model, batch) <= 1e-5
+        assert step0_difference(model, batch) <= 1e-5
 
 
 def test_a_rank_that_does_not_fit_names_the_weight_and_the_bound(load: Load) -> None:
@@ -348,7 +349,7 @@ def test_a_second_adapter_is_refused(load: Load) -> None:
 )
 def test_options_that_no_plain_lora_can_hold(options: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError) as caught:
-        adapter.lora_config({"r": 4, "target_modules": ["q_proj"]} | options)
+        targeting.lora_config({"r": 4, "target_modules": ["q_proj"]} | options)
     assert said in str(caught.value)
 
 
@@ -370,7 +371,7 @@ def test_loading_a_start_never_decomposes(
     monkeypatch.setattr(torch.linalg, "svd", no_svd)
     stored = adapter.load_start(tmp_path / "factors.safetensors")
     again, _ = adapter.add_adapter(load("llama"), config("llama"), method, start=stored)
-    assert adapter.step0_difference(again, batch) <= 1e-5
+    assert step0_difference(again, batch) <= 1e-5
     for name, (A, B) in adapter.trained_factors(again).items():
         assert torch.equal(A, start.factors[name].A)
         assert torch.equal(B, start.factors[name].B)

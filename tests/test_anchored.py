@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from milora import adapter
+from milora import adapter, targeting
 from milora.anchored import anchored, product_dtype, stacked
 from milora.anchored_layers import AHEAD
 from milora.errors import UserError
@@ -163,7 +163,7 @@ def losses(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tens
 def moved(load: Load, kind: str, **further: Any) -> Any:
     options = {"r": 4, "lora_alpha": 6, "target_modules": TARGETS[kind], **further}
     model, _ = adapter.add_adapter(
-        load(kind, torch.float64), adapter.lora_config(options), "milora"
+        load(kind, torch.float64), targeting.lora_config(options), "milora"
     )
     torch.manual_seed(1)
     with torch.no_grad():
@@ -230,7 +230,7 @@ def test_compiled(load: Load, batch: dict[str, Tensor]) -> None:
 
 def test_two_trained_adapters_at_once_are_refused(load: Load, batch: dict[str, Tensor]) -> None:
     model = moved(load, "llama")
-    model.add_adapter("other", adapter.lora_config({"r": 4, "target_modules": TARGETS["llama"]}))
+    model.add_adapter("other", targeting.lora_config({"r": 4, "target_modules": TARGETS["llama"]}))
     model.base_model.set_adapter([adapter.TRAINED, "other", adapter.ANCHOR])
     with pytest.raises(UserError, match="default, other are active at once"):
         model(**batch)

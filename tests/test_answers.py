@@ -12,10 +12,11 @@ from transformers import PreTrainedModel
 
 import milora.answers
 import milora.evaluate
-from milora.adapter import add_adapter, lora_config
+from milora.adapter import add_adapter
 from milora.answers import recall_of, who_answers, with_adapter
 from milora.evaluate import Pair, evaluate_all, load_task
 from milora.matrices import adapted_matrices
+from milora.targeting import lora_config
 
 Load = Callable[..., PreTrainedModel]
 CONFIG = {"r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}

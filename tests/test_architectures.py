@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import milora.store
 import milora.train
-from milora.adapter import add_adapter, load_start, lora_config
+from milora.adapter import add_adapter, load_start
 from milora.artefacts import export_run
 from milora.errors import UserError
 from milora.export import load_plain_lora
@@ -26,6 +26,7 @@ from milora.pretrained import load_pretrained, task_of
 from milora.preview import coverage, covered_lines
 from milora.progress import Progress
 from milora.store import Store, decompose_checkpoint
+from milora.targeting import lora_config
 from milora.verify import verify
 
 SHAPE: dict[str, Any] = {

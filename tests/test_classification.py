@@ -19,7 +19,7 @@ from sklearn.metrics import f1_score
 from tiny_run import run, settings
 
 from milora import get_milora_model
-from milora.adapter import add_adapter, base_sha256, head_of, lora_config
+from milora.adapter import add_adapter, head_of
 from milora.artefacts import export_run
 from milora.card import all_scores
 from milora.chat import replies
@@ -28,11 +28,13 @@ from milora.cli import main
 from milora.data import read_rows
 from milora.errors import UserError
 from milora.files import read_json
+from milora.fingerprints import base_sha256
 from milora.forms import encoder_for
 from milora.pretrained import load_pretrained, positions
 from milora.report import report
 from milora.server import verify_server
 from milora.smaller import Smaller
+from milora.targeting import lora_config
 from milora.verify import open_adapter, open_run, verify
 
 CONFIG: dict[str, Any] = {

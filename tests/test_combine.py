@@ -13,11 +13,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from milora.adapter import Factors, logits_of
+from milora.adapter import Factors
 from milora.cli import app
 from milora.combine import combined, shared
 from milora.errors import UserError
 from milora.export import load_plain_lora
+from milora.logits import logits_of
 from milora.matrices import adapted_matrices
 from milora.verify import verify
 

@@ -18,26 +18,20 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from typer.testing import CliRunner
 
-from milora.adapter import (
-    Factors,
-    add_adapter,
-    base_only,
-    base_sha256,
-    logits_of,
-    lora_config,
-    place,
-    trained_factors,
-)
+from milora.adapter import Factors, add_adapter, place, trained_factors
 from milora.approximation import best_of_rank, norm
 from milora.cli import app, main
 from milora.errors import UserError
 from milora.export import plain_lora
 from milora.files import sha256
+from milora.fingerprints import base_sha256
 from milora.lineage import chain, current
+from milora.logits import base_only, logits_of
 from milora.matrices import adapted_matrices, matrix_in
 from milora.protect import held, moved, project, used_by_tasks
 from milora.spectra import apart, span
 from milora.svd import components
+from milora.targeting import lora_config
 from milora.verify import verify
 
 Tiny = Callable[[str], Path]

@@ -20,7 +20,7 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from milora import adapter, costs
+from milora import adapter, costs, targeting
 from milora.cli import app
 from milora.errors import UserError
 from milora.estimate import estimate, lines
@@ -44,7 +44,7 @@ def of_shapes(model: str, method: str, dtype: torch.dtype = torch.float32, **opt
         else:
             skeleton = make_model(model)
     kind = "llama" if model == "deep" else model
-    config = adapter.lora_config({"r": 4, "target_modules": TARGETS[kind]})
+    config = targeting.lora_config({"r": 4, "target_modules": TARGETS[kind]})
     arguments = TrainingArguments(use_cpu=True, **options)
     live, _ = prepared(skeleton.to(dtype), None if method == "full" else config, method, arguments)
     return costs.step(live, ROWS, TOKENS, 258, autocast=compute_dtype(arguments))
@@ -56,7 +56,7 @@ def test_a_step_of_shapes_is_a_step(kind: str, method: str) -> None:
     """The same sum over the tensors of a real step."""
     model: Any = make_model(kind).requires_grad_(method == "full")
     if method != "full":
-        config = adapter.lora_config({"r": 4, "target_modules": TARGETS[kind]})
+        config = targeting.lora_config({"r": 4, "target_modules": TARGETS[kind]})
         model, _ = adapter.add_adapter(model, config, method)
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -247,7 +247,7 @@ def test_experts(tmp_path: Path) -> None:
     )  # fmt: skip
     with torch.device("meta"):
         skeleton = MixtralForCausalLM(config)
-    lora = adapter.lora_config({"r": 2, "target_modules": ["q_proj"]})
+    lora = targeting.lora_config({"r": 2, "target_modules": ["q_proj"]})
     live, _ = prepared(skeleton, lora, "milora", TrainingArguments(use_cpu=True))
     with pytest.raises(UserError, match="--dry-run"):
         costs.step(live, ROWS, TOKENS, 258)

@@ -11,16 +11,10 @@ from tiny_run import break_off, run, settings
 from transformers import PreTrainedModel
 
 import milora.pretrained
-from milora.adapter import (
-    COMPONENT,
-    add_adapter,
-    load_start,
-    lora_config,
-    save_start,
-    trained_factors,
-)
+from milora.adapter import COMPONENT, add_adapter, load_start, save_start, trained_factors
 from milora.export import plain_lora
 from milora.svd import components
+from milora.targeting import lora_config
 from milora.verify import verify
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")

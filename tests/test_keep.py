@@ -15,13 +15,15 @@ from tiny_run import NOT_SAID, break_off, result_hashes, run, settings
 from transformers import AutoTokenizer, PreTrainedModel
 
 from milora import keep
-from milora.adapter import add_adapter, load_start, lora_config, step0_difference
+from milora.adapter import add_adapter, load_start
 from milora.errors import UserError
 from milora.keep import Keep, cut, input_directions, kept_loss, sampled
+from milora.logits import step0_difference
 from milora.matrices import adapted_matrices
 from milora.progress import Progress
 from milora.protect import load_tops
 from milora.recommended import PUBLISHED, as_before, recommended
+from milora.targeting import lora_config
 
 Load = Callable[..., PreTrainedModel]
 Tiny = Callable[[str], Path]

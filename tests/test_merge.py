@@ -18,7 +18,7 @@ from test_architectures import ARCHITECTURES, CLASSES, EACH
 from tiny_run import kill_at_write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from milora.adapter import add_adapter, lora_config, trained_factors
+from milora.adapter import add_adapter, trained_factors
 from milora.artefacts import export_run
 from milora.errors import UserError
 from milora.export import plain_lora, save_plain_lora
@@ -26,6 +26,7 @@ from milora.files import read_json, write_json
 from milora.merge import Recorded, merge_files
 from milora.pretrained import task_of
 from milora.progress import Progress
+from milora.targeting import lora_config
 from milora.verify import ADAPTER, make_probes, verify
 
 

@@ -14,12 +14,7 @@ from tiny_run import break_off, run, settings
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from milora.adapter import (
-    add_adapter,
-    load_start,
-    lora_config,
-    trained_factors,
-)
+from milora.adapter import add_adapter, load_start, trained_factors
 from milora.config import load_config
 from milora.errors import UserError
 from milora.export import plain_lora
@@ -38,6 +33,7 @@ from milora.protect import (
 )
 from milora.spectra import directions, interference
 from milora.svd import components
+from milora.targeting import lora_config
 
 Load = Callable[..., PreTrainedModel]
 Tiny = Callable[[str], Path]

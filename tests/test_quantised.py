@@ -15,13 +15,14 @@ from tiny_run import break_off, result_hashes, run, settings
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
-from milora import adapter
+from milora import adapter, fingerprints, targeting
 from milora.artefacts import export_run
 from milora.checkpoint import open_checkpoint, original_of
 from milora.errors import UserError
 from milora.evaluate import Pair, evaluate_all, general_texts
 from milora.export import get_milora_model
 from milora.inspection import inspect_model
+from milora.logits import step0_difference
 from milora.matrices import adapted_matrices
 from milora.pretrained import load_pretrained
 from milora.progress import Progress
@@ -83,9 +84,9 @@ def test_a_run_on_nf4(finished: Path, tiny: Tiny) -> None:
     assert record["interference"]["layers"][NAME]["left"] <= 1e-5  # in the 4 that are held
     # The packed numbers are those that a fresh load has.
     fresh = load_pretrained(str(tiny("llama")), quantization="nf4").model
-    assert adapter.base_sha256(fresh) == base["sha256"]
+    assert fingerprints.base_sha256(fresh) == base["sha256"]
     stored = json.loads((finished / "adapter" / "milora.json").read_text())["quantised_sha256"]
-    assert adapter.packed_hashes(fresh, stored) == stored
+    assert fingerprints.packed_hashes(fresh, stored) == stored
     assert len(stored) == 14
 
 
@@ -95,7 +96,7 @@ def test_the_factors_are_of_the_full_precision_file(finished: Path, tiny: Tiny) 
     record = json.loads((finished / "run.json").read_text())
     for name, (A0, B0) in start.factors.items():
         W = whole[f"{name}.weight"]
-        assert start.sha256[name] == adapter.tensor_sha256(W)
+        assert start.sha256[name] == fingerprints.tensor_sha256(W)
         U, S, Vh = minor_components(W, 4)[:3]
         assert relative(start.scaling[name] * B0 @ A0, ((U * S) @ Vh).float()) <= 1e-5
         if name in record["spectra"]:
@@ -162,25 +163,25 @@ def test_whatever_packed_numbers_are_stored_as_they_are_not_decomposed(
     layer = model.get_submodule(NAME)
     assert is_packed(layer)
     assert linear_shape(layer) == (32, 64)
-    before = adapter.base_sha256(model)
+    before = fingerprints.base_sha256(model)
     with pytest.raises(UserError, match=r"q_proj is quantised.*factors_from"):
-        adapter.add_adapter(model, adapter.lora_config(LORA), "milora")
+        adapter.add_adapter(model, targeting.lora_config(LORA), "milora")
     model = load_pretrained(str(tiny("llama")), quantization=asked).model
     original = original_of(str(tiny("llama")), asked, None)
     assert original is not None
     live, start = adapter.add_adapter(
-        model, adapter.lora_config(LORA), "milora", weights=original.weights
+        model, targeting.lora_config(LORA), "milora", weights=original.weights
     )
-    assert start.sha256[NAME] == adapter.tensor_sha256(
+    assert start.sha256[NAME] == fingerprints.tensor_sha256(
         load_file(tiny("llama") / "model.safetensors")[f"{NAME}.weight"]
     )
-    assert adapter.step0_difference(live, batch) <= 1e-5
+    assert step0_difference(live, batch) <= 1e-5
     live(**batch, labels=batch["input_ids"]).loss.backward()
     assert adapter.trained_factors(live)[NAME].A.isfinite().all()
     assert adapted_matrices(live)[NAME].factors(adapter.TRAINED)[0].grad is not None
     live.eval()
     next_logits(live)
-    assert adapter.base_sha256(live) == before
+    assert fingerprints.base_sha256(live) == before
 
 
 def test_weights_stored_transposed(
@@ -189,9 +190,9 @@ def test_weights_stored_transposed(
     model = load_pretrained(str(tiny("gpt2")), quantization="nf4").model
     original = original_of(str(tiny("gpt2")), "nf4", None)
     assert original is not None
-    config = adapter.lora_config({"r": 4, "target_modules": ["c_attn", "c_fc", "c_proj"]})
+    config = targeting.lora_config({"r": 4, "target_modules": ["c_attn", "c_fc", "c_proj"]})
     live, start = adapter.add_adapter(model, config, "milora", weights=original.weights)
-    assert adapter.step0_difference(live, batch) <= 1e-5
+    assert step0_difference(live, batch) <= 1e-5
     shape = start.spectra["transformer.h.0.mlp.c_fc"]["shape"]
     assert shape == [128, 32] == list(original.weights("transformer.h.0.mlp.c_fc").shape)  # type: ignore[misc]
 
@@ -216,7 +217,7 @@ def test_from_python(
         return loaded.eval()
 
     live = get_milora_model(base(), LoraConfig(**LORA))
-    assert adapter.step0_difference(live, batch) <= 1e-5
+    assert step0_difference(live, batch) <= 1e-5
     with torch.no_grad():
         for _, B in (m.factors(adapter.TRAINED) for m in adapted_matrices(live).values()):
             B.add_(0.02 * torch.randn(B.shape, generator=torch.Generator().manual_seed(0)))
@@ -469,13 +470,13 @@ def test_the_real_model_in_nf4(bitsandbytes: Any) -> None:
     assert original.weights is not None
     model = load_pretrained("smollm2-135m", quantization="nf4").model
     assert original.packed_bytes == pytest.approx(loaded_bytes(model), rel=0.01)
-    before = adapter.base_sha256(model)
-    config = adapter.lora_config({**LORA, "layers_to_transform": [0, 29]})
+    before = fingerprints.base_sha256(model)
+    config = targeting.lora_config({**LORA, "layers_to_transform": [0, 29]})
     live, start = adapter.add_adapter(model, config, "milora", weights=original.weights)
     ids = torch.arange(100, 140)[None]
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    assert adapter.step0_difference(live, batch) <= 1e-5
-    assert adapter.base_sha256(live) == before
+    assert step0_difference(live, batch) <= 1e-5
+    assert fingerprints.base_sha256(live) == before
     whole = load_pretrained("smollm2-135m", "float32").model
     for name, digest in start.sha256.items():
-        assert digest == adapter.tensor_sha256(whole.get_submodule(name).weight)
+        assert digest == fingerprints.tensor_sha256(whole.get_submodule(name).weight)

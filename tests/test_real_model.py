@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from tiny_run import result_hashes, run, settings
 from transformers import AutoModelForCausalLM
 
-from milora import adapter
+from milora import adapter, fingerprints, targeting
 from milora.artefacts import export_run
 from milora.checkpoint import open_checkpoint
 from milora.data import IGNORED, Encoded, Row, encode, prompt_ids
@@ -23,6 +23,7 @@ from milora.errors import UserError
 from milora.evaluate import Pair, knowledge_kept
 from milora.export import plain_lora
 from milora.files import cache_folder
+from milora.logits import base_only, logits_of, step0_bound, step0_difference
 from milora.matrices import adapted_matrices
 from milora.pretrained import BUNDLED, fetch_bundled, load_pretrained
 from milora.protect import held, measure, project, top_vectors, worst
@@ -68,31 +69,31 @@ def some_text() -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_step_0_and_the_base_afterwards(dtype: str, method: str, base_folder: Path) -> None:
     loaded = load_pretrained(BUNDLED, dtype)
-    before = adapter.base_sha256(loaded.model)
+    before = fingerprints.base_sha256(loaded.model)
     with torch.no_grad():
         logits = loaded.model(**some_text()).logits
-    model, _ = adapter.add_adapter(loaded.model, adapter.lora_config(LORA), method)
-    difference = adapter.step0_difference(model, some_text())
-    assert difference <= adapter.step0_bound(loaded.model.dtype)
+    model, _ = adapter.add_adapter(loaded.model, targeting.lora_config(LORA), method)
+    difference = step0_difference(model, some_text())
+    assert difference <= step0_bound(loaded.model.dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter += 0.01
-    with adapter.base_only(model), torch.no_grad():
+    with base_only(model), torch.no_grad():
         assert torch.equal(model(**some_text()).logits, logits)
-    assert adapter.base_sha256(model) == before
+    assert fingerprints.base_sha256(model) == before
 
 
 def test_a_tied_head_and_a_rank_too_large_are_refused(base_folder: Path) -> None:
     model = load_pretrained(BUNDLED).model
     with pytest.raises(UserError, match="lm_head shares its weight with the input embedding"):
         adapter.add_adapter(
-            model, adapter.lora_config({"r": 4, "target_modules": ["lm_head"]}), "milora"
+            model, targeting.lora_config({"r": 4, "target_modules": ["lm_head"]}), "milora"
         )
     model = load_pretrained(BUNDLED).model
     with pytest.raises(UserError, match="k_proj is 192 x 576: at most 192 fits"):
         adapter.add_adapter(
-            model, adapter.lora_config({"r": 200, "target_modules": ["k_proj"]}), "milora"
+            model, targeting.lora_config({"r": 200, "target_modules": ["k_proj"]}), "milora"
         )
 
 
@@ -223,8 +224,8 @@ def test_killed_and_resumed(finished: Path, tmp_path: Path) -> None:
 def test_five_updates_without_a_step_are_one_function(dtype: str, base_folder: Path) -> None:
     """Folded and decomposed again five times: the first update's function, and the base below."""
     base = load_pretrained(BUNDLED, dtype).model
-    before = adapter.base_sha256(base)
-    model, start = adapter.add_adapter(base, adapter.lora_config(LORA), "milora")
+    before = fingerprints.base_sha256(base)
+    model, start = adapter.add_adapter(base, targeting.lora_config(LORA), "milora")
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -235,13 +236,13 @@ def test_five_updates_without_a_step_are_one_function(dtype: str, base_folder: P
     wanted = None
     for _ in range(5):
         model, start = adapter.add_adapter(
-            base, adapter.lora_config(LORA), "milora", previous=previous
+            base, targeting.lora_config(LORA), "milora", previous=previous
         )
         model.eval()  # or the dropout of LORA acts
         with torch.no_grad():
-            logits = adapter.logits_of(model, some_text())
-            with adapter.base_only(model):
-                norms.append(float((logits - adapter.logits_of(model, some_text())).abs().max()))
+            logits = logits_of(model, some_text())
+            with base_only(model):
+                norms.append(float((logits - logits_of(model, some_text())).abs().max()))
         wanted = logits if wanted is None else wanted
         assert (logits - wanted).abs().max() <= (1e-5 if dtype == "float32" else 2e-2) * (
             wanted.abs().max()
@@ -250,7 +251,7 @@ def test_five_updates_without_a_step_are_one_function(dtype: str, base_folder: P
         previous = plain_lora(start, trained, previous=previous).factors
         base = adapter.take_off(model)
     assert min(norms) > 0.1
-    assert adapter.base_sha256(base) == before
+    assert fingerprints.base_sha256(base) == before
 
 
 def test_what_is_protected_stays(base_folder: Path) -> None:
@@ -258,7 +259,7 @@ def test_what_is_protected_stays(base_folder: Path) -> None:
     base: Any = load_pretrained(BUNDLED, "float32").model
     base.model.layers = base.model.layers[:4]  # what the others add to the loss takes its time
     options = LORA | {"lora_dropout": 0.0, "r": 16, "lora_alpha": 16, "layers_to_transform": [0, 3]}
-    model, start = adapter.add_adapter(base, adapter.lora_config(options), "milora")
+    model, start = adapter.add_adapter(base, targeting.lora_config(options), "milora")
     layers = adapted_matrices(model)
     tops = top_vectors(layers, start, 64, 0, 0, components)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-3)

@@ -28,12 +28,13 @@ from transformers import (
 
 import milora.store
 import milora.train
-from milora.adapter import add_adapter, lora_config
+from milora.adapter import add_adapter
 from milora.checkpoint import open_checkpoint
 from milora.errors import UserError
 from milora.progress import Progress
 from milora.store import Store, decompose_checkpoint
 from milora.svd import Component, components
+from milora.targeting import lora_config
 
 Tiny = Callable[[str], Path]
 COMPONENTS: tuple[Component, ...] = ("minor", "principal", "middle", "random")

@@ -30,8 +30,9 @@ LAYERS = (
         "processes",
         "allocator",
         "recommended",
+        "logits",
     },
-    {"anchored_layers"},
+    {"anchored_layers", "fingerprints", "targeting"},
     {"grade", "adapter", "data", "pretrained", "config", "card", "gates", "lineage"},
     {
         "choices",

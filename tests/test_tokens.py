@@ -14,18 +14,13 @@ from tiny_run import break_off, run, settings
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from milora import get_milora_model
-from milora.adapter import (
-    add_adapter,
-    base_only,
-    base_sha256,
-    step0_difference,
-    tensor_sha256,
-    trained_rows,
-)
+from milora.adapter import add_adapter, trained_rows
 from milora.artefacts import export_run
 from milora.chat import replies
 from milora.config import Config
 from milora.errors import UserError
+from milora.fingerprints import base_sha256, tensor_sha256
+from milora.logits import base_only, step0_difference
 from milora.pretrained import load_pretrained
 from milora.report import report
 from milora.tokens import add_tokens, load_with_tokens, use_template

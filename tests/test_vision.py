@@ -24,7 +24,7 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
-from milora.adapter import add_adapter, lora_config
+from milora.adapter import add_adapter
 from milora.artefacts import export_run
 from milora.compress import principal_parts, sentence
 from milora.data import IGNORED, Collator, encode, prepare, prompt_ids, read_rows
@@ -35,6 +35,7 @@ from milora.pretrained import load_pretrained, reads_pictures
 from milora.preview import coverage, marked
 from milora.progress import Progress
 from milora.store import Store, decompose_checkpoint
+from milora.targeting import lora_config
 from milora.verify import open_run, verify
 from milora.vision import MARK, pixels, tokenizer_of
 

@@ -14,7 +14,7 @@ _HOME = {
     "Store": "store",
     "UserError": "errors",
     "add_adapter": "adapter",
-    "base_only": "adapter",
+    "base_only": "logits",
     "components": "svd",
     "get_milora_model": "export",
     "hold_inputs": "loop",
@@ -23,7 +23,7 @@ _HOME = {
     "plain_lora": "export",
     "save_plain_lora": "export",
     "save_start": "adapter",
-    "step0_difference": "adapter",
+    "step0_difference": "logits",
     "trained_factors": "adapter",
 }
 __all__ = sorted(_HOME)

@@ -17,8 +17,9 @@ from typing import Any, TypeVar
 from peft import PeftModel
 from torch import nn
 
-from milora.adapter import SAVED, base_sha256, tensor_sha256
 from milora.files import cache_folder, folder_of, read_json, write_json
+from milora.fingerprints import base_sha256, tensor_sha256
+from milora.matrices import SAVED
 from milora.vision import Reader, tokenizer_of
 
 PIECE = 128  # questions that are kept together

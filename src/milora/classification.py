@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from milora.adapter import logits_of
 from milora.data import Encoded, Row, pad, spells
 from milora.errors import UserError
+from milora.logits import logits_of
 from milora.vision import Reader, tokenizer_of
 
 RESAMPLES = 1000  # of the rows, for the interval of F1

@@ -21,14 +21,14 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from milora import adapter
-from milora.adapter import Factors, logits_of, take_off
+from milora.adapter import Factors, take_off
 from milora.approximation import best_of_rank, norm
 from milora.data import Row, read_rows, split_rows
 from milora.errors import UserError
 from milora.export import PlainLora, exact_rank, load_plain_lora
 from milora.files import sha256, write_bytes
 from milora.lineage import Link, chain, check_unchanged, continues, current, read_link
+from milora.logits import logits_of, step0_bound
 from milora.matrices import Weights, matrix_in, skeleton_of
 from milora.verify import find_adapter, why_whole
 
@@ -261,7 +261,7 @@ def step0(
         after = logits_of(live, batch)
     live.train(training)
     difference = float((after - before).abs().max() / before.abs().max())
-    bound = adapter.step0_bound(base.dtype)
+    bound = step0_bound(base.dtype)
     return {"difference": difference, "bound": bound, "from": earlier.run.name}
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
-from milora import adapter, costs
+from milora import adapter, costs, targeting
 from milora.arguments import training_arguments
 from milora.checkpoint import open_skeleton
 from milora.data import read_rows
@@ -67,7 +67,7 @@ def estimate(
     arguments = training_arguments(
         method, training, Path(output_dir), seed, early_stopping_patience
     )
-    config = None if method == "full" else adapter.lora_config(lora)
+    config = None if method == "full" else targeting.lora_config(lora)
     if (method == "full" or lora.get("modules_to_save")) and dtype == "auto":
         dtype = "float32"
     skeleton = open_skeleton(model, trust_remote_code).to(dtype_of(dtype))  # type: ignore[arg-type]

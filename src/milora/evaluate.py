@@ -26,7 +26,6 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from milora.adapter import base_only
 from milora.answers import (
     Recall,
     compute_always,
@@ -61,6 +60,7 @@ from milora.forms import answers_apart, collator_for, encoder_for, predictions, 
 from milora.grade import Grader, Verdict, check_reference, grader
 from milora.harness import HarnessScores, HarnessTask, harness_task, run_harness
 from milora.keep import kl
+from milora.logits import base_only
 from milora.pretrained import labels_of, positions, task_of
 from milora.vision import Picture, Reader, pixels, tokenizer_of
 

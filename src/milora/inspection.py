@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from milora.adapter import lora_config, targets
 from milora.checkpoint import Checkpoint, open_checkpoint
 from milora.errors import UserError
 from milora.matrices import kind_of
@@ -24,6 +23,7 @@ from milora.recommended import held_inputs
 from milora.spectra import HARD, rank_within, spectrum, thinned, top_holding
 from milora.store import Store
 from milora.svd import components
+from milora.targeting import lora_config, targets
 
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 MINOR_ENERGY = (0.001, 0.01)  # shares of ||W||² for which the rank is given

@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from milora.adapter import base_only
 from milora.errors import UserError
 from milora.files import write_bytes
+from milora.logits import base_only
 from milora.matrices import TRAINED, Matrix
 
 LENGTH = 256  # tokens of a piece

@@ -26,6 +26,7 @@ from milora.svd import Component, Components, Decompose
 
 Weights = Callable[[str], Tensor]  # module name -> W (m, n) in full precision
 TRAINED, ANCHOR = "default", "anchor"
+SAVED = "modules_to_save"  # PEFT's word for what is trained in full, in the names of tensors
 PREVIOUS = "previous"  # PEFT's name here for the update of the runs that this one continues
 
 

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from milora.adapter import Factors, blocks_sha256
+from milora.adapter import Factors
 from milora.checkpoint import INDEX, Shards, open_shards, stored_name
 from milora.errors import UserError
+from milora.fingerprints import blocks_sha256
 from milora.matrices import matrix_in
 from milora.progress import Progress
 

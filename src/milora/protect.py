@@ -21,20 +21,14 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from milora.adapter import (
-    COMPONENT,
-    Factors,
-    Start,
-    check_base,
-    module_seed,
-    place,
-    selects,
-)
+from milora.adapter import COMPONENT, Factors, Start, module_seed, place
 from milora.errors import UserError
 from milora.files import write_bytes
+from milora.fingerprints import check_base
 from milora.matrices import PREVIOUS, TRAINED, Matrix
 from milora.spectra import Interference, directions, interference, span
 from milora.svd import Decompose, positions
+from milora.targeting import selects
 
 FORMAT = "milora top singular vectors 2"
 TINY = 1e-4  # of a factor: what is left of it is rounding

@@ -9,7 +9,7 @@ import yaml
 from peft import LoraConfig
 from transformers import TrainingArguments, set_seed
 
-from milora import adapter
+from milora import adapter, targeting
 from milora.allocator import give_back_freed
 from milora.checkpoint import Original, original_of
 from milora.continual import Earlier, check_material, folded, open_earlier, previous_update
@@ -82,7 +82,7 @@ def check(
     resumed = _check_folder(run, asked, resume, processes.number)
     lora_config: LoraConfig | None = None
     if method != "full":
-        lora_config = adapter.lora_config(lora)
+        lora_config = targeting.lora_config(lora)
     elif milora["rank"]:
         raise UserError("milora.rank: full fine-tuning has no rank: use an adapter")
     protect, apart = parts_of(milora["protect"])
@@ -145,7 +145,7 @@ def check(
         in_rows = [*material.named.ids, *(lora.get("modules_to_save") or ())]
         check_material(earlier, base_sha, model, labels, in_rows)
         previous = previous_update(earlier, base.model, init.parent)
-    names: dict[str, adapter.Target] = {}
+    names: dict[str, targeting.Target] = {}
     open_yet = not_said(milora)
     if method != "full" and (milora["rank"] or isinstance(protect, dict) or open_yet):
         names = _targets(base, lora)
@@ -159,7 +159,7 @@ def check(
         if ranked:
             read = folded(base.model, weights, previous) if previous else weights
             options = with_ranks(lora, _ranks(base, names, ranked, start, read, progress))
-        lora_config = adapter.lora_config(options, task, base.in_full)
+        lora_config = targeting.lora_config(options, task, base.in_full)
     if lora_config is not None:
         whole = lora_config.modules_to_save or ()
         lora_config.trainable_token_indices = {
@@ -321,14 +321,14 @@ def _unfit(lora: Mapping[str, Any], task: str | None, sharded: str | None) -> st
     return "DeepSpeed" if sharded == "zero3" else None
 
 
-def _targets(base: Pretrained, lora: Mapping[str, Any]) -> dict[str, adapter.Target]:
+def _targets(base: Pretrained, lora: Mapping[str, Any]) -> dict[str, targeting.Target]:
     """What the run adapts, before the model has an adapter."""
-    config = adapter.lora_config({**lora, "r": 1}, task_of(base.model), base.in_full)
-    return adapter.targets(skeleton_of(base.model), config)
+    config = targeting.lora_config({**lora, "r": 1}, task_of(base.model), base.in_full)
+    return targeting.targets(skeleton_of(base.model), config)
 
 
 def _ranks(
-    base: Pretrained, names: Mapping[str, adapter.Target], wanted: Mapping[str, float],
+    base: Pretrained, names: Mapping[str, targeting.Target], wanted: Mapping[str, float],
     start: adapter.Start | None, weights: Weights | None, progress: Progress,
 ) -> dict[str, int]:  # fmt: skip
     """The rank of every weight: of the stored factors, else from the spectra."""

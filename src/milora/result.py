@@ -8,10 +8,11 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from milora import adapter, export
+from milora import adapter, export, fingerprints
 from milora.card import model_card
 from milora.evaluate import Pair
 from milora.files import new_folder, read_json, write_json, write_text
+from milora.logits import logits_of
 from milora.matrices import Matrix, adapted_matrices, kind_of
 from milora.pretrained import Pretrained, load_pretrained
 from milora.progress import Progress
@@ -79,7 +80,7 @@ def export_plain(
     """
     live.eval()
     with torch.no_grad():
-        trained_logits = adapter.logits_of(live, probe)
+        trained_logits = logits_of(live, probe)
     base = adapter.take_off(live)
     if not (run / "adapter").exists():
         with new_folder(run / "adapter") as folder:
@@ -88,7 +89,7 @@ def export_plain(
             loaded = PeftModel.from_pretrained(base, folder)
             export.check_loaded(loaded, plain)
             with torch.no_grad():
-                logits = adapter.logits_of(loaded, probe)
+                logits = logits_of(loaded, probe)
             difference = float((logits - trained_logits).abs().max() / trained_logits.abs().max())
             probes = make_probes(loaded, pretrained.reader)
             head = head_sha256(loaded)
@@ -97,7 +98,7 @@ def export_plain(
                 "format": "milora adapter 1",
                 "base": record["base"],
                 "weights_sha256": start.sha256,
-                "quantised_sha256": adapter.packed_hashes(base, start.sha256),
+                "quantised_sha256": fingerprints.packed_hashes(base, start.sha256),
                 "method": record["method"],
                 "rank": rank,
                 "step0": record["step0"],

@@ -23,16 +23,18 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from milora.adapter import COMPONENT, lora_config, module_seed, targets, tensor_sha256
+from milora.adapter import COMPONENT, module_seed
 from milora.checkpoint import full_weights, open_checkpoint
 from milora.errors import UserError
 from milora.files import NO_ROOM, cache_folder, folder_of, write_bytes
+from milora.fingerprints import tensor_sha256
 from milora.matrices import components_of_parts
 from milora.pretrained import dtype_of, task_of
 from milora.progress import Progress
 from milora.protect import Protect, check_patterns, check_protect, top_of
 from milora.ranks import ranks
 from milora.svd import SOLVER, Component, Components, components, positions
+from milora.targeting import lora_config, targets
 
 FORMAT = "milora decomposition 1"
 

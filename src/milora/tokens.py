@@ -14,9 +14,9 @@ import jinja2
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from milora.adapter import base_sha256, tensor_sha256
 from milora.data import prompt_text
 from milora.errors import UserError
+from milora.fingerprints import base_sha256, tensor_sha256
 from milora.pretrained import Pretrained, load_pretrained, task_of
 from milora.vision import Reader, render
 

@@ -37,7 +37,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from milora import adapter, export
+from milora import adapter, export, fingerprints
 from milora.arguments import training_arguments
 from milora.card import model_card
 from milora.continual import FILE, logits_before, save_previous, step0, within
@@ -58,6 +58,7 @@ from milora.keep import (
     sampled_name,
     save_pieces,
 )
+from milora.logits import step0_bound, step0_difference
 from milora.loop import (
     STATE,
     Decay,
@@ -202,7 +203,7 @@ def _begin(ready: Ready, processes: Processes, progress: Progress) -> Begun:
     if earlier and "step0" not in resumed:
         before = logits_before(earlier, base.model, probe)
     live: nn.Module = base.model
-    live_sha = adapter.base_sha256(live) if material.named.ids else material.base_sha256
+    live_sha = fingerprints.base_sha256(live) if material.named.ids else material.base_sha256
     general = _general(ready, live_sha, progress)
     if ready.lora_config is not None:
         store = None
@@ -385,7 +386,7 @@ def _finish(ready: Ready, begun: Begun, progress: Progress) -> dict[str, Any]:
         else:
             live = export_plain(live, plain, start, record, base, run, probe, asked, cut, progress)
             pair = Pair(live, headless=base.headless)
-        found = adapter.base_sha256(pair.other_base or pair.model, base.fresh)
+        found = fingerprints.base_sha256(pair.other_base or pair.model, base.fresh)
         unchanged = found == begun.base_sha256
         record["base"]["unchanged"] = unchanged
         if not unchanged:
@@ -526,8 +527,8 @@ def step_zero(
     base: Any = live.get_base_model()
     if first is None:
         first = {
-            "difference": adapter.step0_difference(live, probe),
-            "bound": adapter.step0_bound(base.dtype),
+            "difference": step0_difference(live, probe),
+            "bound": step0_bound(base.dtype),
         }
     difference, bound, what = first["difference"], first["bound"], first.get("of", "logits")
     if not math.isfinite(difference):
@@ -546,7 +547,7 @@ def step_zero(
 
 def _damaged(model: nn.Module) -> str:
     """The first weight with a NaN or an infinity, which explains what the model gives."""
-    for name, weight in adapter.base_weights(model).items():
+    for name, weight in fingerprints.base_weights(model).items():
         if not torch.isfinite(weight).all():
             return f": {name} holds NaN or infinite values, so that the base is damaged"
     return " on your rows, though all its weights are: use dtype: float32"

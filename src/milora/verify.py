@@ -17,14 +17,16 @@ from peft.helpers import rescale_adapter_scale
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from milora.adapter import base_only, head_of, packed_hashes, tensor_sha256
+from milora.adapter import head_of
 from milora.checkpoint import full_weights, open_checkpoint
 from milora.data import prompt_ids, prompt_text
 from milora.errors import UserError
 from milora.evaluate import Pair
 from milora.export import scale_of
 from milora.files import read_json
+from milora.fingerprints import packed_hashes, tensor_sha256
 from milora.forms import first_token
+from milora.logits import base_only
 from milora.matrices import matrix_in
 from milora.pretrained import (
     Pretrained,
