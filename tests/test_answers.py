@@ -14,7 +14,8 @@ import milora.answers
 import milora.evaluate
 from milora.adapter import add_adapter
 from milora.answers import recall_of, who_answers, with_adapter
-from milora.evaluate import Pair, evaluate_all, load_task
+from milora.evaluate import evaluate_all, load_task
+from milora.logits import Pair
 from milora.matrices import adapted_matrices
 from milora.targeting import lora_config
 

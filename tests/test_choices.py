@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from milora.choices import Encoded, Question, encode_question, log_probabilities, read_questions
 from milora.errors import UserError
-from milora.evaluate import ChoiceTask, Pair, check_lengths, evaluate_task, load_task
+from milora.evaluate import ChoiceTask, check_lengths, evaluate_task, load_task
+from milora.logits import Pair
 
 Load = Callable[[str], PreTrainedModel]
 

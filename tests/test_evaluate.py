@@ -20,21 +20,19 @@ from milora.data import Row, prompt_ids
 from milora.errors import UserError
 from milora.evaluate import (
     ChoiceTask,
-    Pair,
     Task,
-    answer_loss,
     check_lengths,
     evaluate_task,
-    general_texts,
-    generate,
-    kl,
-    knowledge_kept,
     load_task,
     save_evaluation,
     score,
     wilson,
 )
+from milora.generation import answer_loss, generate
 from milora.grade import grader
+from milora.keep import kl
+from milora.knowledge import general_texts, knowledge_kept
+from milora.logits import Pair
 
 Load = Callable[[str], PreTrainedModel]
 

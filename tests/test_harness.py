@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 
 from milora.choices import encode_question, log_probabilities, read_questions
 from milora.errors import UserError
-from milora.evaluate import Pair, evaluate_task, load_task
+from milora.evaluate import evaluate_task, load_task
 from milora.harness import HarnessTask
+from milora.logits import Pair
 from milora.pretrained import BUNDLED, load_pretrained
 
 pytestmark = pytest.mark.slow

@@ -19,10 +19,11 @@ from milora import adapter, fingerprints, targeting
 from milora.artefacts import export_run
 from milora.checkpoint import open_checkpoint, original_of
 from milora.errors import UserError
-from milora.evaluate import Pair, evaluate_all, general_texts
+from milora.evaluate import evaluate_all
 from milora.export import get_milora_model
 from milora.inspection import inspect_model
-from milora.logits import step0_difference
+from milora.knowledge import general_texts
+from milora.logits import Pair, step0_difference
 from milora.matrices import adapted_matrices
 from milora.pretrained import load_pretrained
 from milora.progress import Progress

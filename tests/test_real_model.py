@@ -20,10 +20,10 @@ from milora.artefacts import export_run
 from milora.checkpoint import open_checkpoint
 from milora.data import IGNORED, Encoded, Row, encode, prompt_ids
 from milora.errors import UserError
-from milora.evaluate import Pair, knowledge_kept
 from milora.export import plain_lora
 from milora.files import cache_folder
-from milora.logits import base_only, logits_of, step0_bound, step0_difference
+from milora.knowledge import knowledge_kept
+from milora.logits import Pair, base_only, logits_of, step0_bound, step0_difference
 from milora.matrices import adapted_matrices
 from milora.pretrained import BUNDLED, fetch_bundled, load_pretrained
 from milora.protect import held, measure, project, top_vectors, worst

@@ -46,6 +46,7 @@ LAYERS = (
         "classification",
     },
     {"forms", "arguments"},
+    {"generation", "knowledge"},
     {"export", "evaluate", "loop", "verify", "preview", "chat"},
     {"store", "merge", "server", "result", "approximation", "continual", "transfer"},
     {"material"},

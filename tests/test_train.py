@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from milora.artefacts import export_run
 from milora.data import IGNORED, encode, read_rows, split_rows
 from milora.errors import UserError
-from milora.evaluate import Pair, answer_loss
 from milora.files import sha256
+from milora.generation import answer_loss
+from milora.logits import Pair
 from milora.smaller import Smaller
 from milora.verify import open_adapter, verify
 

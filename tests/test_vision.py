@@ -29,7 +29,8 @@ from milora.artefacts import export_run
 from milora.compress import principal_parts, sentence
 from milora.data import IGNORED, Collator, encode, prepare, prompt_ids, read_rows
 from milora.errors import UserError
-from milora.evaluate import Task, generate, load_task
+from milora.evaluate import Task, load_task
+from milora.generation import generate
 from milora.matrices import adapted_matrices
 from milora.pretrained import load_pretrained, reads_pictures
 from milora.preview import coverage, marked

@@ -315,13 +315,9 @@ def evaluate(
     evaluation.json, where its report and gates find them, unless --limit makes them a trial.
     """
     _quiet()
-    from milora.evaluate import (
-        Pair,
-        check_task,
-        evaluate_all,
-        general_texts,
-        load_task,
-    )
+    from milora.evaluate import check_task, evaluate_all, load_task
+    from milora.knowledge import general_texts
+    from milora.logits import Pair
     from milora.pretrained import load_pretrained
     from milora.progress import Progress
     from milora.verify import open_run

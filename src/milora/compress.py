@@ -21,9 +21,10 @@ from transformers.pytorch_utils import Conv1D
 
 from milora.card import figure, packed_card
 from milora.errors import UserError
-from milora.evaluate import Pair, general_texts, knowledge_kept
 from milora.files import new_folder, write_json, write_text
 from milora.keep import LENGTH, covariances, cut
+from milora.knowledge import general_texts, knowledge_kept
+from milora.logits import Pair
 from milora.matrices import kind_of
 from milora.merge import copy_others
 from milora.pretrained import Pretrained, load_pretrained, positions, source_of, task_of
@@ -42,7 +43,7 @@ def pack(
     """Write `model` with its linear layers in `bits` to `out`, by bitsandbytes (nf4 or LLM.int8).
 
     Returns, and leaves in compression.json: bytes before and after, ||Q - W|| / ||W|| by kind, and
-    perplexities and KL on the first `chunks` pieces of `text` (see evaluate.knowledge_kept). Raises
+    perplexities and KL on the first `chunks` pieces of `text` (see knowledge_kept). Raises
     UserError for bits other than 4 and 8, an existing `out`, a model that is packed already or does
     not write text, or without bitsandbytes.
     """

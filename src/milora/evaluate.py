@@ -6,22 +6,16 @@ is the base, bitwise); only full fine-tuning needs a second model.
 
 import json
 import math
-import pydoc_data.topics
 import re
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -47,29 +41,21 @@ from milora.classification import (
     check_labels,
     class_log_p,
     class_scores,
-    embeddings,
     label,
     likeliest,
-    moved,
     tokens,
 )
-from milora.data import IGNORED, Row, pad, read_rows
+from milora.data import Row, read_rows
 from milora.errors import UserError
 from milora.files import read_json, read_lines, write_json, write_text
-from milora.forms import answers_apart, collator_for, encoder_for, predictions, prompt_for
+from milora.forms import answers_apart, prompt_for
+from milora.generation import Answer, Progress, Prompt, answer_loss, generate
 from milora.grade import Grader, Verdict, check_reference, grader
 from milora.harness import HarnessScores, HarnessTask, harness_task, run_harness
-from milora.keep import kl
-from milora.logits import base_only
+from milora.knowledge import knowledge_kept
+from milora.logits import Pair
 from milora.pretrained import labels_of, positions, task_of
-from milora.vision import Picture, Reader, pixels, tokenizer_of
-
-Progress = Callable[[str, int, int], None]  # (what, done, total)
-
-DEFAULT_TEXT = "default"
-AT_ONCE = 64  # tokens of a general text that are compared together
-EMBEDDED = 64  # tokens of a piece of general text of which a classifier's embedding is compared
-
+from milora.vision import Reader, tokenizer_of
 
 ASKED_ANEW: Mapping[str, Recall] = {"base": compute_always, "tuned": compute_always}
 
@@ -94,26 +80,6 @@ class ChoiceTask(NamedTuple):
 
 
 AnyTask = Task | ChoiceTask | HarnessTask | ClassTask
-
-
-class Pair(NamedTuple):
-    """The model in both states. Entering `base()` or `tuned()` gives the one to run."""
-
-    model: nn.Module
-    other_base: nn.Module | None = None  # for full fine-tuning, which has no adapter to switch off
-    headless: bool = False  # the base came without a head for the classes: it cannot be asked
-
-    @contextmanager
-    def base(self) -> Iterator[PreTrainedModel]:
-        off: AbstractContextManager[None] = nullcontext()
-        if self.other_base is None:
-            off = base_only(self.model)
-        with off:
-            yield self.other_base or self.model  # type: ignore[misc]
-
-    @contextmanager
-    def tuned(self) -> Iterator[PreTrainedModel]:
-        yield self.model  # type: ignore[misc]
 
 
 def load_task(
@@ -535,186 +501,6 @@ def save_evaluation(
     write_json(file, result)
 
 
-class Answer(NamedTuple):
-    text: str
-    ended: bool  # by an end-of-sequence token, not by the limit
-    finite: bool = True  # every logit was
-
-
-class _Finite(LogitsProcessor):
-    """Notes the rows of a batch in which a logit was NaN or +inf; those become -inf."""
-
-    def __init__(self) -> None:
-        self.broken: Tensor | None = None
-
-    def __call__(self, input_ids: Any, scores: Any) -> Any:
-        wrong = scores.isnan() | (scores == math.inf)
-        row = wrong.any(1)
-        self.broken = row if self.broken is None else self.broken | row
-        return scores.masked_fill(wrong, -math.inf)
-
-
-Prompt = tuple[list[int], Sequence[Picture]]  # token ids, and the pictures they stand for
-
-
-def generate(
-    model: PreTrainedModel,
-    tokenizer: Reader,
-    prompts: Sequence[list[int]],
-    max_new_tokens: int,
-    batch_size: int = 16,
-    what: str = "generating",
-    progress: Progress = lambda what, done, total: None,
-    pictures: Sequence[Sequence[Picture]] = (),
-) -> list[Answer]:
-    """Greedy answers, in the order of `prompts` (token ids); computed longest prompt first.
-
-    `pictures` are those of each prompt, where there are any.
-    """
-    reader, tokenizer = tokenizer, tokenizer_of(tokenizer)
-    stops = model.generation_config.eos_token_id
-    stops = set(stops) if isinstance(stops, list) else {stops}
-    stops = (stops | {tokenizer.eos_token_id}) - {None}
-    settings = GenerationConfig(
-        do_sample=False,
-        num_beams=1,  # what is not set here comes from the model's generation_config.json
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=sorted(stops),
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    alone = answers_apart(model)  # no prompt before the answer
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    answers: dict[int, Answer] = {}
-    run: Any = model.generate
-    for first in range(0, len(order), batch_size):
-        progress(what, first, len(order))
-        chosen = order[first : first + batch_size]
-        ids = pad([prompts[i] for i in chosen], tokenizer.pad_token_id, left=not alone)
-        mask = pad([[1] * len(prompts[i]) for i in chosen], 0, left=not alone)
-        seen = pixels(reader, [[one.path for one in pictures[i]] for i in chosen if pictures])
-        watch = _Finite()
-        with torch.no_grad():
-            whole = run(
-                input_ids=ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                **{name: tensor.to(model.device) for name, tensor in seen.items()},
-                generation_config=settings,
-                logits_processor=LogitsProcessorList([watch]),
-            )
-        broken = [False] * len(chosen) if watch.broken is None else watch.broken.tolist()
-        said = whole[:, 1 if alone else ids.shape[1] :].tolist()
-        for i, row, wrong in zip(chosen, said, broken, strict=True):
-            end = next((k for k, token in enumerate(row) if token in stops), None)
-            text = tokenizer.decode(row[:end], skip_special_tokens=True)
-            answers[i] = Answer(str(text).strip(), end is not None, not wrong)
-    return [answers[i] for i in range(len(prompts))]
-
-
-def answer_loss(
-    model: PreTrainedModel,
-    tokenizer: Reader,
-    rows: Sequence[Row],
-    batch_size: int = 16,
-    max_length: int = 2048,
-) -> tuple[float | None, int]:
-    """Mean cross-entropy per answer token, in nats, and how many rows it is over.
-
-    None where there is no such token or the mean is not finite.
-    """
-    encoded = [encoder_for(model)(tokenizer, row, max_length) for row in rows]
-    usable = [e.example() for e in encoded if not isinstance(e, str)]
-    usable.sort(key=lambda e: len(e["input_ids"]))
-    collate = collator_for(tokenizer, model)
-    total, count = 0.0, 0
-    with torch.no_grad():
-        for first in range(0, len(usable), batch_size):
-            batch = collate(usable[first : first + batch_size])
-            tokens = int((batch["labels"] != IGNORED).sum())
-            loss = model(**{k: v.to(model.device) for k, v in batch.items()}).loss
-            total, count = total + float(loss) * tokens, count + tokens
-    return _finite(total / count) if count else None, len(usable)
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def knowledge_kept(
-    pair: Pair,
-    tokenizer: PreTrainedTokenizerBase,
-    text: str,
-    chunks: int = 16,
-    length: int = 512,
-    progress: Progress = lambda what, done, total: None,
-) -> dict[str, Any]:
-    """How far the tuned model moved on general text: KL(base || tuned) per token, perplexities.
-
-    The first `chunks` pieces of `length` tokens each; within a piece every token but the first
-    is predicted from those before it. KL in nats, exact over the whole vocabulary, in fp32.
-    Tokens at which it is not finite are counted in `not_finite` and left out of the rest, which is
-    None where no token is left or a figure itself is not finite. An encoder-decoder reads the
-    first half of a piece and predicts the second. A classifier predicts no tokens: of it the same
-    text in pieces of EMBEDDED tokens says how far their embeddings moved (classification.moved).
-    """
-    classifies = task_of(pair.model) == "SEQ_CLS"
-    if classifies:
-        chunks, length = chunks * length // EMBEDDED, EMBEDDED
-    length = min(length, positions(pair.model))
-    cut = tokenizer(text[: chunks * length * 12], add_special_tokens=False)["input_ids"]
-    pieces = [cut[i : i + length] for i in range(0, len(cut), length)][:chunks]
-    pieces = [piece for piece in pieces if len(piece) > 1]
-    if not pieces:
-        raise UserError("evaluate.knowledge: the text has fewer than 2 tokens")
-    if classifies:
-        places = dict[str, Tensor]()
-        for state, entered in (("base", pair.base), ("tuned", pair.tuned)):
-            progress("knowledge kept", len(places), 2)
-            with entered() as model:
-                places[state] = embeddings(model, pieces)
-        return {"pieces": len(pieces), **moved(places["base"], places["tuned"])}
-    divergence, agree, losses, total = [], [], {"base": 0.0, "tuned": 0.0}, 0
-    for done, piece in enumerate(pieces):
-        progress("knowledge kept", done, len(pieces))
-        logits = {}
-        for state, entered in (("base", pair.base), ("tuned", pair.tuned)):
-            with entered() as model, torch.no_grad():
-                logits[state], following = predictions(model, piece)
-        total += len(following)
-        # By few tokens at a time: with a vocabulary of 262,144 each table of a piece is 0.5 GB.
-        for first in range(0, len(following), AT_ONCE):
-            part = slice(first, first + AT_ONCE)
-            log_p = {state: logits[state][part].float().log_softmax(-1) for state in logits}
-            each = kl(log_p["base"], log_p["tuned"])
-            finite = each.isfinite()
-            for state in losses:
-                picked = log_p[state].gather(1, following[part, None].to(each.device))[finite]
-                losses[state] -= float(picked.double().sum())
-            divergence.append(each[finite])
-            agree.append((log_p["base"].argmax(-1) == log_p["tuned"].argmax(-1))[finite])
-    each = torch.cat(divergence).cpu()
-    count = len(each)
-    found = dict.fromkeys(
-        ("kl", "kl_p99", "top_token_agreement", "base_perplexity", "tuned_perplexity")
-    )
-    if count:
-        found |= {
-            "kl": float(each.mean()),
-            "kl_p99": float(each.quantile(0.99)),
-            "top_token_agreement": float(torch.cat(agree).double().mean()),
-            **{f"{state}_perplexity": _exp(losses[state] / count) for state in losses},
-        }
-    return {"tokens": total, "not_finite": total - count, **found}
-
-
-def _exp(value: float) -> float | None:
-    try:
-        return _finite(math.exp(value))
-    except OverflowError:
-        return None
-
-
 def check_task(task: AnyTask, model: nn.Module) -> None:
     """Raise UserError for a task that is not for a model of this kind, or of other labels."""
     kind = task_of(model)
@@ -766,37 +552,6 @@ def _prompt(tokenizer: Reader, row: Row, apart: bool) -> list[int]:
         return prompt_for(tokenizer, row.messages[:-1], apart, row.pictures)
     except UserError as error:
         raise UserError(f"{row.place}: {error}") from error
-
-
-def general_texts(
-    sources: str | Sequence[str], key: str = "evaluate.knowledge"
-) -> list[tuple[str, str]]:
-    """(text, where it comes from) of each. "default" is the prose of Python's own help topics.
-
-    Raises UserError for a file that is not there, is no text, or is given twice.
-    """
-    given = [sources] if isinstance(sources, str) else list(sources)
-    if not given or len(set(given)) < len(given):
-        raise UserError(f"{key}: each text must be given once, and one at least")
-    return [_general_text(source, key) for source in given]
-
-
-def _general_text(source: str, key: str) -> tuple[str, str]:
-    if source == DEFAULT_TEXT:
-        topics = pydoc_data.topics.topics
-        release = f"{sys.version_info.major}.{sys.version_info.minor}"
-        name = f"the help topics of Python {release} (PSF licence)"
-        return "\n\n".join(topics[name] for name in sorted(topics)), name
-    path = Path(source)
-    if not path.is_file():
-        raise UserError(f"{key}: {source} does not exist")
-    if path.suffix == ".txt":
-        try:
-            return path.read_text(encoding="utf-8"), source
-        except UnicodeDecodeError as error:
-            raise UserError(f"{source} is not UTF-8 (byte {error.start})") from error
-    rows = read_rows(source, format="text").rows
-    return "\n\n".join(row.messages[0]["content"] for row in rows), source
 
 
 def wilson(right: int, count: int) -> tuple[float, float]:

@@ -1,11 +1,13 @@
 """The base beside what is adapted: at step 0 the two say the same."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import NamedTuple
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 
 @contextmanager
@@ -16,6 +18,26 @@ def base_only(model: nn.Module) -> Iterator[None]:
         return
     with model.disable_adapter():
         yield
+
+
+class Pair(NamedTuple):
+    """The model in both states. Entering `base()` or `tuned()` gives the one to run."""
+
+    model: nn.Module
+    other_base: nn.Module | None = None  # for full fine-tuning, which has no adapter to switch off
+    headless: bool = False  # the base came without a head for the classes: it cannot be asked
+
+    @contextmanager
+    def base(self) -> Iterator[PreTrainedModel]:
+        off: AbstractContextManager[None] = nullcontext()
+        if self.other_base is None:
+            off = base_only(self.model)
+        with off:
+            yield self.other_base or self.model  # type: ignore[misc]
+
+    @contextmanager
+    def tuned(self) -> Iterator[PreTrainedModel]:
+        yield self.model  # type: ignore[misc]
 
 
 def step0_difference(model: PeftModel, batch: Mapping[str, Tensor]) -> float:

@@ -9,17 +9,11 @@ from milora.classification import check_labels, label, label_names
 from milora.continual import Earlier, replayed
 from milora.data import Prepared, Rows, overlap, prepare, read_rows, split_rows
 from milora.errors import UserError
-from milora.evaluate import (
-    AnyTask,
-    Task,
-    check_lengths,
-    check_task,
-    general_texts,
-    load_task,
-)
+from milora.evaluate import AnyTask, Task, check_lengths, check_task, load_task
 from milora.files import sha256
 from milora.forms import answers_apart, encoder_for
 from milora.keep import SAMPLED, Pieces, cut
+from milora.knowledge import general_texts
 from milora.pretrained import Pretrained, positions, reads_pictures, task_of
 from milora.progress import Progress
 from milora.tokens import Named, load_with_tokens

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from milora import adapter, export, fingerprints
 from milora.card import model_card
-from milora.evaluate import Pair
 from milora.files import new_folder, read_json, write_json, write_text
-from milora.logits import logits_of
+from milora.logits import Pair, logits_of
 from milora.matrices import Matrix, adapted_matrices, kind_of
 from milora.pretrained import Pretrained, load_pretrained
 from milora.progress import Progress

@@ -21,7 +21,6 @@ from milora.approximation import (
 )
 from milora.card import server_rank
 from milora.errors import UserError
-from milora.evaluate import DEFAULT_TEXT, Pair, general_texts, knowledge_kept
 from milora.export import (
     PlainLora,
     Storage,
@@ -32,6 +31,8 @@ from milora.export import (
     save_plain_lora,
 )
 from milora.files import new_folder, write_json, write_text
+from milora.knowledge import DEFAULT_TEXT, general_texts, knowledge_kept
+from milora.logits import Pair
 from milora.matrices import base_modules, skeleton_of
 from milora.pretrained import task_of
 from milora.progress import Progress

@@ -42,7 +42,7 @@ from milora.arguments import training_arguments
 from milora.card import model_card
 from milora.continual import FILE, logits_before, save_previous, step0, within
 from milora.errors import DivergedError, UserError
-from milora.evaluate import Pair, evaluate_all, save_evaluation
+from milora.evaluate import evaluate_all, save_evaluation
 from milora.files import new_folder, read_json, write_json, write_text
 from milora.forms import Collate, collator_for, mean_loss, read_only
 from milora.gates import judge
@@ -58,7 +58,7 @@ from milora.keep import (
     sampled_name,
     save_pieces,
 )
-from milora.logits import step0_bound, step0_difference
+from milora.logits import Pair, step0_bound, step0_difference
 from milora.loop import (
     STATE,
     Decay,

@@ -20,17 +20,17 @@ from milora.adapter import take_off
 from milora.errors import UserError
 from milora.evaluate import (
     AnyTask,
-    Pair,
     check_lengths,
     check_task,
     evaluate_all,
-    general_texts,
     load_task,
     merge_evaluations,
     save_evaluation,
 )
 from milora.forms import answers_apart
+from milora.knowledge import general_texts
 from milora.lineage import Link, chain
+from milora.logits import Pair
 from milora.pretrained import positions
 from milora.progress import Progress
 from milora.vision import Reader, image_tokens

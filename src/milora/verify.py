@@ -21,12 +21,11 @@ from milora.adapter import head_of
 from milora.checkpoint import full_weights, open_checkpoint
 from milora.data import prompt_ids, prompt_text
 from milora.errors import UserError
-from milora.evaluate import Pair
 from milora.export import scale_of
 from milora.files import read_json
 from milora.fingerprints import packed_hashes, tensor_sha256
 from milora.forms import first_token
-from milora.logits import base_only
+from milora.logits import Pair, base_only
 from milora.matrices import matrix_in
 from milora.pretrained import (
     Pretrained,
