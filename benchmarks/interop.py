@@ -36,12 +36,13 @@ from svd import RESULTS, ROOT, machine, write
 from tables import fill
 
 from milora.adapter import Factors
-from milora.data import prompt_ids, read_rows
+from milora.data import prompt_ids
 from milora.files import new_folder, read_json, write_json
 from milora.ggufs import write_model
 from milora.merge import norm_of
 from milora.pretrained import BUNDLED, Pretrained, bundled, fetch_bundled, load_pretrained
 from milora.progress import Progress
+from milora.rows import read_rows
 
 BUILD, RUNS = ROOT / "build", ROOT / "runs" / "interop"
 DOCUMENT = ROOT / "docs" / "serving.md"

@@ -25,13 +25,13 @@ from milora.card import all_scores
 from milora.chat import replies
 from milora.classification import class_scores, label_names, tokens
 from milora.cli import main
-from milora.data import read_rows
 from milora.errors import UserError
 from milora.files import read_json
 from milora.fingerprints import base_sha256
 from milora.forms import encoder_for
 from milora.pretrained import load_pretrained, positions
 from milora.report import report
+from milora.rows import read_rows
 from milora.server import verify_server
 from milora.smaller import Smaller
 from milora.targeting import lora_config

@@ -14,19 +14,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, models, processors
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from milora.data import (
-    IGNORED,
-    Collator,
-    Encoded,
-    Row,
-    encode,
-    overlap,
-    prepare,
-    prompt_ids,
-    read_rows,
-    split_rows,
-)
+from milora.data import IGNORED, Collator, Encoded, encode, prepare, prompt_ids
 from milora.errors import UserError
+from milora.rows import Row, overlap, read_rows, split_rows
 
 USER = {"role": "user", "content": "Q"}
 ANSWER = {"role": "assistant", "content": "A"}

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from milora.adapter import add_adapter
 from milora.card import scores_table
-from milora.data import Row, prompt_ids
+from milora.data import prompt_ids
 from milora.errors import UserError
 from milora.evaluate import (
     ChoiceTask,
@@ -33,6 +33,7 @@ from milora.grade import grader
 from milora.keep import kl
 from milora.knowledge import general_texts, knowledge_kept
 from milora.logits import Pair
+from milora.rows import Row
 
 Load = Callable[[str], PreTrainedModel]
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from milora import adapter, fingerprints, targeting
 from milora.artefacts import export_run
 from milora.checkpoint import open_checkpoint
-from milora.data import IGNORED, Encoded, Row, encode, prompt_ids
+from milora.data import IGNORED, Encoded, encode, prompt_ids
 from milora.errors import UserError
 from milora.export import plain_lora
 from milora.files import cache_folder
@@ -27,6 +27,7 @@ from milora.logits import Pair, base_only, logits_of, step0_bound, step0_differe
 from milora.matrices import adapted_matrices
 from milora.pretrained import BUNDLED, fetch_bundled, load_pretrained
 from milora.protect import held, measure, project, top_vectors, worst
+from milora.rows import Row
 from milora.svd import components, minor_components
 from milora.verify import open_adapter, verify
 

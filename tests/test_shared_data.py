@@ -11,10 +11,11 @@ from conftest import SHARED_DATA, make_tokenizer
 from tiny_run import run, settings
 
 from milora.artefacts import export_run
-from milora.data import overlap, prepare, read_rows
+from milora.data import prepare
 from milora.files import read_json
 from milora.grade import grader
 from milora.pretrained import load_pretrained
+from milora.rows import overlap, read_rows
 from milora.verify import open_adapter, verify
 
 pytestmark = pytest.mark.skipif(

@@ -32,7 +32,7 @@ LAYERS = (
         "recommended",
         "logits",
     },
-    {"anchored_layers", "fingerprints", "targeting"},
+    {"anchored_layers", "fingerprints", "rows", "targeting"},
     {"grade", "adapter", "data", "pretrained", "config", "card", "gates", "lineage"},
     {
         "choices",

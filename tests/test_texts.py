@@ -16,9 +16,10 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from milora.cli import _print_plan, _print_table
 from milora.compare_page import Table
-from milora.data import IGNORED, Collator, Row, encode
+from milora.data import IGNORED, Collator, encode
 from milora.preview import marked
 from milora.report import _answers, _words
+from milora.rows import Row
 
 JAPANESE, ARABIC = "𠮷野家で 検索しました。🌡️", "مرحبا، ٣٤\u200f كتاب (1)"
 
@@ -127,7 +128,7 @@ def test_the_page_of_a_run(tiny: Callable[[str], Path]) -> None:
 
 
 def test_rows_of_data_keep_their_characters(tmp_path: Path) -> None:
-    from milora.data import read_rows
+    from milora.rows import read_rows
 
     file = tmp_path / "日本語.jsonl"
     row = {"prompt": JAPANESE, "completion": ARABIC}

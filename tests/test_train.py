@@ -14,11 +14,12 @@ from tiny_run import result_hashes, run, settings, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from milora.artefacts import export_run
-from milora.data import IGNORED, encode, read_rows, split_rows
+from milora.data import IGNORED, encode
 from milora.errors import UserError
 from milora.files import sha256
 from milora.generation import answer_loss
 from milora.logits import Pair
+from milora.rows import read_rows, split_rows
 from milora.smaller import Smaller
 from milora.verify import open_adapter, verify
 

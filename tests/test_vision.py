@@ -27,7 +27,7 @@ from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3I
 from milora.adapter import add_adapter
 from milora.artefacts import export_run
 from milora.compress import principal_parts, sentence
-from milora.data import IGNORED, Collator, encode, prepare, prompt_ids, read_rows
+from milora.data import IGNORED, Collator, encode, prepare, prompt_ids
 from milora.errors import UserError
 from milora.evaluate import Task, load_task
 from milora.generation import generate
@@ -35,6 +35,7 @@ from milora.matrices import adapted_matrices
 from milora.pretrained import load_pretrained, reads_pictures
 from milora.preview import coverage, marked
 from milora.progress import Progress
+from milora.rows import read_rows
 from milora.store import Store, decompose_checkpoint
 from milora.targeting import lora_config
 from milora.verify import open_run, verify

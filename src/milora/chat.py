@@ -2,12 +2,12 @@
 
 from collections.abc import Iterable, Iterator
 
-from milora.data import Message
 from milora.errors import UserError
 from milora.forms import answers_apart, prompt_for
 from milora.generation import generate
 from milora.logits import Pair
 from milora.pretrained import task_of
+from milora.rows import Message
 from milora.vision import Reader
 
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from milora.data import pad, read_records
+from milora.data import pad
 from milora.errors import UserError
+from milora.rows import read_records
 from milora.vision import COLUMNS
 
 PROMPT = "Question: {question}\nAnswer:"

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from milora.data import Encoded, Row, pad, spells
+from milora.data import Encoded, pad, spells
 from milora.errors import UserError
 from milora.logits import logits_of
+from milora.rows import Row
 from milora.vision import Reader, tokenizer_of
 
 RESAMPLES = 1000  # of the rows, for the interval of F1

@@ -23,13 +23,13 @@ from transformers import PreTrainedModel
 
 from milora.adapter import Factors, take_off
 from milora.approximation import best_of_rank, norm
-from milora.data import Row, read_rows, split_rows
 from milora.errors import UserError
 from milora.export import PlainLora, exact_rank, load_plain_lora
 from milora.files import sha256, write_bytes
 from milora.lineage import Link, chain, check_unchanged, continues, current, read_link
 from milora.logits import logits_of, step0_bound
 from milora.matrices import Weights, matrix_in, skeleton_of
+from milora.rows import Row, read_rows, split_rows
 from milora.verify import find_adapter, why_whole
 
 FORMAT = "milora previous update 1"

@@ -14,13 +14,13 @@ from transformers.pytorch_utils import Conv1D
 from milora import adapter, costs, targeting
 from milora.arguments import training_arguments
 from milora.checkpoint import open_skeleton
-from milora.data import read_rows
 from milora.errors import UserError
 from milora.pretrained import dtype_of, task_of
 from milora.preview import by_kind, compute_dtype, prepared, size
 from milora.progress import duration
 from milora.protect import FIRST, parts_of
 from milora.recommended import held_inputs
+from milora.rows import read_rows
 
 # Of the rate of a product of its size, what a training step reaches: measured by
 # benchmarks/estimate.py (docs/speed.md).

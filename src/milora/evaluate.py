@@ -45,7 +45,6 @@ from milora.classification import (
     likeliest,
     tokens,
 )
-from milora.data import Row, read_rows
 from milora.errors import UserError
 from milora.files import read_json, read_lines, write_json, write_text
 from milora.forms import answers_apart, prompt_for
@@ -55,6 +54,7 @@ from milora.harness import HarnessScores, HarnessTask, harness_task, run_harness
 from milora.knowledge import knowledge_kept
 from milora.logits import Pair
 from milora.pretrained import labels_of, positions, task_of
+from milora.rows import Row, read_rows
 from milora.vision import Reader, tokenizer_of
 
 ASKED_ANEW: Mapping[str, Recall] = {"base": compute_always, "tuned": compute_always}

@@ -20,8 +20,6 @@ from milora.data import (
     Collator,
     Encode,
     Encoded,
-    Message,
-    Row,
     encode,
     pad,
     prompt_ids,
@@ -29,6 +27,7 @@ from milora.data import (
     spells,
 )
 from milora.pretrained import labels_of, task_of
+from milora.rows import Message, Row
 from milora.vision import Picture, Reader, tokenizer_of
 
 Collate = Callable[[Sequence[Mapping[str, list[int]]]], dict[str, Tensor]]

@@ -13,8 +13,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from milora.data import IGNORED, Row, pad
+from milora.data import IGNORED, pad
 from milora.forms import answers_apart, collator_for, encoder_for
+from milora.rows import Row
 from milora.vision import Picture, Reader, pixels, tokenizer_of
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)

@@ -12,12 +12,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from milora.classification import embeddings, moved
-from milora.data import read_rows
 from milora.errors import UserError
 from milora.forms import predictions
 from milora.keep import kl
 from milora.logits import Pair
 from milora.pretrained import positions, task_of
+from milora.rows import read_rows
 
 DEFAULT_TEXT = "default"
 AT_ONCE = 64  # tokens of a general text that are compared together

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from milora.classification import check_labels, label, label_names
 from milora.continual import Earlier, replayed
-from milora.data import Prepared, Rows, overlap, prepare, read_rows, split_rows
+from milora.data import Prepared, prepare
 from milora.errors import UserError
 from milora.evaluate import AnyTask, Task, check_lengths, check_task, load_task
 from milora.files import sha256
@@ -16,6 +16,7 @@ from milora.keep import SAMPLED, Pieces, cut
 from milora.knowledge import general_texts
 from milora.pretrained import Pretrained, positions, reads_pictures, task_of
 from milora.progress import Progress
+from milora.rows import Rows, overlap, read_rows, split_rows
 from milora.tokens import Named, load_with_tokens
 from milora.vision import pictures_sha256
 
