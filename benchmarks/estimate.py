@@ -194,7 +194,7 @@ def plan() -> None:
             },
         }  # fmt: skip
         asked = Config.model_validate(values).model_dump()
-        found = estimate(**asked, rates=rates, speed=1.0)
+        found = estimate(**asked, rates=rates, speed=1.0, sharded=True)
         whole = Step(found["memory"], found["training"]["operations"])
         for count in counts:
             one = per_device(whole, 0, count, True, found["gathered_bytes"])

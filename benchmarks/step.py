@@ -311,33 +311,26 @@ def tables() -> dict[str, Iterator[str]]:
     return {"step": times(found), "step memory": peaks(found)}
 
 
-def times(found: Sequence[dict[str, Any]]) -> Iterator[str]:
-    yield from _head("base, device", f"{METHODS['lora']}: a step, tokens/s")
-    for result in found:
+def times(results: Sequence[dict[str, Any]]) -> Iterator[str]:
+    yield from _head(f"{METHODS['lora']}: a step, tokens/s")
+    for result in results:
         own = statistics.median(result["seconds"]["lora"])
         cells = [f"{own:.3g} s, {result['rows'] * result['tokens'] / own:,.0f}"]
-        of_lora = ratios(result["seconds"])
-        for method in OTHERS:
-            cell = (
-                "**{:.2f}** ({:.2f} to {:.2f})".format(*of_lora[method])
-                if method in of_lora
-                else ""
-            )
-            cells.append(cell)
-        yield _row(result, cells)
+        found = ratios(result["seconds"])
+        said = {one: "**{:.3f}** ({:.2f} to {:.2f})".format(*found[one]) for one in found}
+        yield _row(result, [*cells, *(said.get(one, "") for one in OTHERS)])
 
 
-def peaks(found: Sequence[dict[str, Any]]) -> Iterator[str]:
-    yield from _head("base, device", f"{METHODS['lora']}: peak")
-    for result in found:
+def peaks(results: Sequence[dict[str, Any]]) -> Iterator[str]:
+    yield from _head(f"{METHODS['lora']}: peak")
+    for result in results:
         if peak := result["peak_bytes"]:
-            others = [f"{peak[one] / peak['lora']:.2f}" if one in peak else "" for one in OTHERS]
+            others = [f"{peak[one] / peak['lora']:.3f}" if one in peak else "" for one in OTHERS]
             yield _row(result, [f"{peak['lora'] / 1e9:.2f} GB", *others])
 
 
-def _head(*first: str) -> Iterator[str]:
-    base, lora = first
-    head = [base, "rows × tokens", "with", lora, *(METHODS[method] for method in OTHERS)]
+def _head(lora: str) -> Iterator[str]:
+    head = ["base, device", "rows × tokens", "with", lora, *(METHODS[one] for one in OTHERS)]
     yield f"| {' | '.join(head)} |"
     yield "|---" * len(head) + "|"
 
@@ -346,6 +339,8 @@ def _row(result: dict[str, Any], cells: list[str]) -> str:
     options = [key for key in ("checkpointing", "autocast") if result[key]]
     options += [f"dropout {result['dropout']}"] if result["dropout"] else []
     where = f"{result['model']}, {result['dtype']}, {result['device']}"
+    if result["torch"].endswith("+cpu"):
+        where += f", {result['threads']} thread" + "s" * (result["threads"] > 1)
     first = [where, f"{result['rows']} × {result['tokens']}", ", ".join(options)]
     return f"| {' | '.join([*first, *cells])} |"
 

@@ -24,8 +24,8 @@ from milora import adapter, costs, targeting
 from milora.cli import app
 from milora.errors import UserError
 from milora.estimate import estimate, lines
-from milora.loop import Hold
 from milora.preview import compute_dtype, prepared
+from milora.protect import held
 
 Tiny = Callable[[str], Path]
 ROOT = Path(__file__).resolve().parent.parent
@@ -196,30 +196,42 @@ def test_no_weight_is_read(tiny: Tiny, tmp_path: Path) -> None:
     assert "set training.max_steps" in "\n".join(lines(found))
 
 
-def test_what_is_held_is_counted(
+def test_directions_are_counted(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The bytes that a run has on its device for it."""
+    """The bytes that a run has on its device of what is held and watched, and a dry run says it."""
     seen: list[int] = []
 
-    class Seen(Hold):
-        def project(self) -> None:
-            seen.append(sum(x.nbytes for hold in self.holds.values() for x in hold))
-            super().project()
+    def noting(matrices: Any, tops: Any, inputs: Any, used: Any) -> Any:
+        found = held(matrices, tops, inputs, used)
+        vectors = [x for one in tops.values() for x in (one.U, one.Vh)]
+        vectors += [x for one in found.values() for x in one]
+        sizes = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in vectors}
+        seen.append(sum(sizes.values()))
+        return found
 
-    monkeypatch.setattr("milora.train.Hold", Seen)
+    monkeypatch.setattr("milora.train.held", noting)
     text = tmp_path / "general.txt"
     text.write_text("of this and that " * 400)
-    for inputs, protect in (0, 2), (3, 0), (None, 0):
+    for place, (protect, inputs, top) in enumerate(
+        [(2, 0, 0), (0, 3, 0), (0, None, 5), (3, 3, 5), (200, 0, 0), ({}, 0, 16)]
+    ):
         asked = settings(
-            tiny("llama"), tmp_path, output_dir=str(tmp_path / f"{inputs}"),
-            milora={"protect": protect, "protect_inputs": inputs, "text": str(text)},
+            tiny("llama"), tmp_path, output_dir=str(tmp_path / str(place)),
+            milora={"protect": protect, "protect_inputs": inputs, "text": str(text),
+                    "interference": {"top": top}},
         )  # fmt: skip
-        expected = estimate(**asked, speed=1.0, rates=RATES)
+        expected = estimate(**asked, speed=1.0, rates=RATES)["memory"]["directions"]
+        assert run(asked, dry_run=True)["memory_by_kind"]["directions"] == expected
         run(asked)
-        assert seen[-1] == expected["memory"]["held"] > 0
-    asked["method"] = "lora"
-    assert estimate(**asked, speed=1.0, rates=RATES)["memory"]["held"] == 0
+        assert seen[-1] == expected > 0
+    asked["milora"]["interference"]["top"] = 0
+    assert estimate(**asked, speed=1.0, rates=RATES)["memory"]["directions"] == 0
+    sharded = {"speed": 1.0, "rates": RATES, "processes": 2, "sharded": True}
+    asked["milora"] |= {"protect": 2, "interference": {"top": 16}}
+    first = estimate(**asked, **sharded)["memory"]["directions"]
+    asked["milora"]["interference"] = {"top": 0}
+    assert estimate(**asked, **sharded)["memory"]["directions"] == first > 0
 
 
 def test_the_verb(tiny: Tiny, tmp_path: Path) -> None:

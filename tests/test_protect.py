@@ -12,7 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_run import break_off, run, settings
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+)
 
 from milora.adapter import add_adapter, load_start, trained_factors
 from milora.config import load_config
@@ -150,54 +155,69 @@ def test_fewer_are_held_than_watched(load: Load) -> None:
         assert float((top.U[:, 2:].T @ B).detach().abs().max()) > 1e-2
 
 
-@pytest.mark.parametrize("at_once", [1, 2**24])
-def test_factors_of_one_shape_are_projected_together(
-    at_once: int, load: Load, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As one by one, however many fit, with other numbers held of other weights."""
-    monkeypatch.setattr("milora.protect.AT_ONCE", at_once)
-    _, _, layers = adapted(load, "milora")
+def any_holds(layers: Any) -> tuple[dict[str, Held], dict[str, tuple[Tensor, Tensor]]]:
+    """Drawn factors in `layers`, other numbers of directions of each, and what is left in fp64."""
     generator = torch.Generator().manual_seed(0)
     holds, wanted = {}, {}
     for place, (name, layer) in enumerate(layers.items()):
         A, B = layer.factors("default")
         with torch.no_grad():
-            A.normal_(generator=generator)
-            B.normal_(generator=generator)
-        U, Vh = (
+            A.copy_(torch.randn(A.shape, generator=generator))
+            B.copy_(torch.randn(B.shape, generator=generator))
+        U, V = (
             torch.linalg.qr(torch.randn(size, count, generator=generator))[0]
             for size, count in ((len(B), place % 3), (A.shape[1], 1 + place % 2))
         )
-        holds[name] = Held(U, Vh.T)
-        P, Q, u, v = B.detach().double(), A.detach().double(), U.double(), Vh.double()
+        holds[name] = Held(U, V.T)
+        P, Q, u, v = B.detach().double(), A.detach().double(), U.double(), V.double()
         wanted[name] = P - u @ u.T @ P, Q - Q @ v @ v.T
-    project(layers, holds)
+    return holds, wanted
+
+
+def experts() -> Any:
+    """Whose factors are views of what PEFT has for all of them."""
+    config = MixtralConfig(
+        vocab_size=258, hidden_size=32, intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=4,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    lora = {"r": 2, "target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"]}
+    model, _ = add_adapter(MixtralForCausalLM(config), lora_config(lora), "milora")
+    return adapted_matrices(model)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "experts"])
+@pytest.mark.parametrize("at_once", [1, 2**24])
+def test_each_factor_is_projected(
+    at_once: int, kind: str, autocast: bool, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many there are to a product, and in a loop of somebody's own under autocast too."""
+    monkeypatch.setattr("milora.protect.AT_ONCE", at_once)
+    layers = experts() if kind == "experts" else adapted(load, "milora")[2]
+    holds, wanted = any_holds(layers)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        project(layers, holds)
     for name, layer in layers.items():
         A, B = layer.factors("default")
         torch.testing.assert_close(B.detach().double(), wanted[name][0], rtol=0, atol=1e-5)
         torch.testing.assert_close(A.detach().double(), wanted[name][1], rtol=0, atol=1e-5)
 
 
-def test_what_is_held_is_fetched_once(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Before the first step, to where the model is; another dtype stands for a device."""
-    seen: list[Hold] = []
-
-    class Seen(Hold):
-        def __init__(self, matrices: Any, holds: Any) -> None:
-            super().__init__(
-                matrices, {n: Held(*(x.double() for x in h)) for n, h in holds.items()}
-            )
-            seen.append(self)
-
-        def project(self) -> None:
-            assert {x.dtype for hold in self.holds.values() for x in hold} == {torch.float32}
-            super().project()
-
-    monkeypatch.setattr("milora.train.Hold", Seen)
-    run(settings(tiny("llama"), tmp_path, milora={"protect": 2}))
-    assert seen
+def test_what_is_held_is_fetched_once(load: Load) -> None:
+    """From where it was made to where the model is now; another dtype stands for a device."""
+    layers = adapted(load, "milora")[2]
+    holds, wanted = any_holds(layers)
+    hold = Hold(layers, {name: Held(*(x.double() for x in one)) for name, one in holds.items()})
+    hold.project()
+    fetched = dict(hold.holds)
+    hold.project()
+    for name, layer in layers.items():
+        assert fetched[name].Vh.dtype == torch.float32
+        assert hold.holds[name].U is fetched[name].U
+        assert hold.holds[name].Vh is fetched[name].Vh
+        A, _ = layer.factors("default")
+        torch.testing.assert_close(A.detach().double(), wanted[name][1], rtol=0, atol=1e-5)
 
 
 def test_how_many(load: Load) -> None:

@@ -60,7 +60,7 @@ LAYERS = (
     {"__main__", "__init__"},
 )
 SAME_LAYER = {
-    ("verify", "evaluate"), ("chat", "evaluate"), ("config", "grade"), ("config", "gates"),
+    ("config", "grade"), ("config", "gates"),
     ("gates", "card"), ("matrices", "svd"), ("matrices", "quantised"), ("quantised", "errors"),
     ("vision", "errors"), ("vision", "matrices"), ("costs", "errors"), ("costs", "svd"),
     ("processes", "errors"), ("verify", "export"), ("continual", "approximation"),

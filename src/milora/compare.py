@@ -402,7 +402,7 @@ def _machines(outcomes: Outcomes) -> dict[str, int]:
 
 def _tried(runs: Sequence[Outcome], loss: float) -> dict[str, Any]:
     """Means over the runs at a rate, and the loss that the rate was judged by."""
-    judged = {"seeds": len(runs), "held_out_loss": loss if math.isfinite(loss) else None}
+    judged = {"held_out_loss": loss if math.isfinite(loss) else None}
     if any("diverged" in run for run in runs):
         return judged
     means = _over_seeds(runs)

@@ -169,8 +169,8 @@ def plot(result: Mapping[str, Any]) -> str:
     """SVG: accuracy of each task against how far the model moved on the first general text.
 
     A mark an arm at its own rate, with bars of one standard deviation over the seeds; the thin
-    line joins all rates that were tried, each the mean of the seeds that it was judged by. Raises
-    ImportError without matplotlib.
+    line joins all rates that were tried, as means over the seeds where all ran at several, else
+    of the first seed. Raises ImportError without matplotlib.
     """
     with inked():
         return _plot(result)

@@ -26,7 +26,7 @@ from milora.errors import UserError
 from milora.svd import Component
 
 KINDS = (
-    "weights", "adapter", "anchor", "held", "gradients", "optimizer", "activations", "logits",
+    "weights", "adapter", "anchor", "directions", "gradients", "optimizer", "activations", "logits",
 )  # fmt: skip
 
 # Seconds of a decomposition beside its factorisation, as fp64 operations of a matrix product per
@@ -189,8 +189,8 @@ def per_device(step: Step, trained: int, processes: int, sharded: bool, whole: i
 
     Without `sharded` each has everything, and a second copy of the gradients to exchange. With it
     (FSDP, ZeRO-3) weights, adapter, gradients and optimizer state are shared out, and `whole` bytes
-    of weights are whole at a time (see `gathered`); the anchor and what is held, which are no
-    parameters, are on each.
+    of weights are whole at a time (see `gathered`); the anchor and the directions that are held,
+    which are no parameters, are on each.
     """
     if processes == 1:
         return step

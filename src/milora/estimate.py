@@ -16,10 +16,9 @@ from milora.arguments import training_arguments
 from milora.checkpoint import open_skeleton
 from milora.errors import UserError
 from milora.pretrained import dtype_of, task_of
-from milora.preview import by_kind, compute_dtype, prepared, size
+from milora.preview import by_kind, compute_dtype, directions, prepared, size
 from milora.progress import duration
 from milora.protect import FIRST, parts_of
-from milora.recommended import held_inputs
 from milora.rows import read_rows
 
 # Of the rate of a product of its size, what a training step reaches: measured by
@@ -91,8 +90,8 @@ def estimate(
         accumulated=arguments.gradient_accumulation_steps > 1, autocast=cast, unfused=unfused,
     )  # fmt: skip
     if config:
-        unasked = method == "milora" and not lora.get("target_parameters")
-        whole.memory["held"] = _held(milora, [shape for shape, *_ in shapes.values()], unasked)
+        recommended = method == "milora" and not lora.get("target_parameters")
+        whole.memory["directions"] = directions(milora, shapes, recommended, sharded)
     step = costs.per_device(whole, trained_bytes, processes, sharded, gathered)
     if rates is None:
         rates = {
@@ -171,16 +170,6 @@ def _top(milora: Mapping[str, Any]) -> int:
     protect, _ = parts_of(milora["protect"])
     known = protect if isinstance(protect, int) else FIRST
     return max(known, int(milora["interference"]["top"]))
-
-
-def _held(milora: Mapping[str, Any], shapes: Sequence[tuple[int, ...]], unasked: bool) -> int:
-    """Bytes of the directions that the update is kept out of; `unasked`: as recommended."""
-    protect, _ = parts_of(milora["protect"])
-    protected = protect if isinstance(protect, int) else FIRST
-    inputs = milora["protect_inputs"]
-    if inputs is None:
-        inputs = held_inputs(n for _, n in shapes) if unasked else 0
-    return sum(4 * (protected * (m + n) + inputs * n) for m, n in shapes)
 
 
 def _notes(

@@ -24,6 +24,7 @@ from milora.errors import UserError
 from milora.files import write_bytes
 from milora.logits import base_only
 from milora.matrices import TRAINED, Matrix
+from milora.svd import plain_arithmetic
 
 LENGTH = 256  # tokens of a piece
 AT_ONCE = 2 * 2**30  # bytes of covariances that are held at the same time
@@ -244,6 +245,7 @@ def _groups(inputs: Mapping[str, int]) -> Iterator[list[str]]:
 def _adding(total: Tensor) -> Any:
     def hook(module: Any, inputs: tuple[Tensor, ...]) -> None:
         X = inputs[0].flatten(0, -2).float()
-        total.addmm_(X.T, X)
+        with plain_arithmetic(X.device):
+            total.addmm_(X.T, X)
 
     return hook

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -157,19 +157,12 @@ class Hold(TrainerCallback):
     ) -> None:
         self.project()
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Fetches what is held to where the model is now."""
-        for some in in_one_piece(self.matrices):
-            self.holds |= beside(some, self._of(some))
-
     def project(self) -> None:
         for some in in_one_piece(self.matrices):
-            project(some, self._of(some))
-
-    def _of(self, some: Iterable[str]) -> dict[str, Held]:
-        return {name: self.holds[name] for name in some if name in self.holds}
+            own = {name: self.holds[name] for name in some if name in self.holds}
+            own = beside(some, own)  # the model may have been moved since
+            self.holds |= own
+            project(some, own)
 
 
 def hold_inputs(

@@ -28,7 +28,9 @@ from milora.matrices import (
 )
 from milora.pretrained import Pretrained, labels_of, task_of
 from milora.progress import duration
+from milora.protect import FIRST, parts_of
 from milora.quantised import is_packed, linear_shape
+from milora.recommended import held_inputs
 from milora.svd import Component, components
 from milora.vision import (
     Reader,
@@ -39,18 +41,22 @@ from milora.vision import (
     train_in_full,
 )
 
+Shapes = dict[str, tuple[tuple[int, int], int, list[int]]]  # shape, rank, rows of each part
+
 
 def plan(
     base: Pretrained,
     train: Prepared,
     lora_config: LoraConfig | None,
     method: str,
+    milora: Mapping[str, Any],
     arguments: TrainingArguments,
     weights: Weights | None = None,
 ) -> dict[str, Any]:
     """Coverage, parameters, and an estimate of memory and time, measured on one training step.
 
-    `weights` reads the full-precision matrices of a quantised base.
+    `milora` is that block of the configuration; `weights` reads the full-precision matrices of a
+    quantised base.
     """
     longest = max(len(e["input_ids"]) for e in train.examples)
     memory_by_kind = {}
@@ -59,13 +65,16 @@ def plan(
         memory_by_kind = _memory_by_kind(base.model, lora_config, method, arguments, longest)
     live: nn.Module = base.model
     covered: dict[str, Any] = {}
-    decompose = 0.0
+    decompose, beside = 0.0, 0
     if lora_config is not None:
         adapted, _ = adapter.add_adapter(  # shapes alone: no SVD
             base.model, lora_config, "lora", weights=weights
         )
         live = adapted
         covered = coverage(adapted)
+        beside = directions(milora, _shapes(adapted), recommended=False)
+        if memory_by_kind:
+            memory_by_kind["directions"] = beside
         if method in adapter.COMPONENT:
             decompose = decomposition_time(
                 adapted_matrices(adapted, weights), adapter.COMPONENT[method]
@@ -93,7 +102,7 @@ def plan(
         batches = arguments.max_steps * arguments.gradient_accumulation_steps
     # Adam's two moments come with the first step; the anchor is as large as the adapter.
     extra = trainable * (8 + (4 if method in adapter.COMPONENT else 0))
-    memory = peak_memory() + extra
+    memory = peak_memory() + extra + beside
     return {
         "samples": [sample(base, e) for e in train.examples[:3]],
         "coverage": covered,
@@ -130,7 +139,33 @@ def _memory_by_kind(
         return {}
 
 
-Shapes = dict[str, tuple[tuple[int, ...], int, list[int]]]  # shape, rank, rows of each part
+def _shapes(adapted: PeftModel) -> Shapes:
+    return {
+        name: (matrix.shape, matrix.rank(TRAINED), [len(part) for part in matrix.parts])
+        for name, matrix in adapted_matrices(adapted).items()
+    }
+
+
+def directions(
+    milora: Mapping[str, Any], shapes: Shapes, recommended: bool, sharded: bool = False
+) -> int:
+    """Bytes of what the update is kept out of and watched in, on the device; the adapted `shapes`.
+
+    `recommended`: of inputs as many as where nothing is said of them. With `sharded` what is only
+    watched stays on the CPU.
+    """
+    protect, _ = parts_of(milora["protect"])
+    asked = protect if isinstance(protect, int) else FIRST if protect else 0
+    inputs, watched, numbers = milora["protect_inputs"], milora["interference"]["top"], 0
+    if inputs is None:
+        inputs = held_inputs(n for (_, n), *_ in shapes.values()) if recommended else 0
+    for (m, n), rank, _ in shapes.values():
+        held = min(asked, min(m, n) - rank)
+        there = held if sharded else max(held, min(watched, m, n))
+        numbers += there * (m + n)
+        if inputs:  # one basis of both, beside the protected ones that are watched
+            numbers += (inputs + held * (not sharded)) * n
+    return 4 * numbers
 
 
 def prepared(
@@ -147,9 +182,7 @@ def prepared(
     else:
         adapted = adapter.without_values(skeleton, copy.deepcopy(lora_config), method)
         live = adapted
-        for name, matrix in adapted_matrices(adapted).items():
-            parts = [len(part) for part in matrix.parts]
-            shapes[name] = matrix.shape, matrix.rank(TRAINED), parts
+        shapes = _shapes(adapted)
     live.train()
     if arguments.gradient_checkpointing:
         skeleton.gradient_checkpointing_enable(arguments.gradient_checkpointing_kwargs)

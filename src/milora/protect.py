@@ -27,13 +27,13 @@ from milora.files import write_bytes
 from milora.fingerprints import check_base
 from milora.matrices import PREVIOUS, TRAINED, Matrix
 from milora.spectra import Interference, directions, interference, span
-from milora.svd import Decompose, positions
+from milora.svd import Decompose, plain_arithmetic, positions
 from milora.targeting import selects
 
 FORMAT = "milora top singular vectors 2"
 TINY = 1e-4  # of a factor: what is left of it is rounding
 FIRST = 64  # triplets that are computed before it is known how many an energy takes
-AT_ONCE = 2**24  # numbers: 64 MB of fp32
+AT_ONCE = 2**24  # numbers, 64 MB of fp32, that are stacked for a product, whose result is as many
 
 Energy = Mapping[str, float]  # {"energy": share of ||W||²}
 Protect = int | Energy | Mapping[str, int | Energy]  # the last by pattern of module names
@@ -99,7 +99,7 @@ def _asked(protect: Protect, name: str) -> int | Energy:
     for pattern in _patterns(protect):
         if selects(pattern, name):
             return protect[pattern]  # type: ignore[index, return-value]
-    return 0 if _patterns(protect) else protect  # type: ignore[return-value]
+    return 0 if _patterns(protect) or _nothing(protect) else protect  # type: ignore[return-value]
 
 
 def top_vectors(
@@ -307,11 +307,12 @@ def project(matrices: Mapping[str, Matrix], holds: Mapping[str, Held]) -> None:
                 alike.setdefault(key, []).append((rows, out.to(rows)))
     for pairs in alike.values():
         count = max(1, AT_ONCE // sum(one.numel() for one in pairs[0]))
-        for some in (pairs[i : i + count] for i in range(0, len(pairs), count)):
-            X, V = map(torch.stack, zip(*some, strict=True))
-            left = torch.baddbmm(X, X @ V.mT, V, alpha=-1)
-            for (rows, _), new in zip(some, left, strict=True):
-                rows.copy_(new)
+        with plain_arithmetic(pairs[0][0].device):
+            for some in (pairs[i : i + count] for i in range(0, len(pairs), count)):
+                X, V = map(torch.stack, zip(*some, strict=True))
+                left = torch.baddbmm(X, X @ V.mT, V, alpha=-1)
+                for (rows, _), new in zip(some, left, strict=True):
+                    rows.copy_(new)
 
 
 def beside(matrices: Mapping[str, Matrix], holds: Mapping[str, Held]) -> dict[str, Held]:

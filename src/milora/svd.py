@@ -87,7 +87,7 @@ def components(
     if not 1 <= rank <= min(m, n):
         raise ValueError(f"rank {rank} does not fit a {m} x {n} weight: choose 1 to {min(m, n)}")
     wanted = positions(component, min(m, n), rank, seed)
-    with torch.no_grad(), _plain_arithmetic(weight.device):
+    with torch.no_grad(), plain_arithmetic(weight.device):
         A = (weight if m >= n else weight.T).to(torch.float64, copy=True)
         largest = float(A.abs().max())
         if not math.isfinite(largest):
@@ -429,7 +429,7 @@ def _norm(X: Tensor) -> Tensor:
 
 
 @contextmanager
-def _plain_arithmetic(device: torch.device) -> Iterator[None]:
+def plain_arithmetic(device: torch.device) -> Iterator[None]:
     """Neither autocast nor TF32 nor bf16 products in the block, whatever the caller has set."""
     backends: Any = torch.backends
     matmul = backends.cuda.matmul if device.type == "cuda" else backends.mkldnn.matmul

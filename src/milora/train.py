@@ -170,7 +170,9 @@ def train(
         base, rows = ready.material.base, ready.material.train
         if not processes.main:
             return {}
-        return plan(base, rows, ready.lora_config, method, arguments, ready.weights)
+        return plan(
+            base, rows, ready.lora_config, method, ready.asked["milora"], arguments, ready.weights
+        )  # fmt: skip
     with processes.agree():
         begun = _begin(ready, processes, progress) if processes.main else None
     begun = _together(ready, begun, processes)
