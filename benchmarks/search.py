@@ -90,10 +90,11 @@ def outcome(task: str, arm: str, number: int, overrides: list[str], rate: float,
     if not file.exists():
         found = run(task, overrides, rate, seed)
         write_json(file, {**found, "overrides": overrides, "learning_rate": rate})
+        loss = found["held_out_loss"]
+        print(f"{task}, {arm}, {number}, seed {seed}: loss {loss:.4f}", flush=True)
     found = read_json(file)
     if (found["overrides"], found["learning_rate"]) != (overrides, rate):
         raise SystemExit(f"{file} is of other settings: remove {file.parent} and search again")
-    print(f"{task}, {arm}, {number}, seed {seed}: loss {found['held_out_loss']:.4f}", flush=True)
     return found
 
 
