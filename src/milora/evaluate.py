@@ -15,10 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from milora.answers import (
     Recall,

@@ -96,10 +96,10 @@ def _patterns(protect: Protect) -> list[str]:
 
 
 def _asked(protect: Protect, name: str) -> int | Energy:
-    for pattern in _patterns(protect):
-        if selects(pattern, name):
-            return protect[pattern]  # type: ignore[index, return-value]
-    return 0 if _patterns(protect) or _nothing(protect) else protect  # type: ignore[return-value]
+    if isinstance(protect, int) or "energy" in protect:
+        return protect  # type: ignore[return-value]
+    matching = (value for pattern, value in protect.items() if selects(pattern, name))
+    return next(matching, 0)  # type: ignore[return-value]
 
 
 def top_vectors(

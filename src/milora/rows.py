@@ -10,12 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from milora.errors import UserError
-from milora.vision import (
-    COLUMNS,
-    Picture,
-    pictures_of,
-    texts_of_parts,
-)
+from milora.vision import COLUMNS, Picture, pictures_of, texts_of_parts
 
 FORMATS: dict[str, tuple[str, ...]] = {  # by the columns that must be there; first match wins
     "messages": ("messages",),
