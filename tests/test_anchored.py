@@ -134,7 +134,10 @@ def test_on_16_bits_the_update_is_rounded_as_a_share_of_itself(
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_what_is_kept_for_the_backward(dropout: float) -> None:
-    """[A; A - A0] x and the stacks, beside x, which is there anyway; or D x, and D's byte each."""
+    """[A; A - A0] x and the stacks, beside x, which is there anyway; or D x, and D's byte each.
+
+    A, which is there anyway too, is no stack then, and -A0 is.
+    """
     given = drawn(0, 40, 30, 2, 50)
     kept: dict[int, int] = {}
     known = {t.untyped_storage().data_ptr() for t in given.values()}
@@ -149,7 +152,8 @@ def test_what_is_kept_for_the_backward(dropout: float) -> None:
         out = as_one(**given, dropout=dropout)
     assert out.requires_grad
     stacked = (50 + 40 + 30) * 2 * 2 * 8
-    assert sum(kept.values()) == stacked + (50 * 30 * (8 + 1) if dropout else 0)
+    dropped = 50 * 30 * (8 + 1) - 30 * 2 * 8
+    assert sum(kept.values()) == stacked + (dropped if dropout else 0)
 
 
 def losses(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:

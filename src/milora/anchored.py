@@ -23,8 +23,9 @@ from torch.nn.functional import linear
 class Stacked(NamedTuple):
     """The factors of one layer, or with a leading dimension those of several of one shape."""
 
-    tall: Tensor  # [A; A - A0] (2r, n), with dropout [A; A0]
+    tall: Tensor  # [A; A - A0] (2r, n), with dropout A (r, n)
     wide: Tensor  # s [B - B0, B0] (m, 2r)
+    frozen: Tensor | None = None  # with dropout -A0 (r, n)
 
 
 def stacked(
@@ -37,10 +38,11 @@ def stacked(
     the update by about 2^-8 of itself.
     """
     with torch.autocast(A.device.type, enabled=False):  # which knows no cat of some dtypes
-        tall = torch.cat((A, A0 if dropout else A - A0), -2)
         wide = torch.cat((B + minus_B0, -minus_B0), -1)
         wide = wide if scaling == 1 else wide * scaling
-        return Stacked(tall.to(dtype), wide.to(dtype))
+        if dropout:
+            return Stacked(A.to(dtype), wide.to(dtype), -A0.to(dtype))
+        return Stacked(torch.cat((A, A - A0), -2).to(dtype), wide.to(dtype))
 
 
 def product_dtype(x: torch.dtype, factors: torch.dtype, device: str) -> torch.dtype:
@@ -56,13 +58,11 @@ def anchored(result: Tensor, x: Tensor, by: Stacked, dropout: float = 0.0) -> Te
     The sum is rounded once. `dropout` is the probability for the trained half, 0 outside of
     training.
     """
-    (tall, wide), dtype = by, by.tall.dtype
+    (tall, wide, frozen), dtype = by, by.tall.dtype
     rows = _rows(x, dtype)
-    if dropout:
-        rank = len(tall) // 2
-        kept = linear(torch.native_dropout(rows, dropout, True)[0], tall[:rank])
-        frozen = linear(rows, tall[rank:].detach())
-        inner = torch.cat((kept, kept - frozen), 1)
+    if frozen is not None:
+        kept = linear(torch.native_dropout(rows, dropout, True)[0], tall)
+        inner = torch.cat((kept, torch.addmm(kept, rows, frozen.T)), 1)
     else:
         inner = linear(rows, tall)
     flat = _rows(result, result.dtype)

@@ -133,8 +133,9 @@ def _stack_ahead(alike: Sequence[_Alike], *_: Any) -> None:
             continue  # moved apart since
         every_A, every_B, A0, minus_B0 = map(torch.stack, zip(*factors, strict=True))
         scaling = layers[0].scaling[ANCHOR]
-        tall, wide = stacked(every_A, every_B, A0, minus_B0, scaling, dropout > 0, dtype)
-        for layer, *by in zip(layers, tall.unbind(), wide.unbind(), strict=True):
+        all_by = stacked(every_A, every_B, A0, minus_B0, scaling, dropout > 0, dtype)
+        each = [one.unbind() for one in all_by if one is not None]
+        for layer, *by in zip(layers, *each, strict=True):
             layer.__dict__[AHEAD] = Ahead(active, training, A.dtype, Stacked(*by), dropout)
 
 

@@ -30,7 +30,7 @@ from milora.matrices import TRAINED, Matrix, adapted_matrices
 from milora.pretrained import positions
 from milora.processes import like, put, whole
 from milora.progress import Progress
-from milora.protect import Held, Top, begin_outside, beside, held, measure, project, worst
+from milora.protect import Held, Top, begin_outside, held, measure, project, worst
 from milora.recommended import held_inputs
 from milora.spectra import Interference
 
@@ -160,9 +160,7 @@ class Hold(TrainerCallback):
     def project(self) -> None:
         for some in in_one_piece(self.matrices):
             own = {name: self.holds[name] for name in some if name in self.holds}
-            own = beside(some, own)  # the model may have been moved since
-            self.holds |= own
-            project(some, own)
+            self.holds |= project(some, own)
 
 
 def hold_inputs(

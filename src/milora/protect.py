@@ -293,18 +293,21 @@ def begin_outside(
 
 
 @torch.no_grad()
-def project(matrices: Mapping[str, Matrix], holds: Mapping[str, Held]) -> None:
+def project(matrices: Mapping[str, Matrix], holds: Mapping[str, Held]) -> dict[str, Held]:
     """B <- B - U Uᵀ B and A <- A - A V Vᵀ, in place, on the adapter of every weight held.
 
-    Factors of one shape are in one product: one by one they are so small that a GPU mostly waits.
+    Returns `holds` where the factors are now, so that the next step need not fetch them. Factors of
+    one shape are in one product: one by one they are so small that a GPU mostly waits.
     """
+    here = {}
     alike: dict[Any, list[tuple[Tensor, Tensor]]] = {}
     for name, hold in holds.items():
         A, B = matrices[name].factors(TRAINED)
-        for rows, out in (A, hold.Vh), (B.T, hold.U.T):
+        U, Vh = here[name] = Held(hold.U.to(B), hold.Vh.to(A))
+        for rows, out in (A, Vh), (B.T, U.T):
             if len(out):
                 key = rows.shape, out.shape, rows.dtype, rows.device
-                alike.setdefault(key, []).append((rows, out.to(rows)))
+                alike.setdefault(key, []).append((rows, out))
     for pairs in alike.values():
         count = max(1, AT_ONCE // sum(one.numel() for one in pairs[0]))
         with plain_arithmetic(pairs[0][0].device):
@@ -313,15 +316,7 @@ def project(matrices: Mapping[str, Matrix], holds: Mapping[str, Held]) -> None:
                 left = torch.baddbmm(X, X @ V.mT, V, alpha=-1)
                 for (rows, _), new in zip(some, left, strict=True):
                     rows.copy_(new)
-
-
-def beside(matrices: Mapping[str, Matrix], holds: Mapping[str, Held]) -> dict[str, Held]:
-    """`holds` where the factors are now, so that `project` need not fetch them at every step."""
-    found = {}
-    for name, hold in holds.items():
-        A, B = matrices[name].factors(TRAINED)
-        found[name] = Held(hold.U.to(B), hold.Vh.to(A))
-    return found
+    return here
 
 
 @torch.no_grad()
