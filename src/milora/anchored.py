@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn import functional as F
 
 
 class Stacked(NamedTuple):
@@ -61,15 +61,15 @@ def anchored(result: Tensor, x: Tensor, by: Stacked, dropout: float = 0.0) -> Te
     (tall, wide, frozen), dtype = by, by.tall.dtype
     rows = _rows(x, dtype)
     if frozen is not None:
-        kept = linear(torch.native_dropout(rows, dropout, True)[0], tall)
+        kept = F.linear(F.dropout(rows, dropout), tall)
         inner = torch.cat((kept, torch.addmm(kept, rows, frozen.T)), 1)
     else:
-        inner = linear(rows, tall)
+        inner = F.linear(rows, tall)
     flat = _rows(result, result.dtype)
     if result.dtype == dtype:
         out = torch.addmm(flat, inner, wide.T)
     else:
-        out = (flat + linear(inner, wide)).to(result.dtype)
+        out = (flat + F.linear(inner, wide)).to(result.dtype)
     return out if result.dim() == 2 else out.view(result.shape)
 
 
