@@ -1,8 +1,11 @@
 """The configuration file: strict keys, real numbers, one sentence for all that is wrong."""
 
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from milora.arguments import HELD, training_arguments
@@ -32,17 +35,80 @@ def test_the_annotated_default_states_the_true_defaults(tmp_path: Path) -> None:
     ).model_dump()
     keys = {field.alias or name for name, field in Config.model_fields.items()}
     assert set(yaml.safe_load(DEFAULT)) == keys
-    assert shown.pop("training") == {
-        "learning_rate": HELD,
-        "num_train_epochs": 3,
-        "per_device_train_batch_size": 16,
-    }
+    assert shown.pop("training") == {"num_train_epochs": 3, "per_device_train_batch_size": 16}
+    assert f"# learning_rate: {HELD:.1e}".replace("e-03", "e-3") in DEFAULT
     assert real.pop("training") == {}  # arguments.py fills these in, the rate by method
     assert shown == real
     arguments = training_arguments("milora", {}, tmp_path, 0, 0, None)
     assert arguments.learning_rate == HELD
     assert training_arguments("milora", {}, tmp_path, 0, 0).learning_rate == 1e-4  # published
     assert (arguments.num_train_epochs, arguments.per_device_train_batch_size) == (3, 16)
+
+
+@pytest.mark.parametrize(
+    ("override", "scale", "rate"),
+    [("lora.r=16", 1, 1e-3), ("method=lora", 1, 3e-4), ("milora=published", 1, 1e-4)],
+)
+def test_what_the_annotated_default_leaves_to_other_keys(
+    override: str, scale: float, rate: float, tmp_path: Path
+) -> None:
+    config = load(tmp_path, DEFAULT, override)
+    assert config.lora.lora_alpha == scale * config.lora.r
+    begin = config.milora.start
+    arguments = training_arguments(config.method, config.training, tmp_path, 0, 0, begin)
+    assert arguments.learning_rate == rate
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("milora.protect=abc", "milora.protect is 'abc': it is a whole number of at least 0, {en"),
+        ("milora.protect=-3", "milora.protect is -3: it is a whole number of at least 0"),
+        ("milora.rank=8", "milora.rank is 8: it is {energy: 0.001} or {parameters: 2000000}; one"),
+        ("quantization=nf8", "quantization is 'nf8': it is nf4, int8, or keys of BitsAndBytes"),
+        ("milora=Published", "milora is 'Published': it is a block of keys, or published"),
+        ("data=t.jsonl", "data is 't.jsonl': it is a block of keys"),
+        ("milora.protect_inputs=-1", "milora.protect_inputs is -1: input should be greater than"),
+        ("seed=4294967296", "seed is 4294967296: input should be less than or equal to 4294967295"),
+    ],
+)
+def test_keys_of_several_forms(override: str, said: str, tmp_path: Path) -> None:
+    found = refused(tmp_path, MINIMAL, override)
+    assert said in found
+    assert found.count(" is ") <= 3
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("learning_rate", -1, "a number of at least 0"),
+        ("learning_rate", "abc", "a number of at least 0"),
+        ("learning_rate", math.nan, "a number of at least 0"),
+        ("num_train_epochs", 0, "a number above 0"),
+        ("num_train_epochs", "abc", "a number above 0"),
+        ("per_device_train_batch_size", 0, "a whole number of at least 1"),
+        ("gradient_accumulation_steps", 1.5, "a whole number of at least 1"),
+        ("logging_steps", "abc", "a number above 0"),
+    ],
+)
+def test_numbers_of_training(key: str, value: Any, said: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"training\.{key} is {value!r}: {said} is needed"):
+        training_arguments("milora", {key: value}, tmp_path, 0, 0)
+
+
+def test_no_in_yaml_is_false(tmp_path: Path) -> None:
+    config = load(tmp_path, MINIMAL, "training.eval_strategy=no", "training.save_strategy=no")
+    arguments = training_arguments("milora", config.training, tmp_path, 0, 0)
+    assert (arguments.eval_strategy, arguments.save_strategy) == ("no", "no")
+
+
+def test_one_gpu_a_process(tmp_path: Path) -> None:
+    """transformers' Trainer would make copies of the model for the others."""
+    arguments = training_arguments("milora", {}, tmp_path, 0, 0)
+    assert arguments.n_gpu == min(1, torch.cuda.device_count())
+    arguments._n_gpu = 4
+    assert arguments.n_gpu == 1
+    assert arguments.train_batch_size == 16
 
 
 def test_the_annotated_default_names_what_must_be_given(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from milora.files import read_json, write_json
 from milora.merge import Recorded, merge_files
 from milora.pretrained import task_of
 from milora.progress import Progress
+from milora.smaller import Smaller
 from milora.targeting import lora_config
 from milora.verify import ADAPTER, make_probes, verify
 
@@ -316,8 +317,79 @@ def test_one_stack_on_disk(tmp_path: Path) -> None:
         assert torch.equal(value, wanted[key]), key
 
 
-def test_exporting_what_is_no_adapter(pair: tuple[Path, Path], tmp_path: Path) -> None:
+def test_one_shard_with_an_index(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = pair
+    content = tensors(base)
+    for file in base.glob("model*.safetensors*"):
+        file.unlink()
+    name = "model-00001-of-00001.safetensors"
+    save_file(content, base / name, {"format": "pt"})
+    write_json(
+        base / "model.safetensors.index.json",
+        {"metadata": {}, "weight_map": dict.fromkeys(content, name)},
+    )
+    export(adapter, tmp_path / "merged")
+    assert all(check.holds for check in verify(tmp_path / "merged"))
+
+
+def test_answers_end_where_they_did_in_training(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """Though the base's files, as transformers 4 wrote them, have another end."""
+    base, adapter = pair
+    write_json(base / "special_tokens_map.json", {"eos_token": "</s>", "bos_token": "<s>"})
+    write_json(base / "generation_config.json", {"eos_token_id": 1, "max_length": 99})
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    tokenizer.eos_token = "Z"
+    tokenizer.save_pretrained(adapter)
+    about = read_json(adapter / "milora.json")
+    write_json(
+        adapter / "milora.json", about | {"configuration": {"tokenizer": {"eos_token": "Z"}}}
+    )
+    export(adapter, tmp_path / "merged")
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").eos_token == "Z"
+    ends = read_json(tmp_path / "merged" / "generation_config.json")
+    assert ends == {"eos_token_id": [tokenizer.eos_token_id, 1], "max_length": 99}
+
+
+def test_what_else_lies_in_the_folders(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """A download's cache beside the adapter; weights in other formats beside the base."""
+    base, adapter = pair
+    (adapter / ".cache").mkdir()
+    (adapter / ".cache" / "x").write_text("x")
+    (adapter / "notes").mkdir()
+    for name in ("rust_model.ot", "64.tflite"):
+        (base / name).write_text("x")
+    export(adapter, tmp_path / "merged")
+    names = {path.name for path in (tmp_path / "merged").iterdir()}
+    assert not names & {".cache", "notes", "rust_model.ot", "64.tflite"}
+    (adapter / "README.md").unlink()
+    export(adapter, tmp_path / "small", "lora", smaller=Smaller(rank=2))
+    assert "Approximation" in (tmp_path / "small" / "README.md").read_text()
+
+
+def test_damaged_adapters(pair: tuple[Path, Path], tmp_path: Path) -> None:
     _, adapter = pair
+    file = adapter / "adapter_model.safetensors"
+    content = load_file(file)
+    broken = {name: tensor.clone() for name, tensor in content.items()}
+    broken[next(name for name in broken if "lora_B" in name)][0, 0] = torch.nan
+    save_file(broken, file, {"format": "pt"})
+    assert [c.name for c in verify(adapter) if not c.holds] == ["probes, tuned"]
+    file.write_bytes(file.read_bytes()[:-5])
+    for asked in (lambda: verify(adapter), lambda: export(adapter, tmp_path / "merged")):
+        with pytest.raises(UserError, match=r"adapter_model.safetensors cannot be read"):
+            asked()
+    file.unlink()
+    with pytest.raises(UserError, match=r"adapter_model.safetensors cannot be read"):
+        verify(adapter)
+    (adapter / "milora.json").write_text('{"format": ')
+    with pytest.raises(UserError, match=r"milora.json is damaged"):
+        verify(adapter)
+
+
+def test_exporting_what_is_no_adapter(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = pair
+    with pytest.raises(UserError, match="--base: a copy of the adapter needs no base"):
+        export(adapter, tmp_path / "copy", "lora", base=str(base))
     export(adapter, tmp_path / "merged")
     with pytest.raises(UserError, match="holds milora merged weights 1, not an adapter"):
         export(tmp_path / "merged", tmp_path / "again", "lora")

@@ -364,10 +364,12 @@ def test_a_limit_warns_and_stops(
     assert record["interference"]["max"] == pytest.approx(largest[2], rel=1e-3)
     assert "the result is that of checkpoint-2" in capsys.readouterr().err
 
-    (tmp_path / "early").mkdir()
     watch["interference"]["limit"] = 1e-9
-    with pytest.raises(UserError, match="before there was a checkpoint to go back to"):
-        run(settings(tiny("llama"), tmp_path / "early", milora=watch))
+    for name, further in (("early", {}), ("epochs", {"save_strategy": "epoch", "max_steps": 24})):
+        (tmp_path / name).mkdir()
+        with pytest.raises(UserError, match="before there was a checkpoint to go back to"):
+            run(settings(tiny("llama"), tmp_path / name, milora=watch, training=further))
+        assert not list((tmp_path / name).glob("run/checkpoints/checkpoint-*"))
 
 
 @pytest.mark.parametrize(

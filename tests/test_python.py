@@ -112,6 +112,36 @@ def test_loops_of_others(
             torch.testing.assert_close(loaded(**batch).logits, tuned, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("method", ["milora", "lora"])
+def test_what_was_saved_is_no_state_to_train_on_from(
+    method: str, load: Load, tmp_path: Path
+) -> None:
+    model = get_milora_model(load("llama"), LoraConfig(**CONFIG), method)
+    trainer(model, tmp_path)
+    checkpoint = tmp_path / "checkpoint-3"
+    rows = [{"input_ids": [3, 4, 5], "labels": [3, 4, 5]}] * 4
+    arguments = TrainingArguments(str(tmp_path), **TRAINING)
+    with pytest.raises(UserError, match="is a result, a plain LoRA, and not the state"):
+        Trainer(model, arguments, train_dataset=rows).train(  # type: ignore[arg-type]
+            resume_from_checkpoint=str(checkpoint)
+        )
+    model.load_adapter(str(checkpoint), "other")  # beside it, as PEFT's
+    assert "other" in model.peft_config
+
+
+def test_one_process_writes(load: Load, tmp_path: Path) -> None:
+    model = get_milora_model(load("llama"), LoraConfig(**CONFIG))
+    model.save_pretrained(tmp_path / "out", is_main_process=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_copies_of_data_parallel_are_refused(load: Load, batch: dict[str, torch.Tensor]) -> None:
+    model = get_milora_model(load("llama"), LoraConfig(**CONFIG))
+    model.base_model._is_replica = True  # as torch.nn.parallel.replicate marks them
+    with pytest.raises(UserError, match=r"nn\.DataParallel does not take an anchor along"):
+        model(**batch)
+
+
 def test_the_reference_of_dpo_is_the_base(load: Load, tmp_path: Path) -> None:
     model = get_milora_model(load("llama"), LoraConfig(**CONFIG))
     trainer = dpo_trainer(model, tmp_path, precompute_ref_log_probs=True)

@@ -1,9 +1,10 @@
 """`milora verify --server` against a small server that runs the tiny model through transformers."""
 
 import json
+import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,10 @@ def serving(model: Any, names: list[dict[str, Any]], style: str = "vllm") -> Ite
                 self.reply({"error": f"no model {asked['model']}"}, 404)
             elif style == "silent":
                 self.reply({"choices": [{"text": "x", "logprobs": None}]})
+            elif style == "no numbers":
+                self.reply(body(torch.tensor([5]), torch.tensor([torch.nan]), "vllm"))
+            elif style == "none listed":
+                self.reply({"choices": [{"logprobs": {"content": [{"top_logprobs": []}]}}]})
             else:
                 top = next_token(model, asked["prompt"]).topk(asked["logprobs"])
                 self.reply(body(top.indices, top.values, style))
@@ -154,8 +159,15 @@ def test_a_server_that_cannot_be_asked(pair: tuple[Path, Path], tmp_path: Path) 
     refused("give an address such as", "file:///etc/passwd")
     refused("cannot be asked", "http://127.0.0.1:1")
     model = load(pair)
-    with serving(model, ONE, "silent") as url:
-        refused("no log-probabilities of completions", url)
+    for style in ("silent", "no numbers", "none listed"):
+        with serving(model, ONE, style) as url:
+            refused("no log-probabilities of completions", url)
+    refused("cannot be asked", "http://local host:80")
+    with closing(socket.create_server(("127.0.0.1", 0))) as other:
+        answer = threading.Thread(target=lambda: other.accept()[0].sendall(b"SSH-2.0-x\r\n"))
+        answer.start()
+        refused("cannot be asked", f"http://127.0.0.1:{other.getsockname()[1]}")
+        answer.join()
     with serving(model, ONE, "web page") as url:
         refused("cannot be asked .*is the server up", url)
     with serving(model, ONE) as url:

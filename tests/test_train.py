@@ -286,6 +286,10 @@ def test_a_loss_that_is_no_number_stops_the_run(tiny: Tiny, tmp_path: Path) -> N
     training = {"learning_rate": 1e30, "max_grad_norm": 0.0}
     with pytest.raises(UserError, match=r"diverged; use a lower training\.learning_rate"):
         run(settings(tiny("llama"), tmp_path, training=training))
+    (tmp_path / "training").mkdir()  # and where no held-out row tells
+    training |= {"eval_strategy": "no", "logging_steps": 50}
+    with pytest.raises(UserError, match=r"train_loss is nan .* diverged"):
+        run(settings(tiny("llama"), tmp_path / "training", training=training))
 
 
 def test_resume_goes_on_where_the_run_stood(

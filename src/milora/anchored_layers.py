@@ -108,13 +108,18 @@ def _alike(layers: Sequence[Any]) -> Iterator[_Alike]:
             yield _Alike(group, [_modules(layer, TRAINED) for layer in group])
 
 
-def _stack_ahead(alike: Sequence[_Alike], *_: Any) -> None:
+def _stack_ahead(alike: Sequence[_Alike], tuner: nn.Module, *_: Any) -> None:
     """The stacks of layers of one shape, in as few kernels as those of one layer.
 
     Layer by layer it is several times as many, and where a model is small its steps wait for the
     host that starts them. The stacks hold within one forward: nothing writes into the factors
     meanwhile. A layer that has none, as while checkpointing computes it again, makes its own.
     """
+    if getattr(tuner, "_is_replica", False):  # whose layers would compute with the original's
+        raise UserError(
+            "nn.DataParallel does not take an anchor along: use `accelerate launch`, or one GPU by "
+            "CUDA_VISIBLE_DEVICES=0"
+        )
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return
     active = [TRAINED, ANCHOR]  # so with no update of earlier runs

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,9 @@ from milora.errors import UserError
 LEARNING_RATE = {
     "lora": 3e-4, "milora": 1e-4, "pissa": 3e-5, "middle": 1e-4, "random": 1e-4, "full": 2e-5,
 }  # fmt: skip
+WHOLE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+ABOVE = ("num_train_epochs", "logging_steps", "save_steps")
+NOT_BELOW = ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm")
 HELD = 1e-3  # of `method: milora` as recommended: LoRA-sized factors, and inputs held
 
 # TrainingArguments that milora sets itself, and what to use in their place.
@@ -31,6 +35,7 @@ OWNED = {
     "remove_unused_columns": "leave it out",
     "disable_tqdm": "leave it out",
     "label_names": "leave it out",
+    "logging_nan_inf_filter": "a run that diverges is stopped, not hidden: leave it out",
     "restore_callback_states_from_checkpoint": "leave it out",
     "save_only_model": "it would make a run that cannot be resumed: leave it out",
     "push_to_hub": "upload the adapter folder when it is done",
@@ -38,6 +43,18 @@ OWNED = {
     "fsdp": "use accelerate launch --config_file examples/accelerate/fsdp2.yaml",
     "fsdp_config": "use accelerate launch --config_file examples/accelerate/fsdp2.yaml",
 }
+
+
+class OneDevice(TrainingArguments):
+    """A process uses one GPU; more of them need more processes, by `accelerate launch`.
+
+    transformers' Trainer would otherwise share a batch out by nn.DataParallel, which makes copies
+    of a model that do not compute with an anchor of their own.
+    """
+
+    @property
+    def n_gpu(self) -> int:
+        return min(1, int(super().n_gpu))
 
 
 def default_rate(method: str, begin: str | None) -> float:
@@ -88,12 +105,17 @@ def training_arguments(
         "disable_tqdm": True,
         "remove_unused_columns": False,
         "label_names": ["labels"],
+        "logging_nan_inf_filter": False,
         "prediction_loss_only": True,
         "include_num_input_tokens_seen": "non_padding",
         "restore_callback_states_from_checkpoint": True,  # the patience of early stopping
     }
+    for key in ("eval_strategy", "save_strategy", "logging_strategy"):
+        if values.get(key) is False:  # which YAML makes of no
+            values[key] = "no"
+    _check_numbers(values)
     try:
-        arguments = TrainingArguments(**values)
+        arguments = OneDevice(**values)
     except (TypeError, ValueError, ImportError) as error:
         raise UserError(f"training: {' '.join(str(error).split())}") from error
     available = get_available_reporting_integrations()
@@ -104,3 +126,20 @@ def training_arguments(
                 f"known; here are {', '.join(available) or 'none'}"
             )
     return arguments
+
+
+def _check_numbers(values: Mapping[str, Any]) -> None:
+    """TrainingArguments take anything, and training would end in a traceback much later."""
+    for keys, least, what in (
+        (WHOLE, 1, "a whole number of at least 1"),
+        (ABOVE, 0, "a number above 0"),
+        (NOT_BELOW, 0, "a number of at least 0"),
+    ):
+        for key in keys:
+            value = values.get(key, least + 1)
+            right = isinstance(value, int | float) and not isinstance(value, bool)
+            right = right and math.isfinite(value) and value >= least
+            if keys is WHOLE:
+                right = right and int(value) == value
+            if not right or (keys is ABOVE and value == 0):
+                raise UserError(f"training.{key} is {value!r}: {what} is needed")

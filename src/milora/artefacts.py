@@ -1,6 +1,7 @@
 """`milora export`: from the adapter of a finished run to a folder for other tools."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def export_run(
             "--rank, --max-error, --spread and --bits go with --to lora: write that one first, "
             f"then its folder --to {to}"
         )
-    if (run / "model").is_dir():
+    if (run / "run.json").is_file() and (run / "model").is_dir():
         if to != "merged":
             raise UserError(
                 f"--to {to}: {why_whole(run)}: use {run / 'model'} as it is, or --to merged for a "
@@ -74,6 +75,8 @@ def export_run(
         )
     check_smaller(smaller, provenance)
     if to == "lora" and smaller == EXACT:
+        if base:
+            raise UserError("--base: a copy of the adapter needs no base: leave it out")
         with new_folder(out) as folder:
             shutil.copytree(source, folder, dirs_exist_ok=True)
         return Exported(f"{out}: plain LoRA of rank {provenance['rank']}, {_exactly(lost)}")
@@ -118,7 +121,7 @@ def export_run(
             said = f"{out / LORA}: GGUF LoRA of rank {provenance['rank']}, {_exactly(lost)}"
         elif to == "merged":
             rounding = merge_files(files, skeleton, plain.factors, hashes, folder, progress)
-            copy_tokenizer(source, folder)
+            _replace_tokenizer(source, folder, provenance["configuration"], trust_remote_code)
             record |= {"format": MERGED, "rounding": rounding._asdict()}
             said = f"{out}: merged weights, {rounding.sentence()}"
         else:
@@ -138,6 +141,25 @@ def export_run(
 
 def _exactly(lost: float) -> str:
     return f"as it is, an approximation of relative error {lost:.2e}" if lost else "exact"
+
+
+def _replace_tokenizer(
+    source: Path, folder: Path, configuration: Mapping[str, Any], trust_remote_code: bool
+) -> None:
+    """The adapter's in place of the base's, and answers end where they did in training."""
+    if (source / "tokenizer_config.json").is_file():
+        for older in ("special_tokens_map.json", "added_tokens.json"):  # they would be read first
+            (folder / older).unlink(missing_ok=True)
+    copy_tokenizer(source, folder)
+    if not configuration.get("tokenizer", {}).get("eos_token"):
+        return
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    path = folder / "generation_config.json"
+    settings = read_json(path) if path.is_file() else {}
+    ends = settings.get("eos_token_id", read_json(folder / "config.json").get("eos_token_id"))
+    ends = ends if isinstance(ends, list) else [ends]
+    ids = dict.fromkeys(one for one in (tokenizer.eos_token_id, *ends) if one is not None)
+    write_json(path, settings | {"eos_token_id": list(ids)})
 
 
 def _classifier(

@@ -21,6 +21,7 @@ from milora.errors import UserError
 from milora.matrices import Weights
 from milora.pretrained import (
     BUNDLED,
+    UNREADABLE,
     bundled,
     check_hub_id,
     check_known,
@@ -67,7 +68,7 @@ def open_skeleton(model: str, trust_remote_code: bool = False) -> PreTrainedMode
             skeleton: PreTrainedModel = model_class(config).from_config(
                 config, trust_remote_code=trust_remote_code
             )
-    except (OSError, ValueError, KeyError) as error:
+    except UNREADABLE as error:
         raise _unopened(model, error) from error
     return skeleton
 
@@ -85,7 +86,7 @@ def _configuration(model: str, trust_remote_code: bool) -> tuple[str, Any]:
         check_hub_id(model)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
-    except (OSError, ValueError, KeyError, IndexError, struct.error) as error:
+    except (*UNREADABLE, IndexError, struct.error) as error:
         raise _unopened(model, error) from error
     return source, config
 

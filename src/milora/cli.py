@@ -210,7 +210,10 @@ def estimate(
 @app.command("inspect", epilog="Example: milora inspect smollm2-135m --rank 32 --html spectra.html")
 def look(
     model: Annotated[str, typer.Argument(help="A model as in `model:`, or a run folder.")],
-    rank: Annotated[int, typer.Option(min=1, help="What a minor part is measured at.")] = 32,
+    rank: Annotated[
+        int | None,
+        typer.Option(min=1, help="What a minor part is measured at.", show_default="32"),
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write all figures.", callback=_to_write)
     ] = None,
@@ -219,6 +222,11 @@ def look(
 ) -> None:
     """Spectra of a model and where to begin; of a run, its interference by layer."""
     if (Path(model) / "run.json").exists():
+        if rank or json_file or html:
+            raise UserError(
+                "--rank, --json and --html are of a model: the figures of a run are in its "
+                "run.json and report.html"
+            )
         _print_interference(Path(model))
         return
     _quiet()
@@ -232,7 +240,7 @@ def look(
 
     with Progress() as progress:
         store = Store(say=progress.say, optional=True)
-        found = inspect_model(model, rank, store, progress, trust_remote_code)
+        found = inspect_model(model, rank or 32, store, progress, trust_remote_code)
     console = Console(highlight=False)
     _print_table(kinds_table(found, narrow=console.width < 130))
     console.print(EXPLAINED[0], style="dim")
@@ -674,6 +682,7 @@ def chat(
     """Talk to base and tuned side by side; an empty line or Ctrl-D ends it."""
     _quiet()
     from milora.chat import replies
+    from milora.progress import printable
     from milora.verify import open_run
 
     opened = open_run(run, trust_remote_code)
@@ -688,7 +697,7 @@ def chat(
             yield line
 
     for base, tuned in replies(opened.pair, opened.reader, questions(), max_new_tokens):
-        typer.echo(f"base:  {base}\ntuned: {tuned}\n")
+        typer.echo(printable(f"base:  {base}\ntuned: {tuned}\n"))
 
 
 def _numbers(option: str, text: str, kind: Any) -> list[Any]:
@@ -704,12 +713,14 @@ def _print_plan(plan: dict[str, Any]) -> None:
 
     from milora.compare_page import Table
     from milora.preview import covered_lines
+    from milora.progress import printable
 
     console = Console(highlight=False)
     for number, pieces in enumerate(plan["samples"], 1):
         console.print(f"--- sample {number} (trained tokens are marked)", markup=False)
         text = Text()
         for piece, trained in pieces:
+            piece = printable(piece)
             if trained and not console.is_terminal:
                 piece = f"⟦{piece}⟧"
             text.append(piece, style="black on green" if trained else "dim")
@@ -779,9 +790,10 @@ def main() -> None:
         _fail(str(error))
         sys.exit(3)
     except KeyboardInterrupt:
-        init = sys.argv[1:2] in (["init"], ["compare"])
-        again = "the same command" if init else "`milora train ... --resume`"
-        sys.exit(_fail(f"stopped; {again} continues"))
+        verb = (sys.argv[1:2] or [""])[0]
+        again = dict.fromkeys(("init", "compare", "eval"), "; the same command continues")
+        again["train"] = "; `milora train ... --resume` continues"
+        sys.exit(_fail(f"stopped{again.get(verb, '')}"))
     except RuntimeError as error:
         if not _several() or not _lost(error):
             raise
@@ -792,7 +804,7 @@ def main() -> None:
         if error.errno in NO_ROOM:
             sys.exit(_fail(f"no room left to write{where}: free some space, then use --resume"))
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EISDIR):
-            sys.exit(_fail(f"cannot write{where}: {os.strerror(error.errno)}"))
+            sys.exit(_fail(f"cannot read or write{where}: {os.strerror(error.errno)}"))
         raise
 
 
@@ -804,5 +816,7 @@ def _lost(error: RuntimeError) -> bool:
 
 
 def _fail(sentence: str) -> int:
-    print(f"milora: {' '.join(sentence.split())}", file=sys.stderr)
+    from milora.progress import printable
+
+    print(f"milora: {printable(' '.join(sentence.split()))}", file=sys.stderr)
     return 2

@@ -210,6 +210,9 @@ def _check(
 def _check_alike(
     runs: Sequence[Path], stored: Sequence[Mapping[str, Any]], digests: Sequence[str]
 ) -> None:
+    for run, digest in zip(runs, digests, strict=True):
+        if digests.count(digest) > 1:
+            raise UserError(f"{run} is there twice: give it once, with --weights for its share")
     for run, one in zip(runs, stored, strict=True):
         for other, digest in zip(runs, digests, strict=True):
             if digest in one.get("lineage", ()):

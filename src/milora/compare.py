@@ -78,6 +78,8 @@ def compare(
     Raises UserError for settings under which there is nothing to choose by or to compare.
     """
     home = Path(load_config(config, overrides).output_dir)
+    if (home / "run.json").exists():
+        raise UserError(f"output_dir: {home} holds a run: compare in another, output_dir=FOLDER")
 
     def settings(arm: Arm, rate: float, seed: int) -> Config:
         folder = home / run_name(arm.name, rate, seed)
@@ -118,6 +120,8 @@ def grid(
                         ("learning-rates", rates)):  # fmt: skip
         if not given or len(set(given)) < len(given):
             raise UserError(f"--{what}: each must be given once, and one at least")
+    if wrong := [r for some in (rates, *(a.rates for a in arms)) for r in some if not 0 < r < 1e9]:
+        raise UserError(f"--learning-rates: {wrong[0]:g}: a number above 0 is needed")
     if widen and len(rates) < 2:
         raise UserError("--widen: the distance to the next rate comes from two --learning-rates")
     outcomes: Outcomes = {}

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -41,7 +41,7 @@ tokenizer:
   eos_token: null              # the token that ends an answer, in place of the tokenizer's own
 lora:                          # handed to peft.LoraConfig as it stands
   r: 32
-  lora_alpha: 32
+  # lora_alpha: 32             # as r by default, so that the scale is 1
   target_modules: [q_proj, k_proj, v_proj, up_proj, down_proj]
 milora:                        # or `milora: published`, the method as in the paper
   factors_from: null           # the full-precision checkpoint behind a model that comes quantised
@@ -62,7 +62,7 @@ milora:                        # or `milora: published`, the method as in the pa
   keep: null                   # {weight: 1.0, every: 1, tokens: 512}: KL to the base on that text
                                # joins the loss
 training:                      # handed to transformers.TrainingArguments as it stands
-  learning_rate: 1.0e-3        # default by method: milora 1e-3 (1e-4 as published); lora 3e-4;
+  # learning_rate: 1.0e-3      # default by method: milora 1e-3 (1e-4 as published); lora 3e-4;
                                # middle, random 1e-4; pissa 3e-5; full 2e-5 (docs/method.md)
   num_train_epochs: 3
   per_device_train_batch_size: 16
@@ -188,7 +188,7 @@ class Config(Strict):
     model: str
     method: Literal["milora", "pissa", "middle", "random", "lora", "full"] = "milora"
     output_dir: str
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=2**32 - 1)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantization: Literal["nf4", "int8"] | dict[str, Any] | None = None
     trust_remote_code: bool = False
@@ -233,6 +233,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises UserError, one sentence for all that is wrong, unknown keys with the nearest known.
     """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name a configuration file")
     if not path.is_file():
         raise UserError(f"{path} does not exist; `milora train --print-default` prints one")
     try:
@@ -264,7 +266,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{path}: {_sentence(error)}") from error
+        raise UserError(f"{path}: {_sentence(error, values)}") from error
     if isinstance(config.data.eval, float) and not 0 < config.data.eval < 1:
         raise UserError(
             f"{path}: data.eval is {config.data.eval}: a share between 0 and 1, or a file"
@@ -296,9 +298,31 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
-def _sentence(error: ValidationError) -> str:
+# Keys that take several forms, of which pydantic would name each with what is wrong about it.
+FORMS = {
+    "milora.protect": "a whole number of at least 0, {energy: 0.5}, one of these by pattern of "
+    "names, or {tasks: all}",
+    "milora.rank": "{energy: 0.001} or {parameters: 2000000}; one rank for all is lora.r",
+    "quantization": "nf4, int8, or keys of BitsAndBytesConfig such as {load_in_4bit: true}",
+}
+
+
+def _sentence(error: ValidationError, values: Mapping[str, Any]) -> str:
     found = []
     for problem in error.errors():
+        place = problem["loc"]
+        form = next((f for f in FORMS if [*place[: f.count(".") + 1]] == f.split(".")), None)
+        if form:
+            value: Any = values
+            for part in form.split("."):
+                value = value[part]
+            found.append(f"{form} is {value!r}: it is {FORMS[form]}")
+            continue
+        if problem["type"] == "model_type":
+            block = ".".join(map(str, problem["loc"]))
+            whole = ", or published" if block == "milora" else ""
+            found.append(f"{block} is {problem['input']!r}: it is a block of keys{whole}")
+            continue
         where = [
             str(part) for part in problem["loc"] if str(part) not in ("str", "TaskFile", "float")
         ]

@@ -33,8 +33,9 @@ from milora.adapter import (
 )
 from milora.checkpoint import full_weights, open_checkpoint
 from milora.errors import UserError
-from milora.files import read_json, write_bytes, write_json
+from milora.files import write_bytes, write_json
 from milora.matrices import (
+    TRAINED,
     adapted_matrices,
     base_modules,
     is_suffix,
@@ -42,10 +43,11 @@ from milora.matrices import (
     skeleton_of,
     without_expert,
 )
-from milora.pretrained import task_of
+from milora.pretrained import opened, task_of
 from milora.quantised import is_packed, linear_shape
 
-OWN = ("adapter_config.json", "adapter_model.safetensors", "milora.json", "README.md")
+ADAPTER_FILE = "adapter_model.safetensors"
+OWN = ("adapter_config.json", ADAPTER_FILE, "milora.json", "README.md")
 
 
 class PlainLora(NamedTuple):
@@ -154,10 +156,9 @@ def save_plain_lora(
         for module, own in plain.in_full.items()
         for name, tensor in own.items()
     }
-    write_bytes(folder / "adapter_model.safetensors", save(tensors, {"format": "pt"}))
-    config.save_pretrained(str(folder))
-    written = read_json(folder / "adapter_config.json")
-    written["target_modules"] = sorted(written["target_modules"])  # PEFT writes a set's order
+    write_bytes(folder / ADAPTER_FILE, save(tensors, {"format": "pt"}))
+    settings = sorted(config.to_dict().items())
+    written = {key: sorted(v) if isinstance(v, set) else v for key, v in settings}
     write_json(folder / "adapter_config.json", written)
     return rank
 
@@ -169,7 +170,8 @@ def load_plain_lora(folder: Path, skeleton: PreTrainedModel) -> PlainLora:
     lost.
     """
     config: Any = PeftConfig.from_pretrained(str(folder))
-    tensors = load_file(folder / "adapter_model.safetensors")
+    with opened(folder / ADAPTER_FILE):
+        tensors = load_file(folder / ADAPTER_FILE)
     if (scale := scale_of(config)) is None:
         raise UserError(
             f"{folder} is not a plain LoRA as milora writes it: its weights differ in scale"
@@ -284,7 +286,7 @@ def target_names(there: Collection[str], adapted: Collection[str], words: int = 
 def copy_tokenizer(source: Path, folder: Path) -> None:
     """Of an adapter what is no weight and no record: tokenizer and chat template."""
     for file in source.iterdir():
-        if file.name not in OWN:
+        if file.is_file() and file.name not in OWN and not file.name.startswith("."):
             shutil.copyfile(file, folder / file.name)
 
 
@@ -345,9 +347,25 @@ def get_milora_model(
     # A bound method and an attribute, so that copy.deepcopy takes them along.
     live.start = start  # type: ignore[assignment]
     live.save_pretrained = MethodType(_save_plain, live)  # type: ignore[method-assign]
+    live.load_adapter = MethodType(_load_another, live)  # type: ignore[method-assign]
     return live
 
 
-def _save_plain(live: Any, folder: str | Path, **_: Any) -> None:
+def _load_another(live: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+    """As PEFT's, but for what trains: what was saved of it is a result in another form."""
+    if adapter_name == TRAINED:
+        raise UserError(
+            f"{model_id} is a result, a plain LoRA, and not the state of this model: leave out "
+            "load_best_model_at_end and resume_from_checkpoint, or use `milora train`, which has "
+            "both"
+        )
+    return type(live).load_adapter(live, model_id, adapter_name, *args, **kwargs)
+
+
+def _save_plain(
+    live: Any, folder: str | Path, *_: Any, is_main_process: bool = True, **__: Any
+) -> None:
     plain = plain_lora(live.start, trained_factors(live), in_full=head_of(live))
+    if not is_main_process:  # what is shared out takes all of them to read
+        return
     save_plain_lora(Path(folder), plain, live, str(live.base_model.model.name_or_path))

@@ -109,7 +109,11 @@ def general_texts(
     given = [sources] if isinstance(sources, str) else list(sources)
     if not given or len(set(given)) < len(given):
         raise UserError(f"{key}: each text must be given once, and one at least")
-    return [_general_text(source, key) for source in given]
+    found = [_general_text(source, key) for source in given]
+    for text, source in found:
+        if not text.strip():
+            raise UserError(f"{key}: {source} holds no text: name another file")
+    return found
 
 
 def _general_text(source: str, key: str) -> tuple[str, str]:
@@ -120,7 +124,8 @@ def _general_text(source: str, key: str) -> tuple[str, str]:
         return "\n\n".join(topics[name] for name in sorted(topics)), name
     path = Path(source)
     if not path.is_file():
-        raise UserError(f"{key}: {source} does not exist")
+        what = "is a folder: name a file in it" if path.is_dir() else "does not exist"
+        raise UserError(f"{key}: {source} {what}")
     if path.suffix == ".txt":
         try:
             return path.read_text(encoding="utf-8"), source

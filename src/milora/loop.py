@@ -218,7 +218,9 @@ class Watch(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if control.should_save and state.global_step % self.every:
+        if self.passed:  # by then an epoch that ends has asked for a checkpoint
+            control.should_save = False
+        elif control.should_save and state.global_step % self.every:
             self._measure(state, control)
 
     def _measure(self, state: TrainerState, control: TrainerControl) -> None:
@@ -256,24 +258,32 @@ class Reporter(TrainerCallback):
 
     def __init__(self, path: Path, checkpoint: Path | None, progress: Progress) -> None:
         self.path, self.progress = path, progress
-        self.loss, self.began, self.tokens = math.nan, time.monotonic(), 0
-        step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
-        self.step = step
+        self.loss, self.tokens = math.nan, 0
+        self.step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+        self.began: float | None = None
+        self.before = max((json.loads(x).get("seconds", 0.0) for x in self._kept()), default=0.0)
 
-    def _begin(self) -> None:
+    def _kept(self) -> list[str]:
         """Steps after the checkpoint are done again; a last line may be cut by a kill."""
         there = self.path.exists()
         lines = self.path.read_text(encoding="utf-8").splitlines() if there else []
         ended = [line for line in lines if line.endswith("}")]
-        kept = [line for line in ended if json.loads(line)["step"] <= self.step]
-        write_text(self.path, "".join(line + "\n" for line in kept))
+        return [line for line in ended if json.loads(line)["step"] <= self.step]
+
+    @property
+    def seconds(self) -> float:
+        """Of training, with what came before the checkpoint that it goes on from."""
+        return self.before + self._here()
+
+    def _here(self) -> float:
+        return 0.0 if self.began is None else time.monotonic() - self.began
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.began, self.tokens = time.monotonic(), int(state.num_input_tokens_seen)
         if state.is_world_process_zero:
-            self._begin()
+            write_text(self.path, "".join(line + "\n" for line in self._kept()))
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -293,11 +303,14 @@ class Reporter(TrainerCallback):
     ) -> None:
         logs = dict(logs or {})
         self.loss = logs.get("loss", self.loss)
-        line = {"step": state.global_step, "tokens_per_second": round(self._rate(state), 1), **logs}
+        line = {
+            "step": state.global_step, "seconds": round(self.seconds, 1),
+            "tokens_per_second": round(self._rate(state), 1), **logs,
+        }  # fmt: skip
         if state.is_world_process_zero:
             with self.path.open("a", encoding="utf-8") as handle:
                 handle.write(json.dumps(line) + "\n")
-        for key in ("loss", "eval_loss"):
+        for key in ("loss", "eval_loss", "train_loss"):
             if not math.isfinite(logs.get(key, 0.0)):
                 raise FloatingPointError(
                     f"{key} is {logs[key]} at step {state.global_step}: the run has diverged; use "
@@ -308,8 +321,7 @@ class Reporter(TrainerCallback):
             self.progress.say(f"step {state.global_step}: eval loss {logs['eval_loss']:.4f}")
 
     def _rate(self, state: TrainerState) -> float:
-        seconds = max(time.monotonic() - self.began, 1e-9)
-        return (int(state.num_input_tokens_seen) - self.tokens) / seconds
+        return (int(state.num_input_tokens_seen) - self.tokens) / max(self._here(), 1e-9)
 
 
 def save_state(path: Path, model: nn.Module, write: bool = True) -> None:

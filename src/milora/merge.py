@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from milora.adapter import Factors
-from milora.checkpoint import INDEX, Shards, open_shards, stored_name
+from milora.checkpoint import INDEX, SINGLE, Shards, open_shards, stored_name
 from milora.errors import UserError
 from milora.fingerprints import blocks_sha256
 from milora.matrices import matrix_in
@@ -45,7 +45,8 @@ EXPERTS = {
 # Not of the model that is written: weights in other formats, the base's own record and card.
 LEFT_OUT = (
     "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth",
-    "*.ckpt", "*.h5", "*.msgpack", "*.onnx*", "*.gguf", "README.md", ".*", "milora.json",
+    "*.ckpt", "*.h5", "*.msgpack", "*.onnx*", "*.gguf", "*.ot", "*.tflite", "*.npz",
+    "README.md", ".*", "milora.json", "adapter_config.json",
 )  # fmt: skip
 
 
@@ -197,7 +198,7 @@ def merge_files(
     finally:
         torch.set_num_threads(threads)
     progress("merging", len(factors), len(factors))
-    if len(files) > 1 and (index := shards.path_of(INDEX)):
+    if files != [SINGLE] and (index := shards.path_of(INDEX)):
         shutil.copyfile(index, folder / INDEX)
     copy_others(source, folder)
     lost = {name: sum(share.lost.get(name, 0.0) for share in shares) for name in factors}

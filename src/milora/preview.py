@@ -86,12 +86,17 @@ def plan(
     middle = max(0, len(examples) // 2 - size // 2)
     collate = collator_for(base.reader, base.model)
     live.train()
+    if arguments.gradient_checkpointing:
+        base.model.gradient_checkpointing_enable(arguments.gradient_checkpointing_kwargs)
+    dtype, device = compute_dtype(arguments), base.model.device.type
     seconds = 0.0
     # The longest batch shows the memory (and warms up), a middling one the time.
     for chosen in (examples[-size:], examples[middle : middle + size]):
         batch = {k: v.to(base.model.device) for k, v in collate(chosen).items()}
         began = time.monotonic()
-        live(**batch).loss.backward()
+        with torch.autocast(device, dtype, enabled=dtype is not None):
+            loss = live(**batch).loss
+        loss.backward()
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()  # it only queues its work
         seconds = time.monotonic() - began
@@ -113,7 +118,7 @@ def plan(
         "training_seconds": batches * seconds,
         "batches": batches,
         "estimate": f"about {duration(decompose)} to decompose, {duration(batches * seconds)} to "
-        f"train ({batches:.0f} batches of {size}), {memory / 2**30:.1f} GB of memory",
+        f"train ({batches:.0f} batches of {size}), {memory / 1e9:.1f} GB of memory",
     }
 
 

@@ -69,7 +69,16 @@ class Progress:
 
     def say(self, text: str) -> None:
         """One line of its own, above the bar."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
+
+
+# A terminal would obey them; ASCII's and Latin-1's controls but tab and newline.
+CONTROLS = {n: f"\\x{n:02x}" for n in (*range(32), *range(127, 160)) if chr(n) not in "\t\n"}
+
+
+def printable(text: str) -> str:
+    """Text from data or a model for a terminal, with its control characters spelt out."""
+    return text.translate(CONTROLS)
 
 
 def duration(seconds: float) -> str:

@@ -10,6 +10,7 @@ those of W (the projections are those of OPLoRA, arXiv 2510.13003, on the factor
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -341,7 +342,7 @@ def measure(
 def worst(found: Mapping[str, Interference]) -> dict[str, Any]:
     """Over all modules: the largest and the mean of the larger side, where, and the mean size."""
     sides = {name: max(one.left, one.right) for name, one in found.items()}
-    module = max(sides, key=sides.__getitem__)
+    module = max(sides, key=lambda name: (math.isnan(sides[name]), sides[name]))
     return {
         "max": sides[module],
         "module": module,

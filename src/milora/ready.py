@@ -80,6 +80,8 @@ def check(
     lora, milora, quantization = (asked[key] for key in ("lora", "milora", "quantization"))
     run = Path(asked["output_dir"])
     resumed = _check_folder(run, asked, resume, processes.number)
+    if resume and not resumed:
+        progress.say(f"--resume: {run} holds no run yet, so that it begins")
     lora_config: LoraConfig | None = None
     if method != "full":
         lora_config = targeting.lora_config(lora)
@@ -259,9 +261,10 @@ def _check_folder(
         return {}  # killed before its first step: begin it
     stored = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     differ = [
-        f"{key} was {stored.get(key)!r} and is {value!r}"
-        for key, value in asked.items()
-        if key != "output_dir" and _of_any_number(stored, key) != _of_any_number(asked, key)
+        said
+        for key in asked
+        if key != "output_dir"
+        for said in _differences(key, _of_any_number(stored, key), _of_any_number(asked, key))
     ]
     if differ:
         raise UserError(f"--resume: the configuration has changed: {'; '.join(differ)}")
@@ -281,6 +284,16 @@ def _check_folder(
             "gradient_accumulation_steps so that it stays the same"
         )
     return record
+
+
+def _differences(key: str, before: Any, now: Any) -> list[str]:
+    """Which of the keys below `key` differ."""
+    if before == now:
+        return []
+    if not isinstance(before, Mapping) or not isinstance(now, Mapping):
+        return [f"{key} was {before!r} and is {now!r}"]
+    keys = [*now, *(one for one in before if one not in now)]
+    return [d for k in keys for d in _differences(f"{key}.{k}", before.get(k), now.get(k))]
 
 
 def _of_any_number(asked: Mapping[str, Any], key: str) -> Any:
@@ -359,4 +372,4 @@ def _memory(original: Original, dtype: str) -> str:
 
 
 def _size(count: int) -> str:
-    return f"{count / 2**30:.2f} GB" if count >= 2**27 else f"{count / 2**20:.1f} MB"
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

@@ -247,7 +247,7 @@ def _cost(record: Mapping[str, Any], words: Mapping[str, str]) -> Table:
         for part, seconds in record["seconds"].items()
     ]
     if "peak_memory_bytes" in record:
-        rows.append([words["cost_memory"], f"{record['peak_memory_bytes'] / 2**30:.2f} GB"])
+        rows.append([words["cost_memory"], f"{record['peak_memory_bytes'] / 1e9:.2f} GB"])
     sizes = record["parameters"]
     rows.append([words["cost_parameters"], f"{sizes['trainable']:,} / {sizes['all']:,}"])
     rows.append([words["cost_energy"], words["not_measured"]])

@@ -164,7 +164,8 @@ def read_records(
             raise UserError(f"{source}: use a .jsonl, .json, .csv or .parquet file")
         return _read_hub(source, split), []
     if not path.is_file():
-        raise UserError(f"{source} does not exist")
+        what = "is a folder: name a file in it" if path.is_dir() else "does not exist"
+        raise UserError(f"{source} {what}")
 
     def bad(sentence: str) -> None:
         if on_bad_row == "fail":

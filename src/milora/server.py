@@ -6,10 +6,12 @@ through /v1/completions, whether it is vLLM, llama.cpp or another that takes tok
 """
 
 import json
+import math
 import os
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -132,15 +134,18 @@ def _next_tokens(address: str, model: str, probe: Mapping[str, Any]) -> dict[int
     )  # fmt: skip
     try:
         given = answer["choices"][0]["logprobs"]
-        if "content" in given:  # as llama.cpp gives them
-            return {one["id"]: one["logprob"] for one in given["content"][0]["top_logprobs"]}
         found: dict[int | str, float] = {}
-        for token, value in given["top_logprobs"][0].items():
-            number = token.removeprefix("token_id:")
-            found[int(number) if number != token else token] = value
+        if "content" in given:  # as llama.cpp gives them
+            for one in given["content"][0]["top_logprobs"]:
+                found[one["id"]] = float(one["logprob"])
+        else:
+            for token, value in given["top_logprobs"][0].items():
+                number = token.removeprefix("token_id:")
+                found[int(number) if number != token else token] = float(value)
+        found = {token: value for token, value in found.items() if math.isfinite(value)}
         if found:
             return found
-    except (KeyError, IndexError, TypeError, ValueError):
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError):
         pass
     raise UserError(
         f"{address} gives no log-probabilities of completions, so that nothing can be compared: "
@@ -161,5 +166,5 @@ def _ask(url: str, question: Mapping[str, Any] | None = None) -> Any:
     except urllib.error.HTTPError as error:
         said = error.read(300).decode(errors="replace")
         raise UserError(f"{url} answers {error.code}: {said}") from error
-    except (OSError, ValueError) as error:  # not reached, or not JSON
+    except (OSError, ValueError, HTTPException) as error:  # not reached, not HTTP, or not JSON
         raise UserError(f"{url} cannot be asked ({error}): is the server up?") from error

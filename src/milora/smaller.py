@@ -154,7 +154,9 @@ def write_smaller(
             "this/folder --to gguf`: its own converter knows one rank and scale for all weights. "
             f"vLLM needs `--max-lora-rank {server_rank(written)}`.\n"
         )
-        card = (source / "README.md").read_text(encoding="utf-8").rstrip()
+        card = ""
+        if (source / "README.md").is_file():
+            card = (source / "README.md").read_text(encoding="utf-8").rstrip()
         write_text(folder / "README.md", card + note)
     return Exported(f"{out}: {said}", ranks, plain.errors)
 

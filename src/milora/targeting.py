@@ -149,7 +149,7 @@ def inject(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
         peft_model = get_peft_model(model, config, adapter_name=TRAINED)
     except ValueError as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"lora.target_modules: {reason}") from error
+        raise UserError(f"lora: {reason}") from error
     except TypeError as error:
         if not config.trainable_token_indices:
             raise

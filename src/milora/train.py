@@ -173,6 +173,9 @@ def train(
         return plan(
             base, rows, ready.lora_config, method, ready.asked["milora"], arguments, ready.weights
         )  # fmt: skip
+    there = torch.cuda.device_count()
+    if arguments.n_gpu == 1 and processes.number == 1 and there > 1:
+        progress.say(f"of {there} GPUs one is used: all of them with `accelerate launch`")
     with processes.agree():
         begun = _begin(ready, processes, progress) if processes.main else None
     begun = _together(ready, begun, processes)
@@ -180,12 +183,13 @@ def train(
     collate = collator_for(ready.material.base.reader, ready.material.base.model)
     final = run / "checkpoints" / STATE
     if not final.exists():
-        began = time.monotonic()
         stopped = _fit(ready, begun, collate, processes, progress)
+        if processes.main:  # before the state, which says that training is over
+            record |= {"peak_memory_bytes": peak_memory()} | stopped
+            write_json(run / "run.json", record)
         save_state(final, live, write=processes.main)
         if processes.main:
-            record |= {"state": "trained", "peak_memory_bytes": peak_memory()} | stopped
-            record["seconds"]["training"] = time.monotonic() - began
+            record["state"] = "trained"
             write_json(run / "run.json", record)
     else:
         load_state(final, live)
@@ -432,12 +436,14 @@ def _fit(
     """Train, or go on from the last checkpoint; returns where the interference stopped the run."""
     asked, run, arguments, live = ready.asked, ready.run, ready.arguments, begun.live
     checkpoint = last_complete_checkpoint(run / "checkpoints")
+    reporter = Reporter(run / "metrics.jsonl", checkpoint, progress)
     if checkpoint and has_ended(checkpoint):  # the Trainer would do one step more
+        begun.record["seconds"]["training"] = reporter.seconds
         load_state(best_or_last(checkpoint, arguments) / STATE, live)
         return {}
     matrices = adapted_matrices(live) if isinstance(live, PeftModel) else {}
     watch, keep = None, None
-    callbacks: list[TrainerCallback] = [Reporter(run / "metrics.jsonl", checkpoint, progress)]
+    callbacks: list[TrainerCallback] = [reporter]
     if asked["early_stopping_patience"]:
         callbacks.append(EarlyStoppingCallback(asked["early_stopping_patience"]))
     if arguments.weight_decay and matrices and asked["method"] != "lora":
@@ -475,6 +481,7 @@ def _fit(
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except FloatingPointError as error:
         raise DivergedError(str(error)) from error
+    begun.record["seconds"]["training"] = reporter.seconds
     # Under bf16 or fp16 accelerate leaves autocast around forward; what follows is without.
     trainer.accelerator.unwrap_model(live, keep_fp32_wrapper=False)
     if not watch or not watch.passed:

@@ -21,7 +21,7 @@ from milora.adapter import head_of
 from milora.checkpoint import full_weights, open_checkpoint
 from milora.data import prompt_ids, prompt_text
 from milora.errors import UserError
-from milora.export import scale_of
+from milora.export import ADAPTER_FILE, scale_of
 from milora.files import read_json
 from milora.fingerprints import packed_hashes, tensor_sha256
 from milora.forms import first_token
@@ -33,6 +33,7 @@ from milora.pretrained import (
     labels_of,
     load_pretrained,
     load_reader,
+    opened,
     task_of,
 )
 from milora.tokens import load_with_tokens
@@ -158,6 +159,8 @@ def open_adapter(
         writes = task_of(loaded.model) != "SEQ_CLS"
         complete(tokenizer, str(folder), None, len(embedding.weight), writes)
         loaded = loaded._replace(tokenizer=tokenizer, processor=processor)
+    with opened(folder / ADAPTER_FILE):
+        pass  # PEFT would take a damaged file for a fault of its own, a missing one for a hub id
     return Opened(PeftModel.from_pretrained(loaded.model, folder), loaded, provenance)
 
 
@@ -302,10 +305,11 @@ def verify(path: Path, base: str | None = None, trust_remote_code: bool = False)
 def _probes(
     model: nn.Module, reader: Reader, probes: list[dict[str, Any]], state: str, bound: float
 ) -> Check:
-    worst = 0.0
+    off = []
     for probe in probes:
         seen = _seen(probe["text"], reader)
         found = first_token(model, probe["input_ids"], seen)[probe["tokens"]]
-        worst = max(worst, float((found - torch.tensor(probe[state])).abs().max()))
+        off.append((found - torch.tensor(probe[state])).abs().max())
+    worst = float(torch.stack(off).max())  # NaN where one is, which Python's max would lose
     said = f"log-probabilities off by at most {worst:.1e}, bound {bound}"
     return Check(f"probes, {state}", worst <= bound, said)
