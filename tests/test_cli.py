@@ -121,6 +121,49 @@ def test_a_whole_run_and_what_follows(command: Command) -> None:
     assert code == 0
     assert "plain LoRA of rank 3; relative error" in out
     assert "already holds another run" in command.refused("train", config)
+    said = command.refused("train", config, "--resume", "evaluate.chunks=2", "lora.r=2")
+    assert "changed: lora.r was 4 and is 2; lora.lora_alpha was" in said
+    assert "; evaluate.chunks was 1 and is 2" in said
+    assert "are of a model" in command.refused("inspect", "run", "--json", "x.json")
+    said = command.refused("compare", config, "--methods", "lora")
+    assert "output_dir: run holds a run: compare in another" in said
+    assert "run is there twice" in command.refused("combine", "run", "run", "--out", "both")
+    assert "--resume: new holds no run yet" in command(
+        "train", config, "--resume", "output_dir=new"
+    )[2]  # fmt: skip
+    Path("run/run.json").write_text("{")
+    assert "run/run.json is damaged" in command.refused("gate", "run")
+
+
+@pytest.mark.parametrize(
+    ("verb", "said"),
+    [
+        ("train", "milora: stopped; `milora train ... --resume` continues"),
+        ("eval", "milora: stopped; the same command continues"),
+        ("verify", "milora: stopped"),
+    ],
+)
+def test_what_is_said_when_it_is_stopped(
+    verb: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("milora.cli.app", stop)
+    monkeypatch.setattr(sys, "argv", ["milora", verb])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.strip() == said
+
+
+def test_controls_in_the_data_do_not_reach_the_terminal(command: Command) -> None:
+    rows = [{"prompt": f"{i} =", "completion": "\x1b]0;owned\x07\x1b[2J"} for i in range(20)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, out, _ = command("train", command.config(), "--dry-run")
+    assert code == 0
+    assert "\x1b" not in out
+    assert r"\x1b]0;owned\x07\x1b[2J" in out
 
 
 def test_eval_of_a_plain_model(command: Command) -> None:
@@ -193,17 +236,24 @@ CONFIGURATIONS = [
     ({"model": "weights.gguf"}, "weights.gguf does not exist"),
     ({"evaluate": {"tasks": ["gsm8k.jsonl"]}}, "gsm8k.jsonl does not exist"),
     ({"evaluate": {"knowledge": "no.txt"}}, "evaluate.knowledge: no.txt does not exist"),
+    ({"evaluate": {"knowledge": "."}}, "evaluate.knowledge: . is a folder: name a file in it"),
+    ({"evaluate": {"knowledge": "empty.txt"}}, "evaluate.knowledge: empty.txt holds no text"),
+    ({"data": {"train": "folder.jsonl"}}, "folder.jsonl is a folder: name a file in it"),
+    ({"lora": {"lora_dropout": 2}}, "lora: dropout probability has to be between 0 and 1"),
     ({"evaluate": {"tasks": [{"file": "rows.jsonl", "match": "json5"}]}}, "match is 'json5'"),
 ]
 
 
 @pytest.mark.parametrize(("changes", "said"), CONFIGURATIONS)
 def test_bad_configuration(changes: dict[str, Any], said: str, command: Command) -> None:
+    Path("empty.txt").write_text(" \n")
+    Path("folder.jsonl").mkdir()
     assert said in command.refused("train", command.config(**changes))
 
 
 def test_the_configuration_file_itself(command: Command) -> None:
     assert "none.yaml does not exist" in command.refused("train", "none.yaml")
+    assert ". is a folder: name a configuration file" in command.refused("train", ".")
     assert "give a configuration" in command.refused("train")
     Path("bad.yaml").write_text("model: a\nmodel: b\n")
     assert "line 2: the key 'model' is given twice" in command.refused("train", "bad.yaml")
@@ -251,7 +301,7 @@ def test_no_room_on_the_disk(command: Command) -> None:
 def test_a_folder_that_cannot_be_written(command: Command) -> None:
     Path("file").write_text("")
     said = command.refused("train", command.config(output_dir="file/run"))
-    assert "cannot write" in said or "is a file" in said
+    assert "cannot read or write" in said or "is a file" in said
     assert errno.ENOSPC  # the full disk itself is the test above
 
 
