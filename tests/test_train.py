@@ -1,6 +1,8 @@
 """A whole run on tiny models: the run folder, the invariants in it, and resuming."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -268,6 +270,26 @@ def test_folder_names_that_broke_other_tools(name: str, tiny: Tiny, tmp_path: Pa
     arguments = settings(tiny("llama"), tmp_path) | {"output_dir": f"{tmp_path}/{name}"}
     run(arguments)
     assert all(check.holds for check in verify(tmp_path / name))
+
+
+def test_one_process_at_a_run(tiny: Tiny, tmp_path: Path) -> None:
+    """A command that was given twice: the second is refused, and goes on when the first is gone."""
+    arguments = settings(tiny("llama"), tmp_path)
+    other = [
+        sys.executable, "-c",
+        "import sys, time; from filelock import FileLock; lock = FileLock(sys.argv[1])\n"
+        "lock.acquire(); print('held', flush=True); time.sleep(600)",
+        str(tmp_path / ".run.lock"),
+    ]  # fmt: skip
+    with subprocess.Popen(other, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=r"another process is at work on .*/run: wait for it"):
+            run(arguments)
+        assert not (tmp_path / "run").exists()
+        holder.kill()
+    run(arguments)
+    assert not (tmp_path / ".run.lock").exists()
 
 
 def test_early_stopping_keeps_the_best(tiny: Tiny, tmp_path: Path) -> None:

@@ -7,9 +7,11 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from milora.errors import UserError
 
@@ -102,6 +104,29 @@ def _runs(process: str) -> bool:
     except (ProcessLookupError, OverflowError):
         return False
     return True
+
+
+@contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[None]:
+    """One process at a time is inside, by a lock on the file `path`, which is gone afterwards.
+
+    Raises filelock.Timeout where another is and this one is not to `wait`. Where there are no
+    locks, or nothing can be written, nothing is locked.
+    """
+    lock = FileLock(path, blocking=wait)
+    try:
+        lock.acquire()
+    except (NotImplementedError, OSError) as error:
+        if isinstance(error, Timeout):  # which is an OSError
+            raise
+        yield
+        return
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            path.unlink()
+        lock.release()
 
 
 def sha256(path: Path) -> str:

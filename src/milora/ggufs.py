@@ -314,6 +314,8 @@ def _describe_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, 
     tokens = [f"[PAD{i}]" for i in range(size)]
     kinds = [TokenType.UNUSED] * size
     for token, place in model["vocab"].items():
+        if place >= size:  # of no row of the embedding: no token that the model knows
+            continue
         tokens[place], kinds[place] = token, TokenType.NORMAL
     for added in parts["added_tokens"]:
         if added["id"] < size:

@@ -11,13 +11,13 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import save
@@ -26,7 +26,7 @@ from torch import Tensor
 from milora.adapter import COMPONENT, module_seed
 from milora.checkpoint import full_weights, open_checkpoint
 from milora.errors import UserError
-from milora.files import NO_ROOM, cache_folder, folder_of, write_bytes
+from milora.files import NO_ROOM, cache_folder, folder_of, locked, write_bytes
 from milora.fingerprints import tensor_sha256
 from milora.matrices import components_of_parts
 from milora.pretrained import dtype_of, task_of
@@ -193,20 +193,13 @@ class Store:
 
     @contextmanager
     def _only_here(self, path: Path, wait: bool) -> Iterator[None]:
-        lock = FileLock(path.with_suffix(".lock"), blocking=wait)
-        try:
-            lock.acquire()
-        except Timeout as error:
-            raise BusyError from error
-        except (NotImplementedError, OSError):  # no locks here, or nothing can be written:
-            yield  # work may be done twice, but never wrong, since results appear whole
-            return
-        try:
+        """Without locks work may be done twice, but never wrong, since results appear whole."""
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(locked(path.with_suffix(".lock"), wait))
+            except Timeout as error:
+                raise BusyError from error
             yield
-        finally:
-            with suppress(OSError):  # whoever comes later finds the result
-                Path(lock.lock_file).unlink()
-            lock.release()
 
     def size(self) -> int:
         """Bytes of all results of this version."""

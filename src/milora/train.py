@@ -17,7 +17,8 @@ import math
 import platform
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 import yaml
+from filelock import Timeout
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import (
@@ -43,7 +45,7 @@ from milora.card import model_card
 from milora.continual import FILE, logits_before, save_previous, step0, within
 from milora.errors import DivergedError, UserError
 from milora.evaluate import evaluate_all, save_evaluation
-from milora.files import new_folder, read_json, write_json, write_text
+from milora.files import locked, new_folder, read_json, write_json, write_text
 from milora.forms import Collate, collator_for, mean_loss, read_only
 from milora.gates import judge
 from milora.keep import (
@@ -173,6 +175,30 @@ def train(
         return plan(
             base, rows, ready.lora_config, method, ready.asked["milora"], arguments, ready.weights
         )  # fmt: skip
+    with ExitStack() as stack:
+        with processes.agree():
+            if processes.main:
+                stack.enter_context(_alone(run))
+        return _run(ready, processes, progress)
+
+
+@contextmanager
+def _alone(run: Path) -> Iterator[None]:
+    """Raises UserError where another process is at the run, as where a command was given twice."""
+    with ExitStack() as stack:
+        try:
+            own = run.resolve()
+            stack.enter_context(locked(own.with_name(f".{own.name}.lock"), wait=False))
+        except Timeout as error:
+            raise UserError(
+                f"output_dir: another process is at work on {run}: wait for it, or choose another"
+            ) from error
+        yield
+
+
+def _run(ready: Ready, processes: Processes, progress: Progress) -> dict[str, Any]:
+    """What `train` does once all is read and checked."""
+    run, arguments = ready.run, ready.arguments
     there = torch.cuda.device_count()
     if arguments.n_gpu == 1 and processes.number == 1 and there > 1:
         progress.say(f"of {there} GPUs one is used: all of them with `accelerate launch`")
