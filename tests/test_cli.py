@@ -15,6 +15,7 @@ import torch
 import yaml
 from tiny_run import write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from milora.cli import main
 
@@ -155,6 +156,25 @@ def test_what_is_said_when_it_is_stopped(
         main()
     assert ended.value.code == 2
     assert capsys.readouterr().err.strip() == said
+
+
+def test_a_dry_run_takes_a_step_as_training_does(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+    forward = LlamaMLP.forward
+
+    def watched(layer: Any, x: torch.Tensor) -> torch.Tensor:
+        if type(x) is torch.Tensor and x.device.type != "meta":  # a step of values, not of shapes
+            seen.append(torch.is_autocast_enabled(x.device.type))
+        return forward(layer, x)
+
+    monkeypatch.setattr(LlamaMLP, "forward", watched)
+    on = ["training.gradient_checkpointing=true", "training.bf16=true"]
+    for further, calls in (([], 4), (on, 8)):  # of two layers, in two batches, then each twice
+        seen.clear()
+        assert command("train", command.config(dtype="float32"), "--dry-run", *further)[0] == 0
+        assert seen == [bool(further)] * calls
 
 
 def test_controls_in_the_data_do_not_reach_the_terminal(command: Command) -> None:

@@ -343,6 +343,8 @@ def test_resume_goes_on_where_the_run_stood(
     lines = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [m["step"] for m in lines if "loss" in m] == [1, 2, 3, 4, 5, 6]
     assert lines[4]["loss"] == wanted["loss"]
+    took = json.loads((tmp_path / "run/run.json").read_text())["seconds"]["training"]
+    assert took == max(m.get("seconds", 0) for m in lines) > 0  # before it was stopped
     ours, theirs = result_hashes(tmp_path / "run"), result_hashes(finished)
     for name in ("init/factors.safetensors", "adapter/adapter_model.safetensors"):
         assert ours[name] == theirs[name]
