@@ -464,7 +464,7 @@ def _fit(
     checkpoint = last_complete_checkpoint(run / "checkpoints")
     reporter = Reporter(run / "metrics.jsonl", checkpoint, progress)
     if checkpoint and has_ended(checkpoint):  # the Trainer would do one step more
-        begun.record["seconds"]["training"] = reporter.seconds
+        begun.record.setdefault("seconds", {})["training"] = reporter.seconds
         load_state(best_or_last(checkpoint, arguments) / STATE, live)
         return {}
     matrices = adapted_matrices(live) if isinstance(live, PeftModel) else {}
@@ -507,7 +507,7 @@ def _fit(
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except FloatingPointError as error:
         raise DivergedError(str(error)) from error
-    begun.record["seconds"]["training"] = reporter.seconds
+    begun.record.setdefault("seconds", {})["training"] = reporter.seconds
     # Under bf16 or fp16 accelerate leaves autocast around forward; what follows is without.
     trainer.accelerator.unwrap_model(live, keep_fp32_wrapper=False)
     if not watch or not watch.passed:
