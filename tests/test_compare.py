@@ -354,6 +354,8 @@ def test_rows_are_paired() -> None:
         ({}, ["lora", "milora:lora.r=2"], [0], [1e-3], "scale is not equal"),
         ({}, ["lora"], [0, 0], [1e-3], "--seeds: each must be given once"),
         ({}, ["lora"], [0], [], "--learning-rates: each must be given once, and one at least"),
+        ({}, ["lora"], [0], [1e-3, -1.0], "--learning-rates: -1: a number above 0 is needed"),
+        ({}, ["lora"], [0], [math.nan], "--learning-rates: nan: a number above 0 is needed"),
         ({}, ["lora:lora.q=2"], [0], [1e-3], "lora.q is not an option"),
     ],
 )

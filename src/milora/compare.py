@@ -120,8 +120,9 @@ def grid(
                         ("learning-rates", rates)):  # fmt: skip
         if not given or len(set(given)) < len(given):
             raise UserError(f"--{what}: each must be given once, and one at least")
-    if wrong := [r for some in (rates, *(a.rates for a in arms)) for r in some if not 0 < r < 1e9]:
-        raise UserError(f"--learning-rates: {wrong[0]:g}: a number above 0 is needed")
+    for rate in (*rates, *(rate for arm in arms for rate in arm.rates)):
+        if not 0 < rate < math.inf:
+            raise UserError(f"--learning-rates: {rate:g}: a number above 0 is needed")
     if widen and len(rates) < 2:
         raise UserError("--widen: the distance to the next rate comes from two --learning-rates")
     outcomes: Outcomes = {}
