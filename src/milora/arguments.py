@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,11 @@ from milora.errors import UserError
 LEARNING_RATE = {
     "lora": 3e-4, "milora": 1e-4, "pissa": 3e-5, "middle": 1e-4, "random": 1e-4, "full": 2e-5,
 }  # fmt: skip
+HELD = 1e-3  # of `method: milora` as recommended: LoRA-sized factors, and inputs held
+
 WHOLE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 ABOVE = ("num_train_epochs", "logging_steps", "save_steps")
 NOT_BELOW = ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm")
-HELD = 1e-3  # of `method: milora` as recommended: LoRA-sized factors, and inputs held
 
 # TrainingArguments that milora sets itself, and what to use in their place.
 OWNED = {
@@ -130,16 +131,14 @@ def training_arguments(
 
 def _check_numbers(values: Mapping[str, Any]) -> None:
     """TrainingArguments take anything, and training would end in a traceback much later."""
-    for keys, least, what in (
-        (WHOLE, 1, "a whole number of at least 1"),
-        (ABOVE, 0, "a number above 0"),
-        (NOT_BELOW, 0, "a number of at least 0"),
-    ):
-        for key in keys:
-            value = values.get(key, least + 1)
-            right = isinstance(value, int | float) and not isinstance(value, bool)
-            right = right and math.isfinite(value) and value >= least
-            if keys is WHOLE:
-                right = right and int(value) == value
-            if not right or (keys is ABOVE and value == 0):
+    bounds: tuple[tuple[Sequence[str], Callable[[float], bool], str], ...] = (
+        (WHOLE, lambda value: value >= 1 and value == int(value), "a whole number of at least 1"),
+        (ABOVE, lambda value: value > 0, "a number above 0"),
+        (NOT_BELOW, lambda value: value >= 0, "a number of at least 0"),
+    )
+    for keys, holds, what in bounds:
+        for key in (key for key in keys if key in values):
+            value = values[key]
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not (number and math.isfinite(value) and holds(value)):
                 raise UserError(f"training.{key} is {value!r}: {what} is needed")

@@ -21,7 +21,14 @@ from milora.adapter import Factors, module_seed, take_off
 from milora.approximation import Decomposed, approximate, best_of_rank
 from milora.card import combined_card
 from milora.errors import UserError
-from milora.export import PlainLora, copy_tokenizer, exact_rank, load_plain_lora, save_plain_lora
+from milora.export import (
+    ADAPTER_FILE,
+    PlainLora,
+    copy_tokenizer,
+    exact_rank,
+    load_plain_lora,
+    save_plain_lora,
+)
 from milora.files import new_folder, read_json, sha256, write_json, write_text
 from milora.matrices import skeleton_of
 from milora.progress import Progress
@@ -135,7 +142,7 @@ def combine(
     _check(runs, out, how, weights, density)
     folders = [find_adapter(run) for run in runs]
     stored = [read_json(folder / "milora.json") for folder in folders]
-    digests = [sha256(folder / "adapter_model.safetensors") for folder in folders]
+    digests = [sha256(folder / ADAPTER_FILE) for folder in folders]
     _check_alike(runs, stored, digests)
     opened = open_adapter(folders[0], base, trust_remote_code)
     model = take_off(opened.model)

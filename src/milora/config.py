@@ -319,13 +319,11 @@ def _sentence(error: ValidationError, values: Mapping[str, Any]) -> str:
             found.append(f"{form} is {value!r}: it is {FORMS[form]}")
             continue
         if problem["type"] == "model_type":
-            block = ".".join(map(str, problem["loc"]))
+            block = ".".join(map(str, place))
             whole = ", or published" if block == "milora" else ""
             found.append(f"{block} is {problem['input']!r}: it is a block of keys{whole}")
             continue
-        where = [
-            str(part) for part in problem["loc"] if str(part) not in ("str", "TaskFile", "float")
-        ]
+        where = [str(part) for part in place if str(part) not in ("str", "TaskFile", "float")]
         key = ".".join(where)
         if problem["type"] == "string_type" and isinstance(problem["input"], dict):
             continue  # a task given with options; what is wrong with them is said too

@@ -106,19 +106,24 @@ def _runs(process: str) -> bool:
     return True
 
 
+def why_no_file(path: Path) -> str:
+    return "is a folder: name a file in it" if path.is_dir() else "does not exist"
+
+
 @contextmanager
-def locked(path: Path, wait: bool = True) -> Iterator[None]:
+def locked(path: Path, busy: Exception | None = None) -> Iterator[None]:
     """One process at a time is inside, by a lock on the file `path`, which is gone afterwards.
 
-    Raises filelock.Timeout where another is and this one is not to `wait`. Where there are no
-    locks, or nothing can be written, nothing is locked.
+    Where another is inside `busy` is raised, or without it waited. Where there are no locks, or
+    nothing can be written, nothing is locked.
     """
-    lock = FileLock(path, blocking=wait)
+    lock = FileLock(path, blocking=busy is None)
     try:
         lock.acquire()
-    except (NotImplementedError, OSError) as error:
-        if isinstance(error, Timeout):  # which is an OSError
-            raise
+    except Timeout as error:
+        assert busy is not None
+        raise busy from error
+    except (NotImplementedError, OSError):  # of platforms and file systems
         yield
         return
     try:

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from milora.classification import embeddings, moved
 from milora.errors import UserError
+from milora.files import why_no_file
 from milora.forms import predictions
 from milora.keep import kl
 from milora.logits import Pair
@@ -124,8 +125,7 @@ def _general_text(source: str, key: str) -> tuple[str, str]:
         return "\n\n".join(topics[name] for name in sorted(topics)), name
     path = Path(source)
     if not path.is_file():
-        what = "is a folder: name a file in it" if path.is_dir() else "does not exist"
-        raise UserError(f"{key}: {source} {what}")
+        raise UserError(f"{key}: {source} {why_no_file(path)}")
     if path.suffix == ".txt":
         try:
             return path.read_text(encoding="utf-8"), source

@@ -261,14 +261,12 @@ class Reporter(TrainerCallback):
         self.loss, self.tokens = math.nan, 0
         self.step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
         self.began: float | None = None
-        self.before = max((json.loads(x).get("seconds", 0.0) for x in self._kept()), default=0.0)
-
-    def _kept(self) -> list[str]:
-        """Steps after the checkpoint are done again; a last line may be cut by a kill."""
-        there = self.path.exists()
-        lines = self.path.read_text(encoding="utf-8").splitlines() if there else []
-        ended = [line for line in lines if line.endswith("}")]
-        return [line for line in ended if json.loads(line)["step"] <= self.step]
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        # Steps after the checkpoint are done again; a last line may be cut by a kill.
+        ended = [(line, json.loads(line)) for line in lines if line.endswith("}")]
+        kept = [(line, said) for line, said in ended if said["step"] <= self.step]
+        self.kept = [line for line, _ in kept]
+        self.before = max((said.get("seconds", 0.0) for _, said in kept), default=0.0)
 
     @property
     def seconds(self) -> float:
@@ -283,7 +281,7 @@ class Reporter(TrainerCallback):
     ) -> None:
         self.began, self.tokens = time.monotonic(), int(state.num_input_tokens_seen)
         if state.is_world_process_zero:
-            write_text(self.path, "".join(line + "\n" for line in self._kept()))
+            write_text(self.path, "".join(line + "\n" for line in self.kept))
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

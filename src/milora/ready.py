@@ -22,6 +22,7 @@ from milora.loop import STATE, last_complete_checkpoint
 from milora.material import Material, read_material
 from milora.matrices import Weights, is_suffix, matrix_in, skeleton_of
 from milora.pretrained import Pretrained, dtype_of, labels_of, task_of
+from milora.preview import size
 from milora.processes import Processes
 from milora.progress import Progress
 from milora.protect import check_patterns, check_protect, parts_of
@@ -364,12 +365,8 @@ def _ranks(
 
 def _memory(original: Original, dtype: str) -> str:
     """How much the base takes, said before it is loaded."""
-    full = f"{_size(original.full_bytes)} in {str(dtype_of(dtype)).removeprefix('torch.')}"
+    full = f"{size(original.full_bytes)} in {str(dtype_of(dtype)).removeprefix('torch.')}"
     if original.packed_bytes is None:
         return f"the base, quantised ({original.label}), would take {full}"
-    packed = f"{_size(original.packed_bytes)} quantised ({original.label})"
+    packed = f"{size(original.packed_bytes)} quantised ({original.label})"
     return f"the base takes {packed}, and would take {full}"
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

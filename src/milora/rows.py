@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from milora.errors import UserError
+from milora.files import why_no_file
 from milora.vision import COLUMNS, Picture, pictures_of, texts_of_parts
 
 FORMATS: dict[str, tuple[str, ...]] = {  # by the columns that must be there; first match wins
@@ -164,8 +165,7 @@ def read_records(
             raise UserError(f"{source}: use a .jsonl, .json, .csv or .parquet file")
         return _read_hub(source, split), []
     if not path.is_file():
-        what = "is a folder: name a file in it" if path.is_dir() else "does not exist"
-        raise UserError(f"{source} {what}")
+        raise UserError(f"{source} {why_no_file(path)}")
 
     def bad(sentence: str) -> None:
         if on_bad_row == "fail":

@@ -22,6 +22,7 @@ from milora.approximation import (
 from milora.card import server_rank
 from milora.errors import UserError
 from milora.export import (
+    ADAPTER_FILE,
     PlainLora,
     Storage,
     check_loaded,
@@ -145,8 +146,8 @@ def write_smaller(
         kept = _divergences(loaded, source, opened, progress)
         provenance["approximation"]["knowledge"] = kept
         write_json(folder / "milora.json", provenance)
-        size = (folder / "adapter_model.safetensors").stat().st_size
-        whole = (source / "adapter_model.safetensors").stat().st_size
+        size = (folder / ADAPTER_FILE).stat().st_size
+        whole = (source / ADAPTER_FILE).stat().st_size
         said = _sentence(plain, smaller, ranks, size / whole, kept)
         note = (
             f"\n\n## Approximation\n\nOf the trained update (rank {largest}): {said} "

@@ -11,13 +11,12 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import Timeout
 from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import save
@@ -194,11 +193,7 @@ class Store:
     @contextmanager
     def _only_here(self, path: Path, wait: bool) -> Iterator[None]:
         """Without locks work may be done twice, but never wrong, since results appear whole."""
-        with ExitStack() as stack:
-            try:
-                stack.enter_context(locked(path.with_suffix(".lock"), wait))
-            except Timeout as error:
-                raise BusyError from error
+        with locked(path.with_suffix(".lock"), None if wait else BusyError()):
             yield
 
     def size(self) -> int:

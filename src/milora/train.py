@@ -17,8 +17,8 @@ import math
 import platform
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -27,7 +27,6 @@ from typing import Any, NamedTuple
 
 import torch
 import yaml
-from filelock import Timeout
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import (
@@ -175,25 +174,15 @@ def train(
         return plan(
             base, rows, ready.lora_config, method, ready.asked["milora"], arguments, ready.weights
         )  # fmt: skip
+    own = run.resolve()
+    twice = UserError(
+        f"output_dir: another process is at work on {run}: wait for it, or choose another"
+    )
     with ExitStack() as stack:
         with processes.agree():
             if processes.main:
-                stack.enter_context(_alone(run))
+                stack.enter_context(locked(own.with_name(f".{own.name}.lock"), twice))
         return _run(ready, processes, progress)
-
-
-@contextmanager
-def _alone(run: Path) -> Iterator[None]:
-    """Raises UserError where another process is at the run, as where a command was given twice."""
-    with ExitStack() as stack:
-        try:
-            own = run.resolve()
-            stack.enter_context(locked(own.with_name(f".{own.name}.lock"), wait=False))
-        except Timeout as error:
-            raise UserError(
-                f"output_dir: another process is at work on {run}: wait for it, or choose another"
-            ) from error
-        yield
 
 
 def _run(ready: Ready, processes: Processes, progress: Progress) -> dict[str, Any]:
@@ -209,9 +198,10 @@ def _run(ready: Ready, processes: Processes, progress: Progress) -> dict[str, An
     collate = collator_for(ready.material.base.reader, ready.material.base.model)
     final = run / "checkpoints" / STATE
     if not final.exists():
-        stopped = _fit(ready, begun, collate, processes, progress)
+        stopped, seconds = _fit(ready, begun, collate, processes, progress)
         if processes.main:  # before the state, which says that training is over
             record |= {"peak_memory_bytes": peak_memory()} | stopped
+            record["seconds"]["training"] = seconds
             write_json(run / "run.json", record)
         save_state(final, live, write=processes.main)
         if processes.main:
@@ -458,15 +448,16 @@ def _finish(ready: Ready, begun: Begun, progress: Progress) -> dict[str, Any]:
 
 def _fit(
     ready: Ready, begun: Begun, collate: Collate, processes: Processes, progress: Progress
-) -> dict[str, Any]:
-    """Train, or go on from the last checkpoint; returns where the interference stopped the run."""
+) -> tuple[dict[str, Any], float]:
+    """Train, or go on from the last checkpoint; returns where the interference stopped the run,
+    and the seconds that training took.
+    """
     asked, run, arguments, live = ready.asked, ready.run, ready.arguments, begun.live
     checkpoint = last_complete_checkpoint(run / "checkpoints")
     reporter = Reporter(run / "metrics.jsonl", checkpoint, progress)
     if checkpoint and has_ended(checkpoint):  # the Trainer would do one step more
-        begun.record.setdefault("seconds", {})["training"] = reporter.seconds
         load_state(best_or_last(checkpoint, arguments) / STATE, live)
-        return {}
+        return {}, reporter.seconds
     matrices = adapted_matrices(live) if isinstance(live, PeftModel) else {}
     watch, keep = None, None
     callbacks: list[TrainerCallback] = [reporter]
@@ -507,11 +498,11 @@ def _fit(
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except FloatingPointError as error:
         raise DivergedError(str(error)) from error
-    begun.record.setdefault("seconds", {})["training"] = reporter.seconds
+    seconds = reporter.seconds
     # Under bf16 or fp16 accelerate leaves autocast around forward; what follows is without.
     trainer.accelerator.unwrap_model(live, keep_fp32_wrapper=False)
     if not watch or not watch.passed:
-        return {}
+        return {}, seconds
     good = last_complete_checkpoint(run / "checkpoints")
     if good is None:
         raise UserError(
@@ -521,7 +512,7 @@ def _fit(
         )
     progress.say(f"stopped at step {watch.passed}; the result is that of {good.name}")
     load_state(good / STATE, live)
-    return {"stopped": {"step": watch.passed, "interference_limit": watch.limit}}
+    return {"stopped": {"step": watch.passed, "interference_limit": watch.limit}}, seconds
 
 
 class StepZero(TrainerCallback):

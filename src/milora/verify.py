@@ -136,6 +136,8 @@ def open_adapter(
     provenance = read_json(folder / "milora.json")
     if provenance["format"] != ADAPTER:
         raise UserError(f"{folder} holds {provenance['format']}, not an adapter: name its run")
+    with opened(folder / ADAPTER_FILE):
+        pass  # PEFT would take a damaged file for a fault of its own, a missing one for a hub id
     recorded = provenance["base"]
     model, quantization = base or recorded["model"], recorded.get("quantization")
     if not packed:
@@ -159,8 +161,6 @@ def open_adapter(
         writes = task_of(loaded.model) != "SEQ_CLS"
         complete(tokenizer, str(folder), None, len(embedding.weight), writes)
         loaded = loaded._replace(tokenizer=tokenizer, processor=processor)
-    with opened(folder / ADAPTER_FILE):
-        pass  # PEFT would take a damaged file for a fault of its own, a missing one for a hub id
     return Opened(PeftModel.from_pretrained(loaded.model, folder), loaded, provenance)
 
 
