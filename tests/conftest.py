@@ -1,6 +1,7 @@
 """Tiny models and a tokenizer, built in code and saved as any local model folder is."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +34,11 @@ settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 # Files that take minutes go first: a file is one worker's, and the others would wait at the end.
 LONG = ("test_real_model.py", "test_processes.py", "test_gemma.py", "test_kill.py")
+
+
+def pytest_unconfigure() -> None:
+    for name in ("MILORA_STORE", "MILORA_ANSWERS"):
+        shutil.rmtree(os.environ[name], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -209,6 +209,14 @@ def test_refused(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_dry_run_refuses_more_inputs_than_can_be_spared(
+    tiny: Tiny, text: Path, tmp_path: Path
+) -> None:
+    held = {"text": str(text), "protect_inputs": 30}
+    with pytest.raises(UserError, match="at most 28"):
+        run(settings(tiny("llama"), tmp_path, milora=held), dry_run=True)
+
+
 def test_a_text_that_nothing_uses_is_said(
     tiny: Tiny, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -156,15 +156,9 @@ def kept_loss(model: PeftModel, ids: Tensor) -> Tensor:
     return kl(base.flatten(0, 1), tuned.flatten(0, 1)).mean()
 
 
-@torch.no_grad()
-def input_directions(
-    model: PeftModel, matrices: Mapping[str, Matrix], pieces: Sequence[Sequence[int]], count: int
-) -> dict[str, Tensor]:
-    """Vh (count, n) fp32, orthonormal rows: the largest right singular vectors of each weight's
-    inputs on the pieces, of the base, from the covariances XᵀX, which are summed as the text runs.
-
-    Raises UserError for a weight with too few inputs to leave the adapter its rank, and for
-    experts, to which inputs are routed.
+def check_inputs(matrices: Mapping[str, Matrix], count: int) -> None:
+    """Raise UserError for a weight with too few inputs to leave the adapter its rank when `count`
+    are held, and for experts, to which inputs are routed.
     """
     for name, matrix in matrices.items():
         m, n = matrix.shape
@@ -179,6 +173,18 @@ def input_directions(
                 f"rank {matrix.rank(TRAINED)} needs inputs of its own: at most "
                 f"{n - matrix.rank(TRAINED)}"
             )
+
+
+@torch.no_grad()
+def input_directions(
+    model: PeftModel, matrices: Mapping[str, Matrix], pieces: Sequence[Sequence[int]], count: int
+) -> dict[str, Tensor]:
+    """Vh (count, n) fp32, orthonormal rows: the largest right singular vectors of each weight's
+    inputs on the pieces, of the base, from the covariances XᵀX, which are summed as the text runs.
+
+    Raises UserError as check_inputs does.
+    """
+    check_inputs(matrices, count)
     layers = {name: (matrix.layer, matrix.shape[1]) for name, matrix in matrices.items()}
     found = {}
     with base_only(model):
