@@ -1,13 +1,18 @@
 """A file or folder is whole or absent."""
 
 import os
+import platform
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from milora.files import new_folder, read_json, write_bytes, write_json
+
+HOST = re.sub(r"\W", "-", platform.node())
 
 
 def test_a_failing_write_leaves_the_old_content(
@@ -38,7 +43,7 @@ def test_a_folder_appears_when_it_is_whole(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
     with subprocess.Popen(["true"]) as ended:
         pass
-    (tmp_path / f".a.{ended.pid}.tmp").mkdir()  # of a killed process
+    (tmp_path / f".a.{HOST}.{ended.pid}.tmp").mkdir()  # of a killed process
     for content in ("1", "2"):
         with new_folder(tmp_path / "a") as folder:
             (folder / "x").write_text(content)
@@ -65,15 +70,34 @@ def test_left_overs_of_the_dead_go_and_work_of_the_living_stays(tmp_path: Path) 
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     living = os.getppid()  # another process that makes the same folder
-    stay = [f".a[1].{living}.tmp", f".a[1].b.{gone.pid}.tmp", ".a[1].b.tmp", ".a1.7.tmp"]
-    leave = [f".a[1].{gone.pid}.tmp", f".a[1].{os.getpid()}.tmp", ".a[1].old.tmp"]
+    dead = f"{HOST}.{gone.pid}.tmp"
+    stay = [f".a[1].{HOST}.{living}.tmp", f".a[1].b.{dead}", f".a1.{dead}", ".a[1].b.tmp"]
+    stay.append(f".a[1].other-host.{os.getpid()}.tmp")  # on a file system that hosts share
+    leave = [f".a[1].{dead}", f".a[1].{HOST}.{os.getpid()}.tmp", f".a[1].{HOST}.{gone.pid}.old"]
+    leave.append(".a[1].other-host.7.tmp")
     for name in (*stay, *leave):
         (tmp_path / name).mkdir()
         (tmp_path / name / "x").write_text("")
+    two_days_ago = time.time() - 2 * 24 * 3600
+    os.utime(tmp_path / leave[-1], (two_days_ago, two_days_ago))
     with new_folder(tmp_path / "a[1]") as folder:
         (folder / "y").write_text("")
     assert {p.name for p in tmp_path.iterdir()} == {*stay, "a[1]"}
     assert [p.name for p in (tmp_path / "a[1]").iterdir()] == ["y"]
+
+
+def test_two_hosts_with_one_process_number_write_the_same_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with new_folder(tmp_path / "a") as ours:
+        (ours / "x").write_text("ours")
+        monkeypatch.setattr("platform.node", lambda: "other-host")
+        with new_folder(tmp_path / "a") as theirs:
+            (theirs / "x").write_text("theirs")
+        monkeypatch.undo()
+        assert (tmp_path / "a" / "x").read_text() == "theirs"
+    assert (tmp_path / "a" / "x").read_text() == "ours"
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
 def test_json_is_utf8_and_comes_back(tmp_path: Path) -> None:

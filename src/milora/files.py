@@ -4,8 +4,10 @@ import errno
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,6 +18,7 @@ from filelock import FileLock, Timeout
 from milora.errors import UserError
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+A_DAY = 24 * 3600
 
 
 def cache_folder() -> Path:
@@ -36,7 +39,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     Folders on the way to it are made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
         with temporary.open("wb") as handle:
             handle.write(data)
@@ -76,26 +79,47 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     for found in path.parent.iterdir():
-        ours = re.fullmatch(rf"\.{re.escape(path.name)}\.(\d+|old)\.tmp", found.name)
-        if ours and not _runs(ours[1]):  # of a killed process
+        if _is_left_over(found, path.name):
             shutil.rmtree(found, ignore_errors=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     temporary.mkdir()
     try:
         yield temporary
         if path.exists():
-            old = path.with_name(f".{path.name}.old.tmp")
+            old = temporary.with_suffix(".old")
             os.replace(path, old)
             os.replace(temporary, path)
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)
         else:
             os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _temporary(path: Path) -> Path:
+    """Hidden beside `path`, of this process here: other hosts have the same process numbers."""
+    return path.with_name(f".{path.name}.{_host()}.{os.getpid()}.tmp")
+
+
+def _host() -> str:
+    return re.sub(r"\W", "-", platform.node())
+
+
+def _is_left_over(found: Path, name: str) -> bool:
+    """Whether a killed process left it: one of this host, or of another where a day has gone."""
+    ours = re.fullmatch(rf"\.{re.escape(name)}\.([\w-]*)\.(\d+)\.(tmp|old)", found.name)
+    if not ours:
+        return False
+    if ours[1] == _host():
+        return not _runs(ours[2])
+    try:
+        return time.time() - found.stat().st_mtime > A_DAY
+    except FileNotFoundError:
+        return False
+
+
 def _runs(process: str) -> bool:
-    if not process.isdigit() or int(process) == os.getpid():
+    if int(process) == os.getpid():
         return False
     try:
         os.kill(int(process), 0)  # signal 0 only asks
