@@ -112,8 +112,12 @@ def held(task: str) -> dict[str, Any]:
     return llama(task, "held") | WATCHED
 
 
-def llamafronts(task: str) -> dict[str, Any]:
-    return llama(task, "llamafronts") | {"milora": {**PUBLISHED, "text": "sampled"}}
+def llamafronts(task: str, name: str = "llamafronts") -> dict[str, Any]:
+    return llama(task, name) | {"milora": {**PUBLISHED, "text": "sampled"}}
+
+
+def llamakeep(task: str) -> dict[str, Any]:
+    return llamafronts(task, "llamakeep")
 
 
 def smollm2fronts(task: str) -> dict[str, Any]:
@@ -168,6 +172,16 @@ TEXTS = tuple(
     for held in (INPUTS, f"{KEEP}=1")
     for text in ("", ":milora.text=sampled")  # WikiText-2's validation set, else
 )
+# KL to the base in the loss: how often, and beside inputs that are held.
+OFTEN = (
+    RECOMMENDED,
+    f"lora:{KEEP}=1",
+    *(
+        f"{arm}:{KEEP}=1{every}"
+        for arm in (f"milora:{BALANCED}", RECOMMENDED)
+        for every in ("", ":milora.keep.every=4")
+    ),
+)
 MINILM_FRONTS = (
     "lora",
     "lora:training.weight_decay=1",
@@ -207,6 +221,7 @@ COMPARISONS = {
     "minilmfronts": (MINILM_FRONTS, (1e-4, 3e-4, 1e-3, 3e-3), ("trec", "subjectivity", "polarity")),
     "smollm2large": (LARGE, (1e-3, 3e-3), ("gsm8k", "commonsense")),
     "smollm2texts": (TEXTS, (1e-3,), ("polarity",)),
+    "llamakeep": (OFTEN, (3e-3,), ("trec",)),
     "smollm2": (SMOLLM2, (1e-4, 3e-4, 1e-3), ("trec", "mawps", "polarity")),
     "smollm2held": (HELD_256, (1e-4, 3e-4, 1e-3), ("trec", "polarity")),
     "llama": (SMALL, (3e-4, 1e-3, 3e-3), ("trec", "subjectivity")),
@@ -463,7 +478,7 @@ def main() -> None:
         of = {
             "smollm2": smollm2, "smollm2held": smollm2held, "smollm2fronts": smollm2fronts,
             "smollm2large": smollm2large, "smollm2texts": smollm2texts,
-            "llama": llama, "llamafronts": llamafronts, "held": held,
+            "llama": llama, "llamafronts": llamafronts, "llamakeep": llamakeep, "held": held,
         }  # fmt: skip
         every = model in EVERY_RATE or len(rates) == 1
         result = causal(of[model](task), arms, rates, seeds, every)
