@@ -176,11 +176,9 @@ TEXTS = tuple(
 OFTEN = (
     RECOMMENDED,
     f"lora:{KEEP}=1",
-    *(
-        f"{arm}:{KEEP}=1{every}"
-        for arm in (f"milora:{BALANCED}", RECOMMENDED)
-        for every in ("", ":milora.keep.every=4")
-    ),
+    f"milora:{BALANCED}:{KEEP}=1",
+    f"milora:{BALANCED}:{KEEP}=1:milora.keep.every=4",
+    f"{RECOMMENDED}:{KEEP}=1:milora.keep.every=4",
 )
 MINILM_FRONTS = (
     "lora",
