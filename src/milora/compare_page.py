@@ -16,6 +16,7 @@ MEASURES = (
 # Okabe and Ito's colours, which most colour-blind readers can tell apart, and a mark for each.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", INK)
 MARKS = "os^Dv*P"
+LINES = "-", "--", ":"  # where the colours begin anew, whose marks are hollow then
 
 
 EQUAL = (
@@ -190,13 +191,13 @@ def _plot(result: Mapping[str, Any]) -> str:
         panel.axhline(base, color="#808080", lw=1, ls=":")
         own = []  # the marks; the frame is theirs, and lines to poorer rates may leave it
         for place, (arm, found) in enumerate(result["arms"].items()):
-            colour = COLOURS[place % len(COLOURS)]
-            mark = MARKS[(place + place // len(COLOURS)) % len(MARKS)]
+            colour, again = COLOURS[place % len(COLOURS)], place // len(COLOURS)
+            mark = MARKS[(place + again) % len(MARKS)]
             tried = [one for one in found["tried"].values() if one["held_out_loss"] is not None]
             panel.plot(
                 [one["knowledge"][kept[0]] for one in tried],
                 [one["accuracy"][name] for one in tried], color=colour, lw=0.8, alpha=0.45,
-                marker=".", ms=4,
+                ls=LINES[again % len(LINES)], marker=".", ms=4,
             )  # fmt: skip
             score, far = found["tasks"][name]["accuracy"], found["knowledge"][kept[0]][kept[1]]
             if far["mean"] is None:
@@ -204,7 +205,7 @@ def _plot(result: Mapping[str, Any]) -> str:
             own.append((far["mean"], score["mean"]))
             panel.errorbar(
                 far["mean"], score["mean"], xerr=far["deviation"], yerr=score["deviation"],
-                fmt=mark, color=colour, capsize=3,
+                fmt=mark, color=colour, capsize=3, mfc="white" if again else colour,
                 label=f"{label(arm)} at {found['learning_rate']:g}",
             )  # fmt: skip
         panel.set_xscale("log")
