@@ -178,6 +178,7 @@ OFTEN = (
     f"lora:{KEEP}=1",
     f"milora:{BALANCED}:{KEEP}=1",
     f"milora:{BALANCED}:{KEEP}=1:milora.keep.every=4",
+    f"{RECOMMENDED}:{KEEP}=1",
     f"{RECOMMENDED}:{KEEP}=1:milora.keep.every=4",
 )
 MINILM_FRONTS = (
