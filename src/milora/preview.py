@@ -71,17 +71,15 @@ def plan(
         adapted, _ = adapter.add_adapter(  # shapes alone: no SVD
             base.model, lora_config, "lora", weights=weights
         )
-        live = adapted
+        live, matrices = adapted, adapted_matrices(adapted, weights)
         if milora["protect_inputs"]:
-            check_inputs(adapted_matrices(adapted, weights), milora["protect_inputs"])
+            check_inputs(matrices, milora["protect_inputs"])
         covered = coverage(adapted)
         beside = directions(milora, _shapes(adapted), recommended=False)
         if memory_by_kind:
             memory_by_kind["directions"] = beside
         if method in adapter.COMPONENT:
-            decompose = decomposition_time(
-                adapted_matrices(adapted, weights), adapter.COMPONENT[method]
-            )
+            decompose = decomposition_time(matrices, adapter.COMPONENT[method])
     else:
         train_in_full(base.model)
     size = arguments.per_device_train_batch_size
