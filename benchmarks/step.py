@@ -183,14 +183,18 @@ class Trial:
 
 
 def rounds(trials: dict[str, Trial], count: int) -> dict[str, list[float]]:
-    """Seconds of each trial, `count` times, in turns."""
+    """Seconds of each trial, `count` times, in turns.
+
+    In as many rounds as there are trials each has every place once and, their number being even,
+    follows each other once (Williams's square), so that what one leaves behind falls on all.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in trials}
-    names = list(trials)
+    names, n = list(trials), len(trials)
+    walk = [(i + 1) // 2 if i % 2 else -(i // 2) for i in range(n)]  # 0, 1, -1, 2, -2, ...
     for trial in trials.values():
         trial.step()  # warms up
     for i in range(count):
-        turn = names[i % len(names) :] + names[: i % len(names)]
-        for name in turn if i // len(names) % 2 else turn[::-1]:
+        for name in (names[(i + place) % n] for place in walk):
             seconds[name].append(round(trials[name].step(), 5))
     return seconds
 
