@@ -139,6 +139,13 @@ def test_only_a_and_b_train_also_after_switching_the_adapter_off(kind: str, load
     with pytest.raises(KeyError), base_only(model):
         raise KeyError
     assert trainable() == first
+    with model.disable_adapter(), base_only(model):
+        pass
+    assert trainable() == first
+    model.base_model.disable_adapter_layers()
+    with base_only(model):
+        pass
+    assert model.get_model_status().enabled is False
 
 
 @pytest.mark.parametrize("alpha", [4, 8, 3])

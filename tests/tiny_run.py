@@ -1,5 +1,6 @@
 """A tiny run as the command line makes one: its data, its configuration, and starting it."""
 
+import gc
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from milora.config import Config
 from milora.files import sha256
 from milora.progress import Progress
 
+gc.freeze()  # what is imported is no garbage: the Trainer looks through all of it, each time
 NOT_SAID = {"start": None, "protect_inputs": None}  # of the block `milora`: left to the method
 
 

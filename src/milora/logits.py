@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -16,8 +17,17 @@ def base_only(model: nn.Module) -> Iterator[None]:
     if not isinstance(model, PeftModel):
         yield
         return
-    with model.disable_adapter():
+    # Not by PEFT's disable_adapter, which first asks every layer for its status: that takes longer
+    # than the switching.
+    layers = (one for one in model.modules() if isinstance(one, BaseTunerLayer))
+    was_on = any(not layer.disable_adapters for layer in layers)
+    tuner: Any = model.base_model
+    tuner.disable_adapter_layers()
+    try:
         yield
+    finally:
+        if was_on:
+            tuner.enable_adapter_layers()
 
 
 class Pair(NamedTuple):
