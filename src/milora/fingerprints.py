@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -80,7 +81,9 @@ def check_base(stored: Mapping[str, str], hashes: Mapping[str, str]) -> None:
 
 
 def _sha256_of(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor_sha256(tensor)}\n".encode())
+    digest, names = hashlib.sha256(), sorted(tensors)
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # hashing holds no lock
+        hashes = pool.map(tensor_sha256, (tensors[name] for name in names))
+        for name, found in zip(names, hashes, strict=True):
+            digest.update(f"{name} {found}\n".encode())
     return digest.hexdigest()
