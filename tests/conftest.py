@@ -1,9 +1,11 @@
 """Tiny models and a tokenizer, built in code and saved as any local model folder is."""
 
+import multiprocessing
 import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -102,6 +104,14 @@ def make_model(kind: str, seed: int = 0) -> PreTrainedModel:
     else:
         model = LlamaForCausalLM(LlamaConfig(**shape))
     return model.eval()
+
+
+@pytest.fixture(scope="session")
+def children() -> ForkServerContext:
+    """Processes that begin with everything imported, so that one costs no ten seconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["milora.train"])
+    return context
 
 
 @pytest.fixture(scope="session")

@@ -137,6 +137,7 @@ def slow(*names: str) -> list[Any]:
 
 
 QUICK = ("llama", "gpt2")  # weights as they are, and transposed
+RESUMED = (*QUICK, "mixtral", "t5", "bert")  # the kinds of weights, answers and heads
 EACH = [*QUICK, *slow(*(name for name in ARCHITECTURES if name not in QUICK))]
 
 
@@ -160,7 +161,7 @@ def test_from_the_base_to_the_artefacts(
     _, _, targets, parameters, load = ARCHITECTURES[name]
     lora = {"target_modules": targets, "target_parameters": parameters or None, "lora_dropout": 0.0}
     adapters, ran = {}, tmp_path / "unbroken" / "run"
-    for way in ("unbroken", "resumed"):
+    for way in ("unbroken", *(("resumed",) if name in RESUMED else ())):
         (tmp_path / way).mkdir()
         asked = asked_of(name, folder, tmp_path / way, lora=lora, training=TRAINING)
         if way == "resumed":
@@ -168,7 +169,7 @@ def test_from_the_base_to_the_artefacts(
         record = run(asked, resume=way == "resumed")
         adapter = tmp_path / way / "run" / "adapter"
         adapters[way] = (adapter / "adapter_model.safetensors").read_bytes()
-    assert adapters["unbroken"] == adapters["resumed"]
+    assert len(set(adapters.values())) == 1
     assert record["base"]["unchanged"]
     assert record["step0"]["difference"] <= record["step0"]["bound"]
     assert record["adapter"]["exported_against_trained"] <= 1e-5

@@ -125,8 +125,10 @@ def test_two_go_on_from_a_run_as_one_does(how: str, tiny: Tiny, tmp_path: Path) 
     alone(config(tiny, tmp_path, "one", 8, **changes))
     finish(start("ddp", "train", str(config(tiny, tmp_path, "two", 4, **changes))))
     assert apart(tmp_path / "one", tmp_path / "two") < 1e-5
-    said = finish(start("fsdp2", "train", str(config(tiny, tmp_path, "three", 4, **changes))), 1)
-    assert "continue.run is not for weights that are shared out" in said
+    if how == "fold":
+        three = str(config(tiny, tmp_path, "three", 4, **changes))
+        said = finish(start("fsdp2", "train", three), 1)
+        assert "continue.run is not for weights that are shared out" in said
 
 
 @pytest.mark.parametrize("way", ["ddp", "fsdp2", "zero3"])

@@ -1,10 +1,10 @@
 """The invariants on SmolLM2-135M, the bundled model, and the traps of its tokenizer."""
 
 import json
-import multiprocessing
 import subprocess
 import sys
 import time
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +50,12 @@ def base_folder() -> Path:
 
 
 @pytest.fixture(scope="module")
-def finished(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(
+    base_folder: Path, tmp_path_factory: pytest.TempPathFactory, children: ForkServerContext
+) -> Path:
     folder = tmp_path_factory.mktemp("real")
     arguments = settings(Path(BUNDLED), folder, lora=LORA, training=TRAINING)
-    context = multiprocessing.get_context("spawn")
-    child = context.Process(target=run, args=(arguments,))
+    child = children.Process(target=run, args=(arguments,))
     child.start()
     child.join()
     assert child.exitcode == 0
@@ -200,13 +201,12 @@ def test_no_other_folder_loads(finished: Path, base_folder: Path) -> None:
                 PeftModel.from_pretrained(base, folder)
 
 
-def test_killed_and_resumed(finished: Path, tmp_path: Path) -> None:
+def test_killed_and_resumed(finished: Path, tmp_path: Path, children: ForkServerContext) -> None:
     """Half way through the run by the clock, then to the end: the same bits."""
     wanted = result_hashes(finished / "run")
     arguments = settings(Path(BUNDLED), finished, lora=LORA, training=TRAINING)
     arguments["output_dir"] = str(tmp_path / "run")
-    context = multiprocessing.get_context("spawn")
-    child = context.Process(target=run, args=(arguments,))
+    child = children.Process(target=run, args=(arguments,))
     child.start()
     first = tmp_path / "run" / "checkpoints" / "checkpoint-2"
     while child.is_alive() and not first.exists():
@@ -214,7 +214,7 @@ def test_killed_and_resumed(finished: Path, tmp_path: Path) -> None:
     child.kill()
     child.join()
     assert not (tmp_path / "run" / "adapter").exists()
-    child = context.Process(target=run, args=(arguments,), kwargs={"resume": True})
+    child = children.Process(target=run, args=(arguments,), kwargs={"resume": True})
     child.start()
     child.join()
     assert child.exitcode == 0
