@@ -13,6 +13,8 @@ from milora.errors import UserError
 from milora.matrices import SAVED, base_modules, name_in_base
 from milora.quantised import is_packed, plain_tensors
 
+AT_ONCE = 8  # tensors hashed; of those on a GPU so many copies are in memory
+
 
 def tensor_sha256(tensor: Tensor) -> str:
     """Hash of dtype, shape and bytes of a tensor, so that equal means bitwise equal."""
@@ -82,7 +84,7 @@ def check_base(stored: Mapping[str, str], hashes: Mapping[str, str]) -> None:
 
 def _sha256_of(tensors: Mapping[str, Tensor]) -> str:
     digest, names = hashlib.sha256(), sorted(tensors)
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # hashing holds no lock
+    with ThreadPoolExecutor(min(torch.get_num_threads(), AT_ONCE)) as pool:  # hashing holds no lock
         hashes = pool.map(tensor_sha256, (tensors[name] for name in names))
         for name, found in zip(names, hashes, strict=True):
             digest.update(f"{name} {found}\n".encode())
