@@ -526,3 +526,12 @@ def test_fewer_logits_give_the_same_loss(kind: str, load: Callable[[str], PreTra
         def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> None: ...
 
     assert set(Collator(tokenizer, Old())(examples)) == {"input_ids", "attention_mask", "labels"}
+
+
+def test_white_space_without_a_width_trains_too() -> None:
+    """As post-processors that trim offsets give it."""
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    code = "def f():\n    return 1\n\n\tx"
+    found = encoded(tokenizer, Row([USER, ANSWER | {"content": code}], "x"))
+    assert trained_text(tokenizer, found) == f"{code}</s>"

@@ -206,6 +206,8 @@ def test_the_loss_is_that_of_the_answers_alone(kind: str, load: Load) -> None:
         assert loss == pytest.approx(total / count, rel=1e-5)
         assert over == 3  # the row that encode refuses is left out, and that is said
     assert answer_loss(model, tokenizer, [spelled]) == (None, 0)
+    turns[1]["content"] = "a" * 1000  # of which a model takes 256 or 512
+    assert answer_loss(model, tokenizer, rows)[1] == 3
 
 
 def test_greedy_whatever_the_model_folder_says(load: Load) -> None:
@@ -241,6 +243,16 @@ def test_loading_tasks(tmp_path: Path) -> None:
             load_task({"file": str(path), "match": "json"})
     with pytest.raises(UserError, match=r"none.jsonl does not exist"):
         load_task(str(tmp_path / "none.jsonl"))
+    path.write_text('{"prompt": "a", "completion": " "}\n')
+    with pytest.raises(UserError, match=r"line 1: the reference answer is empty, which every"):
+        load_task({"file": str(path), "match": "contains"})
+    with pytest.raises(UserError, match="qa: prompt has no effect on generated answers: leave it"):
+        load_task({"file": str(path), "prompt": "{question}?"})
+    for key, value in (("match", "json"), ("max_new_tokens", 5), ("pattern", "x")):
+        with pytest.raises(UserError, match=f"qa: {key} has no effect on options that are scored"):
+            load_task({"file": str(path), "protocol": "likelihood", key: value})
+    with pytest.raises(UserError, match="arc: name has no effect on tasks of the harness"):
+        load_task({"harness": "arc", "name": "mine"})
     turns = [{"role": r, "content": "x"} for r in ("user", "assistant", "user")]
     path.write_text(json.dumps({"messages": turns}))
     with pytest.raises(UserError, match="line 1: a task needs a question and the answer as last"):

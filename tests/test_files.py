@@ -1,5 +1,6 @@
 """A file or folder is whole or absent."""
 
+import json
 import os
 import platform
 import re
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from milora.files import new_folder, read_json, write_bytes, write_json
+from milora.files import new_folder, read_json, read_lines, write_bytes, write_json, write_text
 
 HOST = re.sub(r"\W", "-", platform.node())
 
@@ -104,3 +105,10 @@ def test_json_is_utf8_and_comes_back(tmp_path: Path) -> None:
     write_json(tmp_path / "x.json", {"ü": 1})
     assert (tmp_path / "x.json").read_text(encoding="utf-8") == '{\n  "ü": 1\n}\n'
     assert read_json(tmp_path / "x.json") == {"ü": 1}
+
+
+def test_a_line_ends_at_a_line_end_alone(tmp_path: Path) -> None:
+    lines = [{"text": f"a{c}b"} for c in "\u2028\u2029\x85\x1c\x0b\r\n"]
+    written = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in lines)
+    write_text(tmp_path / "a.jsonl", written)
+    assert read_lines(tmp_path / "a.jsonl") == lines

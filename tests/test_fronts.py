@@ -65,3 +65,13 @@ def test_half_of_what_the_reference_forgets() -> None:
     assert arms["half"]["reached"] == 1
     assert arms["weak"]["ratio"] is None
     assert arms["weak"]["reached"] == 0
+
+
+def test_a_reference_that_forgets_nothing() -> None:
+    right = {1e-3: torch.ones(10).double()}
+    found = matched(
+        {"lora": right, "same": right, "other": right},
+        {"lora": {1e-3: 0.0}, "same": {1e-3: 0.0}, "other": {1e-3: 0.1}},
+        "lora", 1e-3,
+    )["arms"]  # fmt: skip
+    assert [found[arm]["ratio"] for arm in ("lora", "same", "other")] == [1, 1, None]

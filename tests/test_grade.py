@@ -52,11 +52,14 @@ CHOICE = "answer[1-5]|solution[12]|option[12]|ending[1-4]|true|false"
         ("choice", CHOICE, "the correct answer is answer3", "answer2", "wrong"),
         ("choice", CHOICE, "answer2", "the correct answer is answer2", "right"),
         ("choice", CHOICE, "the second one", "answer2", "format"),
+        ("choice", r"answer is \(?([A-D])\b", "The answer is (B).", "B", "right"),
+        ("choice", r"answer is \(?([A-D])\b", "the answer is c", "B", "wrong"),
         ("choice", CHOICE, "", "true", "format"),
         ("number", None, "5 + 13 = 18", "18", "right"),
         ("number", None, "She has 18 apples left.", "#### 18", "right"),
         ("number", None, "nothing", "18", "format"),
         ("number", None, "", "18", "format"),
+        ("number", None, "9" * 5000, "18", "format"),
     ],
 )
 def test_verdicts(

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from milora.choices import encode_question, log_probabilities, read_questions
 from milora.errors import UserError
-from milora.evaluate import evaluate_task, load_task
+from milora.evaluate import evaluate_task, load_task, wilson
 from milora.harness import HarnessTask
 from milora.logits import Pair
 from milora.pretrained import BUNDLED, load_pretrained
@@ -70,3 +70,29 @@ def test_the_same_choices_as_the_harness(tmp_path: Path) -> None:
         right += log_p.index(max(log_p)) == question.right
     assert scores["base"]["accuracy"] == pytest.approx(right / 30)
     assert right / 30 > 0.35  # chance is a quarter
+
+
+def test_a_row_counts_once_whatever_the_filters(
+    tmp_path: Path, load: Callable[[str], PreTrainedModel]
+) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"q": f"{i}?", "a": "x"}) + "\n" for i in range(8)))
+    filters = [
+        {"name": name, "filter": [{"function": "regex", "regex_pattern": "(x)"},
+                                  {"function": "take_first"}]}
+        for name in ("strict-match", "flexible-extract")
+    ]  # fmt: skip
+    task = {
+        "task": "two_filters", "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data)}, "cache_dir": str(tmp_path / "cache")},
+        "test_split": "test", "output_type": "generate_until", "doc_to_text": "{{q}}",
+        "doc_to_target": "{{a}}", "generation_kwargs": {"until": ["\n"], "max_gen_toks": 3},
+        "metric_list": [{"metric": "exact_match"}], "filter_list": filters,
+    }  # fmt: skip
+    (tmp_path / "two_filters.yaml").write_text(yaml.safe_dump(task), encoding="utf-8")
+    task = load_task({"harness": "two_filters", "include": str(tmp_path)})
+    assert isinstance(task, HarnessTask)
+    scores, samples = evaluate_task(Pair(load("llama")), make_tokenizer(), task)
+    assert scores["rows"] == len(samples) == 8
+    assert len(scores["base"]["metrics"]) >= 2
+    assert scores["base"]["interval"] == wilson(0, 8)

@@ -21,6 +21,7 @@ import milora.store
 from milora.adapter import load_start
 from milora.cli import main
 from milora.errors import UserError
+from milora.inspect_page import heat
 from milora.inspection import inspect_model
 from milora.progress import Progress
 from milora.ranks import ranks, with_ranks
@@ -125,7 +126,7 @@ def test_a_run_with_ranks_by_layer(tiny: Tiny, tmp_path: Path) -> None:
     assert written["r"] == 2 * max(seen)  # one rank for servers, padded
     assert not written["rank_pattern"]
     assert record["state"] == "done"
-    with pytest.raises(UserError, match="full fine-tuning has no rank"):
+    with pytest.raises(UserError, match=r"milora.rank: full fine-tuning has no factors"):
         run(arguments | {"method": "full", "output_dir": str(tmp_path / "full")})
 
 
@@ -226,3 +227,8 @@ def test_the_command(
     out = capsys.readouterr().out
     assert "model.layers.1.mlp.up_proj " in out
     assert "largest" in out
+
+
+def test_the_map_shows_the_largest_of_a_place() -> None:
+    rows = [{"layer": 0, "kind": "dense", "rho": rho} for rho in (0.1, 0.9, 0.02)]
+    assert heat(rows, "rho")["rows"][0]["cells"] == [{"text": "90", "share": 1.0}]

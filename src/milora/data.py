@@ -190,7 +190,8 @@ def encode(tokenizer: Reader, row: Row, max_length: int) -> Encoded | str:
         ids, spans = _tokenize(tokenizer, whole, [first for first, _ in answers])
         labels = [IGNORED] * len(ids)
         for first, last in answers:
-            inside = [i for i, (a, b) in enumerate(spans) if first <= a < b <= last]
+            # Some tokenizers give a token of white space no width, at its end.
+            inside = [i for i, (a, b) in enumerate(spans) if first <= a and first < b <= last]
             ends = [i for i in inside if ids[i] == eos]
             for i in inside:
                 # What a template writes after the end of the turn is never generated.

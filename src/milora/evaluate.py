@@ -54,6 +54,7 @@ from milora.pretrained import labels_of, positions, task_of
 from milora.rows import Row, read_rows
 from milora.vision import Reader, tokenizer_of
 
+LEFT_OUT = {"match": "exact", "protocol": "generate", "max_new_tokens": 64}  # what a task has then
 ASKED_ANEW: Mapping[str, Recall] = {"base": compute_always, "tuned": compute_always}
 
 
@@ -91,25 +92,21 @@ def load_task(
         options = {"harness": task.removeprefix("harness:")}
     limit = limit or options.get("limit")
     if options.get("harness"):
+        _check_options(options, options["harness"], ("harness", "include"), "tasks of the harness")
         return harness_task(options["harness"], limit, options.get("include"))
     file = options["file"]
     name = options.get("name") or Path(file).stem
-    # Other options than these are for answers.
-    silent = {"file": file, "match": "exact", "protocol": "generate", "max_new_tokens": 64}
     if options.get("protocol") == "likelihood":
+        _check_options(options, name, ("protocol", "prompt"), "options that are scored")
         questions = read_questions(file, pictures)[:limit]
         asked = [(q.question, *q.options) for q in questions]
         return ChoiceTask(name, questions, options.get("prompt") or PROMPT, _again(asked))
     read = read_rows(file, split="test", pictures=pictures)
     rows = read.rows[:limit]
     if read.format == "classification":
-        for key in ("match", "pattern", "protocol", "prompt", "max_new_tokens"):
-            if options.get(key) not in (None, silent.get(key)):
-                raise UserError(
-                    f"evaluate.tasks: {name}: {key} has no effect on rows with a label: leave it "
-                    "out"
-                )
+        _check_options(options, name, (), "rows with a label")
         return ClassTask(name, rows, _again([repr(row.messages[:-1]) for row in rows]))
+    _check_options(options, name, ("match", "pattern", "max_new_tokens"), "generated answers")
     for row in rows:
         if row.messages[-1]["role"] != "assistant" or len(row.messages) < 2:
             raise UserError(f"{row.place}: a task needs a question and the answer as last message")
@@ -123,6 +120,14 @@ def load_task(
     return Task(
         name, rows, grade, options.get("max_new_tokens") or 64, again, match, options.get("pattern")
     )
+
+
+def _check_options(options: Mapping[str, Any], name: str, own: Sequence[str], what: str) -> None:
+    """Raise UserError for an option that `what` does not go by."""
+    of_a_file = () if options.get("harness") else ("file", "name")
+    for key, value in options.items():
+        if key not in ("limit", *of_a_file, *own) and value not in (None, LEFT_OUT.get(key)):
+            raise UserError(f"evaluate.tasks: {name}: {key} has no effect on {what}: leave it out")
 
 
 def _again(asked: Sequence[Any]) -> int:

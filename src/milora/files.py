@@ -68,7 +68,8 @@ def read_json(path: Path) -> Any:
 
 def read_lines(path: Path) -> list[Any]:
     """The values of a file with one JSON a line, of ours or one that is known to be whole."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    # Not splitlines, which also ends a line at U+2028 and the like, as text of the web has them.
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 @contextmanager

@@ -77,12 +77,18 @@ def matched(
         }
         at = at or found  # of all rows, which come first
         for arm, value in found.items():
-            ratios[arm].append(value / found[reference])
+            ratios[arm].append(_ratio(value, found[reference]))
     own = dict(zip(places, means[0], strict=True))
     return {
         "accuracy": own[reference, rate],
         "arms": {arm: _told(at[arm], ratios[arm]) for arm in right},
     }
+
+
+def _ratio(value: float, of: float) -> float:
+    if of == 0:  # as where a reference learned nothing
+        return 1.0 if value == 0 else math.inf
+    return value / of
 
 
 def _told(value: float, ratios: Sequence[float]) -> dict[str, Any]:

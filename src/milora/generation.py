@@ -15,6 +15,7 @@ from transformers import (
 
 from milora.data import IGNORED, pad
 from milora.forms import answers_apart, collator_for, encoder_for
+from milora.pretrained import positions
 from milora.rows import Row
 from milora.vision import Picture, Reader, pixels, tokenizer_of
 
@@ -107,9 +108,11 @@ def answer_loss(
 ) -> tuple[float | None, int]:
     """Mean cross-entropy per answer token, in nats, and how many rows it is over.
 
+    A row is cut at `max_length` tokens, or at what the model takes.
     None where there is no such token or the mean is not finite.
     """
-    encoded = [encoder_for(model)(tokenizer, row, max_length) for row in rows]
+    longest = min(max_length, positions(model))
+    encoded = [encoder_for(model)(tokenizer, row, longest) for row in rows]
     usable = [e.example() for e in encoded if not isinstance(e, str)]
     usable.sort(key=lambda e: len(e["input_ids"]))
     collate = collator_for(tokenizer, model)

@@ -62,11 +62,12 @@ def grader(match: str, pattern: str | None = None) -> Grader | None:
     def grade(answer: str, reference: str) -> Verdict:
         answer, reference = answer.strip(), reference.strip()
         if form and match in ("regex", "choice"):
-            taken = _first(form, answer, match == "choice")
+            aside = match == "choice"
+            taken = _first(form, answer, aside)
             if taken is None:
                 return "format"
-            wanted = _first(form, reference, match == "choice") or reference
-            return "right" if taken == wanted else "wrong"
+            plain = reference.casefold() if aside else reference
+            return "right" if taken == (_first(form, reference, aside) or plain) else "wrong"
         if form and not form.fullmatch(answer):
             return "format"
         return compare(answer, reference)
@@ -81,6 +82,8 @@ def check_reference(match: str, reference: str) -> str | None:
             canonical_json(reference)
         except (ValueError, RecursionError) as error:
             return f"is not JSON: {error}"
+    if match == "contains" and not reference.strip():
+        return "is empty, which every answer contains"
     if match == "number" and number(reference) is None:
         return "holds no number"
     if match == "math" and not _gold(reference):
@@ -135,9 +138,9 @@ def _numbers(text: str) -> list[Fraction]:
     for match in _NUMBER.finditer(text):
         plain = re.sub(r"[,\s]", "", match[0]).replace("−", "-")
         above, slash, below = plain.partition("/")
-        # Longer exponents would take the memory of the machine.
+        # Longer exponents would take the memory of the machine, and Python reads no longer digits.
         mantissa = re.split("[eE]", above)[0]  # "E0" is no number
-        if not re.search(r"\d", mantissa) or re.search(r"[eE][-+]?\d{4}", above):
+        if not re.search(r"\d", mantissa) or re.search(r"[eE][-+]?\d{4}|\d{4000}", plain):
             continue
         if slash and int(below) == 0:
             continue

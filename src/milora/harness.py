@@ -69,14 +69,21 @@ def run_harness(
         for key, value in found["results"][task.name].items()
         if isinstance(value, int | float)
     }
+    key = next((key for key in ACCURACY if key in metrics), "")
     samples = [
         {"row": str(sample["doc_id"]), "reference": str(sample["target"]),
          "answer": sample["filtered_resps"]}
         for own in found["samples"].values()  # a group has several tasks
-        for sample in own
+        for sample in _filtered(own, key.partition(",")[2])
     ]  # fmt: skip
-    accuracy = next((metrics[key] for key in ACCURACY if key in metrics), None)
-    return HarnessScores(len(samples), metrics, accuracy, samples)
+    return HarnessScores(len(samples), metrics, metrics.get(key), samples)
+
+
+def _filtered(samples: list[dict[str, Any]], wanted: str) -> list[dict[str, Any]]:
+    """Each row once, by the filter `wanted` or the first: there is a sample for every filter."""
+    filters = [sample.get("filter") for sample in samples]
+    chosen = wanted if wanted in filters else next(iter(filters), None)
+    return [sample for sample in samples if sample.get("filter") == chosen]
 
 
 @functools.cache

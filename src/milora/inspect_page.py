@@ -85,11 +85,15 @@ def page(found: Mapping[str, Any]) -> str:
 def heat(rows: Sequence[Mapping[str, Any]], key: str, least: float = 0.0) -> dict[str, Any]:
     """Layers by kinds, each cell its value in per cent and its share of the largest, for colours.
 
-    The largest counts as `least` at the least.
+    Where a layer has several weights of a kind, as encoder and decoder have, the cell is of the
+    largest value. The largest of all counts as `least` at the least.
     """
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
     layers = sorted({row["layer"] for row in rows if row["layer"] is not None})
-    by_place = {(row["layer"], row["kind"]): row[key] for row in rows}
+    by_place: dict[tuple[Any, str], float] = {}
+    for row in rows:
+        place = row["layer"], row["kind"]
+        by_place[place] = max(row[key], by_place.get(place, row[key]))
     largest = max(least, *by_place.values()) or 1.0
     return {
         "kinds": kinds,

@@ -209,7 +209,9 @@ def _answers(
     return [
         {
             "question": _cut(sample["prompt"]),
-            "reference": _cut(sample.get("reference") or sample["options"][sample["right"]]),
+            "reference": _cut(
+                sample["options"][sample["right"]] if "options" in sample else sample["reference"]
+            ),
             **{state: _said(sample, state) for state in ("base", "tuned")},
             **{f"{state}_verdict": _verdict(sample, state, words) for state in ("base", "tuned")},
         }
