@@ -14,7 +14,16 @@ from tiny_run import settings, write_rows
 
 import milora.compare
 from milora.cli import main
-from milora.compare import Arm, bootstrap, chosen_rate, compare, grid, parse_arm, summary
+from milora.compare import (
+    Arm,
+    bootstrap,
+    chosen_rate,
+    compare,
+    grid,
+    held_out_loss,
+    parse_arm,
+    summary,
+)
 from milora.compare_page import page, plot, tables
 from milora.errors import DivergedError, UserError
 from milora.pages import inline, standalone
@@ -394,3 +403,10 @@ def test_the_command(
         main()
     assert end.value.code == 2
     assert "--learning-rates: 'fast' is no list of numbers" in capsys.readouterr().err
+
+
+def test_the_held_out_loss_is_that_of_the_result(tmp_path: Path) -> None:
+    lines = [{"step": step, "eval_loss": loss} for step, loss in ((2, 3.0), (4, 1.0), (6, 2.0))]
+    text = "".join(json.dumps(line) + "\n" for line in [{"step": 1, "loss": 9.0}, *lines])
+    (tmp_path / "metrics.jsonl").write_text(text)
+    assert [held_out_loss(tmp_path, step) for step in (None, 6, 5, 4, 1)] == [2, 2, 1, 1, 3]

@@ -64,6 +64,8 @@ def test_what_the_annotated_default_leaves_to_other_keys(
     [
         ("milora.protect=abc", "milora.protect is 'abc': it is a whole number of at least 0, {en"),
         ("milora.protect=-3", "milora.protect is -3: it is a whole number of at least 0"),
+        ("milora.text=null", "milora.text is None: it is sampled, or text files that"),
+        ("milora.text=[]", "milora.text is []: it is sampled, or text files that"),
         ("milora.rank=8", "milora.rank is 8: it is {energy: 0.001} or {parameters: 2000000}; one"),
         ("quantization=nf8", "quantization is 'nf8': it is nf4, int8, or keys of BitsAndBytes"),
         ("milora=Published", "milora is 'Published': it is a block of keys, or published"),
@@ -235,3 +237,14 @@ def test_one_key_gives_the_published_method(tmp_path: Path) -> None:
     found = load(tmp_path, MINIMAL).milora
     assert (found.start, found.protect_inputs, found.text) == (None, None, "sampled")
     assert "milora is 'publish'" in refused(tmp_path, MINIMAL + "milora: publish\n")
+
+
+@pytest.mark.parametrize("what", ["save", "eval"])
+def test_steps_are_not_passed_over(what: str, tmp_path: Path) -> None:
+    found = training_arguments("milora", {f"{what}_steps": 50}, tmp_path, 0, 0)
+    assert getattr(found, f"{what}_strategy") == "steps"
+    assert getattr(found, f"{what}_steps") == 50
+    with pytest.raises(UserError, match=rf"{what}_steps does nothing with {what}_strategy: epoch"):
+        training_arguments(
+            "milora", {f"{what}_steps": 50, f"{what}_strategy": "epoch"}, tmp_path, 0, 0
+        )

@@ -1,6 +1,7 @@
 """Runs that continue runs: step 0 is the earlier result, the base is the first one's."""
 
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -367,6 +368,7 @@ def test_history_notices_what_changed(first: Path, tiny: Tiny, tmp_path: Path) -
     [
         ({"method": "full"}, "fold", "full fine-tuning has no adapter"),
         ({"lora": {"r": 2}}, "same", "whose lora is .* use the same, or how: fold"),
+        ({"milora": {"interference": {"top": 3}}}, "same", "whose milora.interference.top is 16"),
         ({"milora": {"start": "balanced"}}, "same", "whose milora.start is 'published'"),
         ({"milora": {"protect": {"tasks": "all"}}}, "same", "use how: fold"),
         ({"milora": {"protect": {"tasks": "all"}}, "method": "random"}, "fold", "random starts"),
@@ -406,3 +408,23 @@ def test_an_unfinished_run_is_not_continued(
     break_off(further(tiny, tmp_path, "first", training={"save_steps": 1}), 3, monkeypatch)
     with pytest.raises(UserError, match="is not finished: finish it with"):
         run(further(tiny, tmp_path, "second", tmp_path / "first"))
+
+
+def test_a_resumed_run_still_continues(
+    first: Path, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the command is given again without --continue-from."""
+    asked = further(tiny, tmp_path, "second", first, training={"save_steps": 1})
+    break_off(asked, 3, monkeypatch)
+    with pytest.raises(UserError, match=r"has changed: continue was {.*} and is None"):
+        run(asked | {"continue_": {}}, resume=True)
+
+
+def test_an_adapter_whose_state_is_gone_is_not_trained_on(
+    first: Path, tiny: Tiny, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(first, copy)
+    shutil.rmtree(copy / "checkpoints")
+    with pytest.raises(UserError, match=r"trained.safetensors is gone: put it back, or use how"):
+        run(further(tiny, tmp_path, "second", copy, "same"))

@@ -138,7 +138,10 @@ def test_the_divergence_is_smaller_with_it(tiny: Tiny, text: Path, tmp_path: Pat
         assert record["state"] == "done"
     assert found[200] < 0.7 * found[0]
     lines = (tmp_path / "200" / "run" / "metrics.jsonl").read_text().splitlines()
-    assert any("kept_kl" in json.loads(line) for line in lines)
+    logged = [one for one in map(json.loads, lines) if "loss" in one]
+    assert len(logged) == 20
+    assert all("kept_kl" in one for one in logged)  # also where the interference is measured
+    assert any("interference_max" in one for one in logged)
 
 
 @pytest.mark.slow

@@ -1,9 +1,11 @@
 """A whole run on tiny models: the run folder, the invariants in it, and resuming."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,11 @@ from safetensors.torch import load_file
 from tiny_run import result_hashes, run, settings, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import milora.pretrained
 from milora.artefacts import export_run
 from milora.data import IGNORED, encode
 from milora.errors import UserError
-from milora.files import sha256
+from milora.files import locked, sha256
 from milora.generation import answer_loss
 from milora.logits import Pair
 from milora.rows import read_rows, split_rows
@@ -292,6 +295,22 @@ def test_one_process_at_a_run(tiny: Tiny, tmp_path: Path) -> None:
     assert not (tmp_path / ".run.lock").exists()
 
 
+def test_a_run_that_began_and_ended_meanwhile_is_not_taken_over(
+    finished: Path, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the check of the folder and its lock."""
+    arguments = settings(tiny("llama"), tmp_path, seed=7)
+
+    def locked_late(path: Path, error: Exception) -> AbstractContextManager[None]:
+        shutil.copytree(finished, tmp_path / "run")
+        return locked(path, error)
+
+    monkeypatch.setattr("milora.train.locked", locked_late)
+    with pytest.raises(UserError, match="already holds another run"):
+        run(arguments)
+    assert json.loads((tmp_path / "run/run.json").read_text())["seed"] == 0
+
+
 def test_early_stopping_keeps_the_best(tiny: Tiny, tmp_path: Path) -> None:
     training = {"learning_rate": 0.3, "max_steps": 40, "save_steps": 1, "eval_steps": 1}
     run(settings(tiny("llama"), tmp_path, early_stopping_patience=2, training=training))
@@ -302,6 +321,7 @@ def test_early_stopping_keeps_the_best(tiny: Tiny, tmp_path: Path) -> None:
     kept = load_file(tmp_path / f"run/checkpoints/checkpoint-{best}/trained.safetensors")
     final = load_file(tmp_path / "run/checkpoints/trained.safetensors")
     assert all(torch.equal(final[name], kept[name]) for name in final)
+    assert json.loads((tmp_path / "run/run.json").read_text())["result_step"] == best
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tiny: Tiny, tmp_path: Path) -> None:
@@ -333,6 +353,12 @@ def test_resume_goes_on_where_the_run_stood(
         run(arguments)
     with pytest.raises(UserError, match="configuration has changed: seed was 0 and is 1"):
         run(arguments | {"seed": 1}, resume=True)
+    stored = tmp_path / "run/config.yaml"
+    before = stored.read_text()
+    stored.write_text(before + "tokenizer: {eos_token: </s>}\n")  # and now it is left out
+    with pytest.raises(UserError, match=r"has changed: tokenizer was {.*} and is None"):
+        run(arguments, resume=True)
+    stored.write_text(before)
 
     def no_svd(*args: object, **kwargs: object) -> None:
         raise AssertionError("decomposed again")
@@ -484,3 +510,20 @@ def test_lengths_that_the_model_cannot_take_are_refused(tiny: Tiny, tmp_path: Pa
     with pytest.raises(UserError, match=r"rows.jsonl, line 1: the question and max_new_tokens"):
         run(settings(tiny("gpt2"), tmp_path, evaluate=tasks))
     assert not (tmp_path / "run").exists()
+
+
+def test_auto_is_what_it_was_when_the_run_is_resumed(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On another machine it may mean another dtype, and so another base."""
+    arguments = settings(tiny("llama"), tmp_path, dtype="auto")
+    run(arguments)
+    (tmp_path / "run/evaluation.json").unlink()
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    real = milora.pretrained.dtype_of
+    monkeypatch.setattr(
+        milora.pretrained, "dtype_of", lambda n: real("bfloat16" if n == "auto" else n)
+    )
+    record = run(arguments, resume=True)
+    assert record["base"]["dtype"] == "float32"
+    assert record["base"]["unchanged"]

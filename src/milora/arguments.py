@@ -98,6 +98,14 @@ def training_arguments(
     }
     if patience:
         values |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
+    for what in ("save", "eval"):
+        if training.get(f"{what}_steps") is None:
+            continue
+        values[f"{what}_strategy"] = "steps"
+        if training.get(f"{what}_strategy") == "epoch":
+            raise UserError(
+                f"training.{what}_steps does nothing with {what}_strategy: epoch: leave one out"
+            )
     values |= training
     values |= {
         "output_dir": str(run / "checkpoints"),

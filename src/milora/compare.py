@@ -255,7 +255,7 @@ def trained(settings: Config, progress: Progress) -> Outcome:
     folder = Path(settings.output_dir)
     record = train(**settings.model_dump(), resume=folder.exists(), progress=progress)
     return {
-        "held_out_loss": held_out_loss(folder),
+        "held_out_loss": held_out_loss(folder, record.get("result_step")),
         "trained_parameters": record["parameters"]["trainable"],
         "seconds": record["seconds"],
         "versions": record["versions"],
@@ -269,13 +269,17 @@ def trained(settings: Config, progress: Progress) -> Outcome:
     }
 
 
-def held_out_loss(folder: Path) -> float:
-    """The last of a run, from its metrics.jsonl; raises UserError where there is none."""
+def held_out_loss(folder: Path, step: int | None = None) -> float:
+    """Of the state that a run's result is of, at `step`: the last until then of metrics.jsonl.
+
+    The first of all where it was measured later only; UserError where there is none.
+    """
     lines = read_lines(folder / "metrics.jsonl")
-    held: list[float] = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    held = [(line["step"], float(line["eval_loss"])) for line in lines if "eval_loss" in line]
     if not held:
         raise UserError(f"{folder} has no held-out loss: its training.eval_strategy never came up")
-    return held[-1]
+    until = [loss for at, loss in held if step is None or at <= step]
+    return until[-1] if until else held[0][1]
 
 
 def rows_right(samples: Path) -> dict[str, str]:

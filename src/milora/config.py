@@ -120,6 +120,7 @@ class Energy(Strict):
 
 
 Number = Annotated[int, Field(ge=0)]
+Text = Annotated[str, Field(min_length=1)]
 
 
 class Interference(Strict):
@@ -150,7 +151,7 @@ class Milora(Strict):
     protect: Number | Energy | Tasks | dict[str, Number | Energy] = 0
     interference: Interference = Interference()
     start: Literal["published", "directions", "balanced"] | None = None
-    text: str | list[str] | None = "sampled"
+    text: Text | Annotated[list[Text], Field(min_length=1)] = "sampled"
     protect_inputs: int | None = Field(default=None, ge=0)
     keep: KeepText | None = None
 
@@ -284,11 +285,6 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{path}: milora.interference.stop needs milora.interference.limit")
     if watch.limit is not None and not watch.top and config.milora.protect == 0:
         raise UserError(f"{path}: milora.interference.limit needs top above 0 to measure by")
-    if (config.milora.keep or config.milora.protect_inputs) and not config.milora.text:
-        raise UserError(
-            f"{path}: milora.keep and milora.protect_inputs need milora.text: sampled, or a file "
-            "that evaluate.knowledge does not have"
-        )
     if config.continue_.run is None and config.continue_ != Continue():
         raise UserError(
             f"{path}: continue.run is missing: name the run to continue, or leave the block out"
@@ -302,6 +298,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 FORMS = {
     "milora.protect": "a whole number of at least 0, {energy: 0.5}, one of these by pattern of "
     "names, or {tasks: all}",
+    "milora.text": "sampled, or text files that evaluate.knowledge does not have",
     "milora.rank": "{energy: 0.001} or {parameters: 2000000}; one rank for all is lora.r",
     "quantization": "nf4, int8, or keys of BitsAndBytesConfig such as {load_in_4bit: true}",
 }

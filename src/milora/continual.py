@@ -28,6 +28,7 @@ from milora.export import PlainLora, exact_rank, load_plain_lora
 from milora.files import sha256, write_bytes
 from milora.lineage import Link, chain, check_unchanged, continues, current, read_link
 from milora.logits import logits_of, step0_bound
+from milora.loop import STATE
 from milora.matrices import Weights, matrix_in, skeleton_of
 from milora.rows import Row, read_rows, split_rows
 from milora.verify import find_adapter, why_whole
@@ -131,11 +132,19 @@ def _check_same(link: Link, asked: Mapping[str, Any]) -> None:
     pairs += [
         (f"milora.{key}", there["milora"].get(key), here["milora"].get(key)) for key in SAME_MILORA
     ]
+    watched = [one["milora"]["interference"]["top"] for one in (there, here)]
+    pairs.append(("milora.interference.top", *watched))
     for key, before, now in pairs:
         if before != now:
             raise UserError(
                 f"continue.how: same trains the adapter of {link.run} on, whose {key} is "
                 f"{before!r}, and here it is {now!r}: use the same, or how: fold"
+            )
+    for file in (link.run / "checkpoints" / STATE, link.run / "init" / "factors.safetensors"):
+        if not file.exists():
+            raise UserError(
+                f"continue.how: same trains the adapter of {link.run} on, and {file} is gone: put "
+                "it back, or use how: fold"
             )
     if cut := link.record["adapter"].get("cut"):
         raise UserError(

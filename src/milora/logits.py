@@ -22,8 +22,8 @@ def base_only(model: nn.Module) -> Iterator[None]:
     layers = (one for one in model.modules() if isinstance(one, BaseTunerLayer))
     was_on = any(not layer.disable_adapters for layer in layers)
     tuner: Any = model.base_model
-    tuner.disable_adapter_layers()
     try:
+        tuner.disable_adapter_layers()
         yield
     finally:
         if was_on:

@@ -235,7 +235,7 @@ class Watch(TrainerCallback):
                 handle.write(json.dumps(line) + "\n")
         total = worst(found)
         if self.trainer is not None:  # a log of its own would take the place of the loss
-            self.trainer.also = {f"interference_{k}": total[k] for k in ("max", "mean", "size")}
+            self.trainer.also |= {f"interference_{k}": total[k] for k in ("max", "mean", "size")}
         if self.limit is None or total["max"] <= self.limit:
             return
         if not self.warned:
@@ -259,7 +259,7 @@ class Reporter(TrainerCallback):
     def __init__(self, path: Path, checkpoint: Path | None, progress: Progress) -> None:
         self.path, self.progress = path, progress
         self.loss, self.tokens = math.nan, 0
-        self.step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+        self.step = step_of(checkpoint) if checkpoint else 0
         self.began: float | None = None
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         # Steps after the checkpoint are done again; a last line may be cut by a kill.
@@ -409,6 +409,10 @@ def has_ended(checkpoint: Path) -> bool:
     """Whether training ended, by its last step or by early stopping, when this was written."""
     state = read_json(checkpoint / "trainer_state.json")
     return bool(state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"])
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def best_or_last(checkpoint: Path, arguments: TrainingArguments) -> Path:

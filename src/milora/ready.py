@@ -80,14 +80,17 @@ def check(
     model, method, dtype, seed = (asked[key] for key in ("model", "method", "dtype", "seed"))
     lora, milora, quantization = (asked[key] for key in ("lora", "milora", "quantization"))
     run = Path(asked["output_dir"])
-    resumed = _check_folder(run, asked, resume, processes.number)
+    resumed = check_folder(run, asked, resume, processes.number)
     if resume and not resumed:
         progress.say(f"--resume: {run} holds no run yet, so that it begins")
-    lora_config: LoraConfig | None = None
-    if method != "full":
-        lora_config = targeting.lora_config(lora)
-    elif milora["rank"]:
-        raise UserError("milora.rank: full fine-tuning has no rank: use an adapter")
+    lora_config: LoraConfig | None = targeting.lora_config(lora)
+    if method == "full":
+        lora_config = None
+        for key, there in (
+            ("rank", milora["rank"]), ("interference.limit", milora["interference"]["limit"]),
+        ):  # fmt: skip
+            if there is not None:
+                raise UserError(f"milora.{key}: full fine-tuning has no factors: use an adapter")
     protect, apart = parts_of(milora["protect"])
     check_protect(protect, method)
     earlier = open_earlier(asked, run, resumed, apart)
@@ -101,6 +104,8 @@ def check(
         _check_sharded(asked, arguments, processes.sharded)
     if (method == "full" or lora.get("modules_to_save")) and dtype == "auto":
         dtype = "float32"  # most steps of a small rate round to nothing in 16 bit
+    if dtype == "auto" and resumed:
+        dtype = resumed["base"]["dtype"]  # of where it began: another machine may mean another
     set_seed(seed)
     if not torch.cuda.is_available():
         give_back_freed()
@@ -241,7 +246,7 @@ def _check_sharded(
             )
 
 
-def _check_folder(
+def check_folder(
     run: Path, asked: Mapping[str, Any], resume: bool, processes: int
 ) -> dict[str, Any]:
     """run.json of the run to resume, or {} for a new one."""
@@ -263,7 +268,7 @@ def _check_folder(
     stored = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     differ = [
         said
-        for key in asked
+        for key in dict.fromkeys([*asked, *stored])  # one that is left out has changed too
         if key != "output_dir"
         for said in _differences(key, _of_any_number(stored, key), _of_any_number(asked, key))
     ]
@@ -322,7 +327,7 @@ def _check_general(milora: Mapping[str, Any], method: str, progress: Progress) -
         raise UserError(
             f"milora.start is {milora['start']}, which method {method} does not have: leave it out"
         )
-    if milora["text"] not in (None, SAMPLED) and not asked and milora["protect_inputs"] == 0:
+    if milora["text"] != SAMPLED and not asked and milora["protect_inputs"] == 0:
         progress.say("milora.text is not used: set milora.keep or milora.protect_inputs")
 
 

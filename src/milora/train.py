@@ -72,6 +72,7 @@ from milora.loop import (
     last_complete_checkpoint,
     load_state,
     save_state,
+    step_of,
 )
 from milora.material import data_record
 from milora.matrices import Weights, adapted_matrices
@@ -91,7 +92,7 @@ from milora.protect import (
     top_vectors,
     used_by_tasks,
 )
-from milora.ready import Ready, check, rows_per_step
+from milora.ready import Ready, check, check_folder, rows_per_step
 from milora.recommended import as_before
 from milora.result import (
     export_merged,
@@ -182,6 +183,8 @@ def train(
         with processes.agree():
             if processes.main:
                 stack.enter_context(locked(own.with_name(f".{own.name}.lock"), twice))
+                if check_folder(run, asked, resume, processes.number) != ready.resumed:
+                    raise twice  # it was, since the folder was checked
         return _run(ready, processes, progress)
 
 
@@ -198,9 +201,9 @@ def _run(ready: Ready, processes: Processes, progress: Progress) -> dict[str, An
     collate = collator_for(ready.material.base.reader, ready.material.base.model)
     final = run / "checkpoints" / STATE
     if not final.exists():
-        stopped, seconds = _fit(ready, begun, collate, processes, progress)
+        ended, seconds = _fit(ready, begun, collate, processes, progress)
         if processes.main:  # before the state, which says that training is over
-            record |= {"peak_memory_bytes": peak_memory()} | stopped
+            record |= {"peak_memory_bytes": peak_memory()} | ended
             record["seconds"]["training"] = seconds
             write_json(run / "run.json", record)
         save_state(final, live, write=processes.main)
@@ -273,6 +276,7 @@ def _begin(ready: Ready, processes: Processes, progress: Progress) -> Begun:
             **({"reads": "pictures"} if base.processor else {}),
         },
         "versions": versions(),
+        "seed": seed,
         "data": data_record(material),
         "parameters": {
             "trainable": sum(p.numel() for p in live.parameters() if p.requires_grad),
@@ -449,15 +453,16 @@ def _finish(ready: Ready, begun: Begun, progress: Progress) -> dict[str, Any]:
 def _fit(
     ready: Ready, begun: Begun, collate: Collate, processes: Processes, progress: Progress
 ) -> tuple[dict[str, Any], float]:
-    """Train, or go on from the last checkpoint; returns where the interference stopped the run,
-    and the seconds that training took.
+    """Train, or go on from the last checkpoint; returns the step whose state is the result and
+    where the interference stopped the run, for run.json, and the seconds that training took.
     """
     asked, run, arguments, live = ready.asked, ready.run, ready.arguments, begun.live
     checkpoint = last_complete_checkpoint(run / "checkpoints")
     reporter = Reporter(run / "metrics.jsonl", checkpoint, progress)
     if checkpoint and has_ended(checkpoint):  # the Trainer would do one step more
-        load_state(best_or_last(checkpoint, arguments) / STATE, live)
-        return {}, reporter.seconds
+        good = best_or_last(checkpoint, arguments)
+        load_state(good / STATE, live)
+        return {"result_step": step_of(good)}, reporter.seconds
     matrices = adapted_matrices(live) if isinstance(live, PeftModel) else {}
     watch, keep = None, None
     callbacks: list[TrainerCallback] = [reporter]
@@ -502,17 +507,19 @@ def _fit(
     # Under bf16 or fp16 accelerate leaves autocast around forward; what follows is without.
     trainer.accelerator.unwrap_model(live, keep_fp32_wrapper=False)
     if not watch or not watch.passed:
-        return {}, seconds
-    good = last_complete_checkpoint(run / "checkpoints")
-    if good is None:
+        best = trainer.state.best_global_step if arguments.load_best_model_at_end else None
+        return {"result_step": best or trainer.state.global_step}, seconds
+    reached = last_complete_checkpoint(run / "checkpoints")
+    if reached is None:
         raise UserError(
             f"the interference passed milora.interference.limit ({watch.limit:g}) at step "
             f"{watch.passed}, before there was a checkpoint to go back to: use a lower "
             "training.learning_rate, milora.protect, or a higher limit, and a new output_dir"
         )
-    progress.say(f"stopped at step {watch.passed}; the result is that of {good.name}")
-    load_state(good / STATE, live)
-    return {"stopped": {"step": watch.passed, "interference_limit": watch.limit}}, seconds
+    progress.say(f"stopped at step {watch.passed}; the result is that of {reached.name}")
+    load_state(reached / STATE, live)
+    stopped = {"step": watch.passed, "interference_limit": watch.limit}
+    return {"stopped": stopped, "result_step": step_of(reached)}, seconds
 
 
 class StepZero(TrainerCallback):
