@@ -18,6 +18,7 @@ from tiny_run import result_hashes, run, settings, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import milora.pretrained
+import milora.preview
 from milora.artefacts import export_run
 from milora.data import IGNORED, encode
 from milora.errors import UserError
@@ -461,6 +462,28 @@ def test_chat_answers_from_both(finished: Path) -> None:
     assert said == list(
         replies(Pair(opened.model), opened.base.tokenizer, ["1 + 1 =", "2 + 2 ="], 4)
     )
+
+
+def test_a_dry_run_counts_all_that_is_decomposed(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[str] = []
+    real = milora.preview.components
+
+    def noting(weight: Any, rank: int, component: Any) -> Any:
+        taken.append(component)
+        return real(weight, rank, component)
+
+    monkeypatch.setattr(milora.preview, "components", noting)
+    for method, top, wanted in (
+        ("milora", 16, ["minor"] * 4 + ["principal"]), ("milora", 0, ["minor"] * 4),
+        ("lora", 16, ["principal"]), ("lora", 0, []),
+    ):  # fmt: skip
+        taken.clear()
+        asked = settings(tiny("llama"), tmp_path, method=method)
+        asked["milora"] |= {"interference": asked["milora"]["interference"] | {"top": top}}
+        assert (run(asked, dry_run=True)["decomposition_seconds"] > 0) == bool(wanted)
+        assert taken == wanted
 
 
 def test_a_dry_run_writes_nothing_and_shows_what_is_trained(tiny: Tiny, tmp_path: Path) -> None:

@@ -80,6 +80,8 @@ def plan(
             memory_by_kind["directions"] = beside
         if method in adapter.COMPONENT:
             decompose = decomposition_time(matrices, adapter.COMPONENT[method])
+        if milora["protect"] or milora["interference"]["top"]:
+            decompose += largest_time(matrices)
     else:
         train_in_full(base.model)
     size = arguments.per_device_train_batch_size
@@ -223,6 +225,19 @@ def decomposition_time(matrices: Mapping[str, Matrix], component: Component) -> 
         components(weight, rank, component)
         total += len(same) * (time.monotonic() - began)
     return total
+
+
+def largest_time(matrices: Mapping[str, Matrix]) -> float:
+    """Seconds for the largest components of all weights, by that of the smallest: as m n²."""
+
+    def work(matrix: Matrix) -> int:
+        m, n = sorted(matrix.shape)
+        return m**2 * n
+
+    smallest = min(matrices.values(), key=work)
+    began = time.monotonic()
+    components(smallest.weight, 1, "principal")
+    return (time.monotonic() - began) * sum(map(work, matrices.values())) / work(smallest)
 
 
 def sample(base: Pretrained, example: Mapping[str, list[Any]]) -> list[tuple[str, bool]]:
