@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from milora.card import model_card, scores_table
+from milora.card import model_card, scores_table, serving
 
 RECORD: dict[str, Any] = {
     "method": "milora",
@@ -50,6 +50,11 @@ def test_the_card_says_what_a_user_must_know() -> None:
         "0.0123", "20.00 | 20.50", "1,234 trained parameters of 56,789", "licence: mit", "2.0e-07",
     ):  # fmt: skip
         assert wanted in card, wanted
+    for rank, there in ((512, False), (1024, True)):
+        commands = "\n".join(serving(rank))
+        assert "--max-lora-rank 512 " in commands
+        assert ("export this/folder --rank 512 --out small" in commands) == there
+        assert ("tuned=small" in commands) == there
     head = yaml.safe_load(card.split("---\n")[1])
     assert head["base_model"] == "org/base"
     assert head["license"] == "mit"

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from milora.adapter import Factors
+from milora.artefacts import export_run
 from milora.cli import app
 from milora.combine import combined, shared
 from milora.errors import UserError
@@ -162,6 +163,9 @@ def test_what_cannot_be_combined_is_refused(runs: list[Path], tiny: Tiny, tmp_pa
     assert "one number for each of the 2" in said(one, two, "--weights", "1,2,3", *out)
     assert "--density 1.5: a share between 0 and 1" in said(one, two, "--density", "1.5", *out)
     assert "exists already" in said(one, two, "--out", str(tmp_path))
+    export_run(runs[0], tmp_path / "merged", "merged")
+    merged = str(tmp_path / "merged")
+    assert "holds milora merged weights 1, not an adapter" in said(one, merged, *out)
     short: dict[str, Any] = {
         "lora": {"r": 4, "target_modules": ["q_proj", "down_proj"]},
         "training": {"max_steps": 1}, "evaluate": {"tasks": []},

@@ -170,6 +170,25 @@ def test_a_base_given_as_gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         for path in (given, tmp_path / "from-gguf-merged" / "model.gguf")
     )
     assert one == other
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    tokenizer.eos_token, tokenizer.chat_template = "Z", "own {{ messages }}"
+    tokenizer.save_pretrained(adapter)
+    export(adapter, tmp_path / "own", "gguf-merged", base=str(given))
+    fields = GGUFReader(tmp_path / "own" / "model.gguf").fields
+    assert fields["tokenizer.ggml.eos_token_id"].contents() == tokenizer.eos_token_id != 1
+    assert fields["tokenizer.chat_template"].contents() == "own {{ messages }}"
+
+
+def test_several_chat_templates(tmp_path: Path) -> None:
+    base = base_of(tmp_path / "base", "llama")
+    adapter = make_adapter(tmp_path / "adapter", base, "llama")
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(adapter)
+    export(adapter, tmp_path / "gguf", "gguf-merged")
+    fields = GGUFReader(tmp_path / "gguf" / "model.gguf").fields
+    assert fields["tokenizer.chat_template"].contents() == "{{ messages }}"
+    assert fields["tokenizer.chat_template.tool_use"].contents() == "{{ tools }}"
 
 
 @pytest.mark.slow

@@ -178,6 +178,32 @@ def test_a_run_in_fp32_on_a_checkpoint_in_bf16(tmp_path: Path) -> None:
     assert config["dtype"] == "bfloat16"
 
 
+def test_a_weight_that_is_kept_in_fp32_in_a_model_of_fp16(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "t5", torch.float16)
+    adapter = make_adapter(tmp_path / "adapter", base, "t5")
+    assert "float16" in export(adapter, tmp_path / "merged")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_probes_are_judged_by_what_the_dtype_lets_them_move(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    base = make_base(tmp_path / "base", "llama", dtype)
+    adapter = make_adapter(tmp_path / "adapter", base, "llama")
+    written = (adapter / "milora.json").read_text()
+
+    def failed(off: float, tokens: slice) -> list[str]:
+        about = json.loads(written)
+        for probe in about["probes"]:
+            probe["tuned"][tokens] = [value + off for value in probe["tuned"][tokens]]
+        write_json(adapter / "milora.json", about)
+        return [check.name for check in verify(adapter) if not check.holds]
+
+    sixteen = dtype == torch.bfloat16
+    assert failed(0.15, slice(1)) == ([] if sixteen else ["probes, tuned"])  # a single one
+    assert failed(0.15, slice(None)) == ["probes, tuned"]
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made")
@@ -361,6 +387,12 @@ def test_what_else_lies_in_the_folders(pair: tuple[Path, Path], tmp_path: Path) 
     export(adapter, tmp_path / "merged")
     names = {path.name for path in (tmp_path / "merged").iterdir()}
     assert not names & {".cache", "notes", "rust_model.ot", "64.tflite"}
+    several = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    tokenizer.chat_template = several
+    tokenizer.save_pretrained(adapter)
+    export(adapter, tmp_path / "with-tools")
+    assert AutoTokenizer.from_pretrained(tmp_path / "with-tools").chat_template == several
     (adapter / "README.md").unlink()
     export(adapter, tmp_path / "small", "lora", smaller=Smaller(rank=2))
     assert "Approximation" in (tmp_path / "small" / "README.md").read_text()
@@ -381,6 +413,10 @@ def test_damaged_adapters(pair: tuple[Path, Path], tmp_path: Path) -> None:
     file.unlink()
     with pytest.raises(UserError, match=r"adapter_model.safetensors cannot be read"):
         verify(adapter)
+    (adapter / "adapter_config.json").unlink()
+    for asked in (lambda: verify(adapter), lambda: export(adapter, tmp_path / "merged")):
+        with pytest.raises(UserError, match=r"has no adapter_config.json: put the file as"):
+            asked()
     (adapter / "milora.json").write_text('{"format": ')
     with pytest.raises(UserError, match=r"milora.json is damaged"):
         verify(adapter)

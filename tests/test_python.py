@@ -267,3 +267,23 @@ def test_several_processes_must_share_a_text(load: Load, monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     with pytest.raises(UserError, match="give texts"):
         hold_inputs(model, make_tokenizer())
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"init_lora_weights": "pissa"}, {"use_dora": True}, {"bias": "lora_only"},
+     {"lora_bias": True}],
+)  # fmt: skip
+@pytest.mark.parametrize("method", ["milora", "lora"])
+def test_what_no_plain_lora_holds_is_refused(
+    method: str, option: dict[str, Any], load: Load
+) -> None:
+    with pytest.raises(UserError, match=f"{next(iter(option))}=.* is not supported, since the"):
+        get_milora_model(load("llama"), LoraConfig(**CONFIG | option), method)
+
+
+def test_it_is_saved_as_peft_saves(load: Load, tmp_path: Path) -> None:
+    options = {"use_rslora": True, "rank_pattern": {"v_proj": 2}, "lora_dropout": 0.1}
+    model = get_milora_model(load("llama"), LoraConfig(**CONFIG | options))
+    model.save_pretrained(save_directory=str(tmp_path / "result"))
+    assert (tmp_path / "result" / "adapter_model.safetensors").exists()

@@ -221,15 +221,20 @@ def _quantised(base: Mapping[str, Any]) -> Iterator[str]:
 
 def serving(rank: int) -> list[str]:
     """How to serve an adapter of `rank`, and to see that it is served."""
+    most, served, cut = SERVER_RANKS[-1], "this/folder", []
+    if rank > most:
+        served = "small"
+        cut = [f"milora export this/folder --rank {most} --out small  # vLLM takes no more"]
     return [
         "## Serve it",
         "",
         "vLLM; the adapter is a model of its own there, called `tuned`:",
         "",
         "```",
+        *cut,
         "vllm serve path/of/the/base --enable-lora "
-        f"--max-lora-rank {server_rank(rank)} --lora-modules tuned=this/folder",
-        "milora verify this/folder --server http://localhost:8000 --model tuned",
+        f"--max-lora-rank {server_rank(rank)} --lora-modules tuned={served}",
+        f"milora verify {served} --server http://localhost:8000 --model tuned",
         "```",
         "",
         "llama.cpp, on a GGUF of the base (`--to gguf-merged` gives one file that needs no base):",
@@ -485,8 +490,8 @@ def scores_table(evaluation: Mapping[str, Any]) -> list[str]:
 
 
 def server_rank(rank: int) -> int:
-    """The least --max-lora-rank of a server that takes an adapter of `rank`."""
-    return next((r for r in SERVER_RANKS if r >= rank), rank)
+    """The least --max-lora-rank of a server that takes an adapter of `rank`, or the largest."""
+    return next((r for r in SERVER_RANKS if r >= rank), SERVER_RANKS[-1])
 
 
 def harmless(text: Any) -> str:

@@ -31,6 +31,7 @@ from milora.export import (
 )
 from milora.files import new_folder, read_json, sha256, write_json, write_text
 from milora.matrices import skeleton_of
+from milora.pretrained import opened
 from milora.progress import Progress
 from milora.spectra import interference, span
 from milora.svd import components
@@ -142,10 +143,15 @@ def combine(
     _check(runs, out, how, weights, density)
     folders = [find_adapter(run) for run in runs]
     stored = [read_json(folder / "milora.json") for folder in folders]
-    digests = [sha256(folder / ADAPTER_FILE) for folder in folders]
+    digests = []
+    for run, folder, one in zip(runs, folders, stored, strict=True):
+        if one["format"] != ADAPTER:
+            raise UserError(f"{run} holds {one['format']}, not an adapter: name its run")
+        with opened(folder / ADAPTER_FILE):
+            digests.append(sha256(folder / ADAPTER_FILE))
     _check_alike(runs, stored, digests)
-    opened = open_adapter(folders[0], base, trust_remote_code)
-    model = take_off(opened.model)
+    first_one = open_adapter(folders[0], base, trust_remote_code)
+    model = take_off(first_one.model)
     updates = [load_plain_lora(folder, skeleton_of(model)).factors for folder in folders]
     common = []
     for i, one in enumerate(updates):
@@ -160,7 +166,7 @@ def combine(
             )
     plain = combined(updates, how, weights, density, rank, seed)
     first = max((one["step0"] for one in stored), key=lambda each: each["difference"])
-    record: dict[str, Any] = opened.provenance | {
+    record: dict[str, Any] = first_one.provenance | {
         "method": f"{how} of {len(runs)} adapters",
         "step0": first,
         "weights_sha256": _joined(stored, "weights_sha256"),
@@ -181,9 +187,9 @@ def combine(
         record.pop(key, None)
     with new_folder(out) as folder:
         copy_tokenizer(folders[0], folder)
-        record["rank"] = save_plain_lora(folder, plain, model, opened.base.name)
+        record["rank"] = save_plain_lora(folder, plain, model, first_one.base.name)
         loaded = PeftModel.from_pretrained(model, folder).eval()
-        record["probes"] = make_probes(loaded, opened.base.reader)
+        record["probes"] = make_probes(loaded, first_one.base.reader)
         write_json(folder / "milora.json", record)
         write_text(folder / "README.md", combined_card(record))
     said = f"{out}: plain LoRA of rank {record['rank']}, {how} of {len(runs)} adapters"
@@ -227,8 +233,6 @@ def _check_alike(
                     f"{run} continues {other}, whose update is part of its own: the two together "
                     f"would have it twice; {run} is what they make"
                 )
-        if one["format"] != ADAPTER:
-            raise UserError(f"{run} holds {one['format']}, not an adapter: name its run")
         if one.get("labels"):
             raise UserError(f"{run} is a classifier, and of two heads nothing is made: train one")
         if one["base"]["sha256"] != stored[0]["base"]["sha256"]:

@@ -45,6 +45,7 @@ from milora.matrices import (
 )
 from milora.pretrained import opened, task_of
 from milora.quantised import is_packed, linear_shape
+from milora.targeting import check_plain
 
 ADAPTER_FILE = "adapter_model.safetensors"
 OWN = ("adapter_config.json", ADAPTER_FILE, "milora.json", "README.md")
@@ -286,8 +287,12 @@ def target_names(there: Collection[str], adapted: Collection[str], words: int = 
 def copy_tokenizer(source: Path, folder: Path) -> None:
     """Of an adapter what is no weight and no record: tokenizer and chat template."""
     for file in source.iterdir():
-        if file.is_file() and file.name not in OWN and not file.name.startswith("."):
+        if file.name in OWN or file.name.startswith("."):
+            continue
+        if file.is_file():
             shutil.copyfile(file, folder / file.name)
+        elif file.name == "additional_chat_templates":
+            shutil.copytree(file, folder / file.name, dirs_exist_ok=True)
 
 
 def merge(
@@ -331,7 +336,11 @@ def get_milora_model(
     loads with stock PEFT and is a result, not a state to train on from: for runs that can be
     interrupted and resumed there is `milora train`. On a quantised model the factors come from the
     full-precision checkpoint `factors_from`, by default the one that it was loaded from.
+
+    Raises UserError as add_adapter does, and for an option of `config` that no plain LoRA on an
+    untouched base holds.
     """
+    check_plain(config)
     if method in COMPONENT and any(linear_shape(m) and is_packed(m) for m in model.modules()):
         name = factors_from or str(model.name_or_path)
         options["weights"] = full_weights(open_checkpoint(name), name)
@@ -363,9 +372,9 @@ def _load_another(live: Any, model_id: Any, adapter_name: str, *args: Any, **kwa
 
 
 def _save_plain(
-    live: Any, folder: str | Path, *_: Any, is_main_process: bool = True, **__: Any
+    live: Any, save_directory: str | Path, *_: Any, is_main_process: bool = True, **__: Any
 ) -> None:
     plain = plain_lora(live.start, trained_factors(live), in_full=head_of(live))
     if not is_main_process:  # what is shared out takes all of them to read
         return
-    save_plain_lora(Path(folder), plain, live, str(live.base_model.model.name_or_path))
+    save_plain_lora(Path(save_directory), plain, live, str(live.base_model.model.name_or_path))

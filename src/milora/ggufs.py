@@ -133,7 +133,7 @@ def write_model(
     names = get_tensor_name_map(arch, config.num_hidden_layers)
     writer = GGUFWriter(path, MODEL_ARCH_NAMES[arch])
     if original:
-        others = _copy_fields(writer, original)
+        others = _copy_fields(writer, original, tokenizer)
     else:
         _describe(writer, config, name)
         _describe_tokenizer(writer, tokenizer, config.vocab_size)
@@ -211,13 +211,27 @@ def _left_out(tensor: str, config: Any) -> bool:
     return tied or tensor.endswith("rotary_emb.inv_freq")
 
 
-def _copy_fields(writer: GGUFWriter, original: Path) -> dict[str, Any]:
-    """What a GGUF says of model and tokenizer; returns those tensors that no weight becomes."""
+def _copy_fields(
+    writer: GGUFWriter, original: Path, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    """What a GGUF says of model and tokenizer; returns those tensors that no weight becomes.
+
+    Chat template and end of text are those that the run was trained with.
+    """
+    own = []
+    if tokenizer.chat_template:
+        _add_templates(writer, tokenizer)
+        own.append("tokenizer.chat_template")
+    if tokenizer.eos_token_id is not None:
+        writer.add_eos_token_id(tokenizer.eos_token_id)
+        own.append("tokenizer.ggml.eos_token_id")
     reader = GGUFReader(original)
     for field in reader.fields.values():
         if field.name.startswith("GGUF.") or field.name in (
             "general.architecture", "general.file_type", "general.quantization_version"
         ):  # fmt: skip
+            continue
+        if field.name.startswith(tuple(own)):
             continue
         kind = field.types[0]
         inner = field.types[-1] if kind == GGUFValueType.ARRAY else None
@@ -339,7 +353,14 @@ def _describe_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, 
     writer.add_add_bos_token(plain[0] == tokenizer.bos_token_id)
     writer.add_add_eos_token(plain[-1] == tokenizer.eos_token_id)
     if tokenizer.chat_template:
-        writer.add_chat_template(tokenizer.chat_template)
+        _add_templates(writer, tokenizer)
+
+
+def _add_templates(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase) -> None:
+    found: Any = tokenizer.chat_template
+    several = isinstance(found, dict)
+    named = [{"name": k, "template": v} for k, v in found.items()] if several else found
+    writer.add_chat_template(named)
 
 
 def _split(pre: Mapping[str, Any] | None) -> str:

@@ -38,6 +38,13 @@ LORA_OPTIONS = {
 INSTEAD = {"trainable_token_indices": "name the tokens in tokenizer.tokens"}
 
 
+# What of it says nothing of the result; rows of tokens are refused where they would train.
+ABOUT = {
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path",
+    "revision", "inference_mode", "fan_in_fan_out", "runtime_config", "trainable_token_indices",
+}  # fmt: skip
+
+
 class Target(NamedTuple):
     """A weight that an adapter goes on."""
 
@@ -97,6 +104,19 @@ def lora_config(
             "lora.target_parameters, so it must be 0"
         )
     return config
+
+
+def check_plain(config: LoraConfig) -> None:
+    """Raise UserError for an option whose result is no plain LoRA on the untouched base."""
+    usual = LoraConfig()
+    for key in inspect.signature(LoraConfig).parameters:
+        value = getattr(config, key, None)
+        if key in LORA_OPTIONS or key in ABOUT or value == getattr(usual, key, None):
+            continue
+        raise UserError(
+            f"LoraConfig: {key}={value!r} is not supported, since the result must be a plain LoRA "
+            f"on the untouched base; supported: {', '.join(sorted(LORA_OPTIONS))}"
+        )
 
 
 def _check_patterns(config: LoraConfig) -> None:

@@ -46,7 +46,9 @@ PROBES = (
 )
 SCALES = (0.5, 2, 4)  # at which a server may have the update by mistake
 LOOKED_AT = f"{MARK}What is in the picture?"  # the probe of a model that reads them
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}  # of a log-probability, in nats
+# Of a log-probability, in nats: in fp32 of the worst, in 16 bit of the mean, since another kernel
+# or machine moves single ones by as much as a tenth.
+TOLERANCE = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.1}
 
 
 NOTHING: Mapping[str, Tensor] = MappingProxyType({})
@@ -88,6 +90,9 @@ def find_adapter(path: Path) -> Path:
     if not (folder / "milora.json").is_file():
         what = "a finished run" if path.is_dir() else "there"
         raise UserError(f"{path} is not {what}: it has no adapter/ made by milora")
+    is_adapter = read_json(folder / "milora.json").get("format") == ADAPTER
+    if is_adapter and not (folder / "adapter_config.json").is_file():
+        raise UserError(f"{folder} has no adapter_config.json: put the file as written back")
     return folder
 
 
@@ -270,13 +275,14 @@ def verify(path: Path, base: str | None = None, trust_remote_code: bool = False)
     if stored["format"] == MERGED:
         if base:
             raise UserError(f"{folder} holds merged weights, which need no --base: leave it out")
-        dtype = stored["rounding"]["dtype"]
-        merged = load_pretrained(str(folder), dtype, trust_remote_code)
-        return [_probes(merged.model, merged.reader, stored["probes"], "tuned", TOLERANCE[dtype])]
+        written = stored["rounding"]["dtype"].replace("float64", "float32")
+        merged = load_pretrained(str(folder), written, trust_remote_code)
+        dtype = max(written, stored["base"]["dtype"], key=lambda one: TOLERANCE[one])
+        return [_probes(merged.model, merged.reader, stored["probes"], "tuned", dtype)]
     opened = open_adapter(path, base, trust_remote_code)
     config: Any = opened.model.peft_config["default"]
     first = stored["step0"]
-    bound = TOLERANCE[stored["base"]["dtype"]]
+    dtype = stored["base"]["dtype"]
     count = len(stored["weights_sha256"])
     scale = stored.get("approximation", {}).get("scale", 1.0)
     plain = config.r == stored["rank"] and scale_of(config) == scale
@@ -296,20 +302,24 @@ def verify(path: Path, base: str | None = None, trust_remote_code: bool = False)
         checks.append(Check("head", head == stored.get("head_sha256"), detail))
     if not head:
         with base_only(opened.model):
-            found = _probes(opened.model, opened.base.reader, stored["probes"], "base", bound)
+            found = _probes(opened.model, opened.base.reader, stored["probes"], "base", dtype)
         checks.append(found)
-    checks.append(_probes(opened.model, opened.base.reader, stored["probes"], "tuned", bound))
+    checks.append(_probes(opened.model, opened.base.reader, stored["probes"], "tuned", dtype))
     return checks
 
 
 def _probes(
-    model: nn.Module, reader: Reader, probes: list[dict[str, Any]], state: str, bound: float
+    model: nn.Module, reader: Reader, probes: list[dict[str, Any]], state: str, dtype: str
 ) -> Check:
     off = []
     for probe in probes:
         seen = _seen(probe["text"], reader)
         found = first_token(model, probe["input_ids"], seen)[probe["tokens"]]
-        off.append((found - torch.tensor(probe[state])).abs().max())
-    worst = float(torch.stack(off).max())  # NaN where one is, which Python's max would lose
-    said = f"log-probabilities off by at most {worst:.1e}, bound {bound}"
-    return Check(f"probes, {state}", worst <= bound, said)
+        off.append((found - torch.tensor(probe[state])).abs())
+    every = torch.cat(off)
+    worst, mean = float(every.max()), float(every.mean())  # NaN where one is
+    bound, said = TOLERANCE[dtype], f"log-probabilities off by at most {worst:.1e}, bound "
+    if dtype == "float32":
+        return Check(f"probes, {state}", worst <= bound, f"{said}{bound}")
+    said = f"log-probabilities off by {mean:.1e} on average, bound {bound} (at most {worst:.1e})"
+    return Check(f"probes, {state}", mean <= bound, said)
