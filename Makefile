@@ -26,10 +26,10 @@ check: setup
 	$(BIN)/pytest tests/test_structure.py
 
 test: setup
-	$(BIN)/pytest -n 2 --dist loadfile -m "slow or not slow"
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "slow or not slow"
 
 test-fast: setup
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 format: setup
 	$(BIN)/ruff format .

@@ -35,7 +35,7 @@ settings.register_profile("ci", max_examples=200, deadline=None, derandomize=Tru
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 # Files that take minutes go first: a file is one worker's, and the others would wait at the end.
-LONG = ("test_real_model.py", "test_processes.py", "test_gemma.py", "test_kill.py")
+LONG = ("test_processes.py", "test_gemma.py", "test_real_model.py", "test_kill.py", "test_train.py")
 
 
 def pytest_unconfigure() -> None:
@@ -44,7 +44,8 @@ def pytest_unconfigure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.name not in LONG)
+    places = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONG)))
 
 
 SHARED_DATA = Path(

@@ -178,6 +178,7 @@ def test_a_server_that_cannot_be_asked(pair: tuple[Path, Path], tmp_path: Path) 
     for probe in about["probes"]:
         del probe["scaled"]
     (tmp_path / "milora.json").write_text(json.dumps(about))
+    (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match="no probes for servers: write it anew"):
         verify_server(tmp_path, "http://127.0.0.1:1")
 
