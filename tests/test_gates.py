@@ -24,6 +24,8 @@ EVALUATION: dict[str, Any] = {
         "mail": {"base": {"accuracy": 0.5, "loss": None}, "tuned": {"accuracy": 0.6, "loss": None}},
         "arc.easy": {"base": {"metrics": {"acc,none": 0.25}},
                      "tuned": {"metrics": {"acc,none": 0.5}}},
+        "gsm": {state: {"metrics": {"exact_match,strict-match": 0.2, "exact_match,flexible": 0.4}}
+                for state in ("base", "tuned")},
     },
     "knowledge": [
         {"text": "build/w.txt", "kl": 0.01, "base_perplexity": 20.0, "tuned_perplexity": 21.0},
@@ -43,6 +45,9 @@ RECORD = {"interference": {"max": 0.02, "mean": 0.01}}
         ("mail.accuracy >= base * 1.5", False, "the bound is 0.75"),
         ("mail.accuracy >= base - 1e-1", True, "the bound is 0.4"),
         ("arc.easy.acc >= base + .25", True, "it is 0.5, the bound is 0.5"),
+        ("gsm.exact_match >= base", True, "it is 0.2, the bound is 0.2"),
+        ("gsm.exact_match,strict-match<base-0.1", False, "it is 0.2, the bound is 0.1"),
+        ("gsm.exact_match,flexible >= 0.3", True, "it is 0.4"),
         ("knowledge.kl <= 0.02", False, "it is 0.03, the bound is 0.02"),
         ("knowledge.w.kl <= 0.02", True, "it is 0.01"),
         ("knowledge.kl <= base + 0.05", True, "it is 0.03, the bound is 0.05"),

@@ -33,7 +33,7 @@ COMBINE: dict[str, Callable[[float, float], float]] = {
 }  # fmt: skip
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 _GATE = re.compile(
-    rf"\s*(?P<measure>\S+)\.(?P<key>[\w,]+)\s*(?P<relation>>=|<=|>|<)\s*"
+    rf"\s*(?P<measure>\S+)\.(?P<key>[\w,-]+)\s*(?P<relation>>=|<=|>|<)\s*"
     rf"(?:(?P<number>{_NUMBER})|base(?:\s*(?P<sign>[-+*])\s*(?P<by>{_NUMBER}))?)\s*"
 )
 
@@ -151,8 +151,9 @@ def _measured(
         return []
     states = []
     for state in ("tuned", "base"):
-        metrics = {key.partition(",")[0]: v for key, v in task[state].get("metrics", {}).items()}
-        states.append({**metrics, **task[state].get("metrics", {}), **task[state]})
+        metrics = task[state].get("metrics", {})  # of the harness, as METRIC,FILTER: the first
+        bare = {key.partition(",")[0]: value for key, value in reversed(metrics.items())}
+        states.append({**bare, **metrics, **task[state]})
     tuned, base = states
     return [(tuned[gate.key], base.get(gate.key))] if gate.key in tuned else []
 
