@@ -391,17 +391,17 @@ def last_complete_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that is whole. trainer_state.json is the last file to be written."""
     found = []
     for path in folder.glob("checkpoint-*"):
-        step = path.name.rpartition("-")[2]
         # DeepSpeed has a folder in place of the optimizer's file, and names it last.
         optimizer = "latest" if (path / "latest").exists() else "optimizer.pt"
         needed = (STATE, optimizer, "scheduler.pt")
         try:
-            last = read_json(path / "trainer_state.json")["global_step"] == int(step)
+            step = step_of(path)
+            last = read_json(path / "trainer_state.json")["global_step"] == step
         except (OSError, ValueError, KeyError):
             continue
         names = [*(path / name for name in needed), *path.glob("rng_state*.pth")]
         if last and len(names) > len(needed) and all(name.exists() for name in names):
-            found.append((int(step), path))
+            found.append((step, path))
     return max(found)[1] if found else None
 
 

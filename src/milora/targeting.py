@@ -37,8 +37,7 @@ LORA_OPTIONS = {
 # Others that a user may look for, and what does it here.
 INSTEAD = {"trainable_token_indices": "name the tokens in tokenizer.tokens"}
 
-
-# What of it says nothing of the result; rows of tokens are refused where they would train.
+# What of LoraConfig says nothing of the result; rows of tokens are refused where they would train.
 ABOUT = {
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path",
     "revision", "inference_mode", "fan_in_fan_out", "runtime_config", "trainable_token_indices",

@@ -317,9 +317,9 @@ def _probes(
         found = first_token(model, probe["input_ids"], seen)[probe["tokens"]]
         off.append((found - torch.tensor(probe[state])).abs())
     every = torch.cat(off)
-    worst, mean = float(every.max()), float(every.mean())  # NaN where one is
-    bound, said = TOLERANCE[dtype], f"log-probabilities off by at most {worst:.1e}, bound "
+    worst, mean, bound = float(every.max()), float(every.mean()), TOLERANCE[dtype]  # or NaN
     if dtype == "float32":
-        return Check(f"probes, {state}", worst <= bound, f"{said}{bound}")
-    said = f"log-probabilities off by {mean:.1e} on average, bound {bound} (at most {worst:.1e})"
-    return Check(f"probes, {state}", mean <= bound, said)
+        off_by, said = worst, f"at most {worst:.1e}, bound {bound}"
+    else:
+        off_by, said = mean, f"{mean:.1e} on average, bound {bound} (at most {worst:.1e})"
+    return Check(f"probes, {state}", off_by <= bound, f"log-probabilities off by {said}")
