@@ -350,6 +350,13 @@ def test_rows_are_paired() -> None:
     assert low <= float((first - second).mean()) <= high
     assert high - low < 0.05
     assert bootstrap(torch.zeros(50, dtype=torch.float64)) == (0.0, 0.0)
+    # Sums of thirds that should be zero are 1e-18, which would be beyond chance.
+    generator = torch.Generator().manual_seed(94)
+    chances = torch.tensor([0.02, 0.03, 0.07, 0.86, 0.01, 0.01])
+    drawn = 3 - torch.multinomial(chances, 200, replacement=True, generator=generator)
+    low, high = bootstrap(torch.tensor([x / 3 for x in drawn.tolist()], dtype=torch.float64))
+    assert low == 0
+    assert high > 0.05
     spread = math.sqrt(0.25 / 1000)
     low, high = bootstrap((torch.arange(1000) % 2).double())
     assert high - low == pytest.approx(2 * 1.96 * spread, rel=0.1)
@@ -360,7 +367,14 @@ def test_rows_are_paired() -> None:
     [
         ({"evaluate": {"tasks": []}}, ["lora"], [0], [1e-3], "name some under evaluate.tasks"),
         ({"training": {"eval_strategy": "no"}}, ["lora"], [0], [1e-3], "eval_strategy is no"),
-        ({}, ["lora", "milora:lora.r=2"], [0], [1e-3], "scale is not equal"),
+        (
+            {},
+            ["lora", "milora:lora.r=2"],
+            [0],
+            [1e-3],
+            "scale of their updates, which must be equal",
+        ),
+        ({}, ["lora", "milora:lora.use_rslora=true"], [0], [1e-3], "use_rslora True"),
         ({}, ["lora"], [0, 0], [1e-3], "--seeds: each must be given once"),
         ({}, ["lora"], [0], [], "--learning-rates: each must be given once, and one at least"),
         ({}, ["lora"], [0], [1e-3, -1.0], "--learning-rates: -1: a number above 0 is needed"),
@@ -380,9 +394,27 @@ def test_what_cannot_be_compared(
         run(config, names, seeds, rates)
 
 
+def test_full_and_an_adapter_of_16_bit_bases_are_not_compared(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(milora.compare, "dtype_of", lambda name: torch.bfloat16)
+    values = yaml.safe_load(config.read_text())
+    config.write_text(yaml.safe_dump(values | {"dtype": "auto"}))
+    with pytest.raises(UserError, match="set dtype: float32"):
+        run(config, ["lora", "full"], [0], [1e-3])
+
+
 def test_arms() -> None:
     assert parse_arm("lora:a=1:b=2") == Arm("lora:a=1:b=2", ["method=lora", "a=1", "b=2"])
-    for text, said in (("dora", "'dora' is none of"), ("lora:x", "'x' is not key=value")):
+    for text, said in (
+        ("dora", "'dora' is none of"), ("lora:x", "'x' is not key=value"),
+        ("lora:method=pissa", "method is the same for all arms"),
+        ("lora:lora.r=4:seed=7", "seed is the same"),
+        ("lora:training.learning_rate=0.5", "training.learning_rate is the same"),
+        ("lora:output_dir=x", "output_dir is the same"), ("lora:model=x", "model is the same"),
+        ("lora:data.eval=0.5", "data.eval is the same"),
+        ("lora:evaluate.chunks=1", "evaluate.chunks is the same"),
+    ):  # fmt: skip
         with pytest.raises(UserError, match=said):
             parse_arm(text)
 

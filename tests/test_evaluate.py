@@ -243,6 +243,8 @@ def test_loading_tasks(tmp_path: Path) -> None:
             load_task({"file": str(path), "match": "json"})
     with pytest.raises(UserError, match=r"none.jsonl does not exist"):
         load_task(str(tmp_path / "none.jsonl"))
+    with pytest.raises(UserError, match=r"for a task of lm-evaluation-harness write harness:gsm8k"):
+        load_task("gsm8k")
     path.write_text('{"prompt": "a", "completion": " "}\n')
     with pytest.raises(UserError, match=r"line 1: the reference answer is empty, which every"):
         load_task({"file": str(path), "match": "contains"})

@@ -212,12 +212,14 @@ def test_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_dry_run_refuses_more_inputs_than_can_be_spared(
-    tiny: Tiny, text: Path, tmp_path: Path
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_more_inputs_than_can_be_spared_are_refused_before_decomposing(
+    tiny: Tiny, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], dry_run: bool
 ) -> None:
     held = {"text": str(text), "protect_inputs": 30}
     with pytest.raises(UserError, match="at most 28"):
-        run(settings(tiny("llama"), tmp_path, milora=held), dry_run=True)
+        run(settings(tiny("llama"), tmp_path, milora=held), dry_run=dry_run)
+    assert "decomposing" not in capsys.readouterr().err
 
 
 def test_a_text_that_nothing_uses_is_said(

@@ -10,9 +10,10 @@ import torch
 from accelerate import Accelerator
 from conftest import make_tokenizer
 from datasets import Dataset
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import (
+    LlamaForSequenceClassification,
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedModel,
@@ -22,8 +23,9 @@ from transformers import (
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from milora import get_milora_model, hold_inputs
-from milora.adapter import ANCHOR
+from milora.adapter import ANCHOR, decay
 from milora.errors import UserError
+from milora.matrices import adapted_matrices
 
 Load = Callable[..., PreTrainedModel]
 CONFIG: dict[str, Any] = {
@@ -187,8 +189,106 @@ def test_switches_of_peft_leave_the_anchor_alone(
     loaded = PeftModel.from_pretrained(load("llama"), tmp_path)
     torch.testing.assert_close(loaded(**batch).logits, other(**batch).logits, atol=1e-4, rtol=0)
     assert torch.equal(model(**batch).logits, wanted)
+    with pytest.raises(UserError, match="'default' alone can be merged"):
+        model.merge_and_unload(adapter_names=["other"])
     merged = model.merge_and_unload()
     torch.testing.assert_close(merged(**batch).logits, load("llama")(**batch).logits)
+
+
+@pytest.mark.parametrize("begin", ["published", "balanced"])
+def test_what_is_merged_is_rounded_once(begin: str, load: Load) -> None:
+    base = load("llama", torch.bfloat16)
+    model = get_milora_model(load("llama", torch.bfloat16), LoraConfig(**CONFIG), begin=begin)
+    at_once = get_milora_model(load("llama", torch.bfloat16), LoraConfig(**CONFIG), begin=begin)
+    name = "model.layers.0.mlp.up_proj"
+    weight = base.get_submodule(name).weight
+    assert torch.equal(at_once.merge_and_unload().get_submodule(name).weight, weight)
+    matrix = adapted_matrices(model)[name]
+    with torch.no_grad():
+        torch.manual_seed(0)
+        for factor in matrix.factors("default"):
+            factor += 0.02 * torch.randn_like(factor)
+        (A, B), (A0, B0) = matrix.factors("default"), model.start.factors[name]  # type: ignore[union-attr]
+        wanted = weight.double() + B.double() @ A.double() - B0.double() @ A0.double()
+    merged = model.merge_and_unload(safe_merge=True).get_submodule(name).weight
+    assert torch.equal(merged, wanted.to(torch.bfloat16))
+    assert not torch.equal(merged, weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_cast_model_saves_what_it_is(
+    dtype: torch.dtype, load: Load, tmp_path: Path, batch: dict[str, torch.Tensor]
+) -> None:
+    """The anchor is rounded with the rest, so that the start cancels still."""
+    model = get_milora_model(load("llama"), LoraConfig(**CONFIG)).to(dtype)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    for name in adapted_matrices(model):
+        A = tensors[f"base_model.model.{name}.lora_A.weight"].double()
+        B = tensors[f"base_model.model.{name}.lora_B.weight"].double()
+        assert float((B @ A).norm()) < 1e-12
+
+
+def test_the_start_is_the_base_where_only_what_trains_is_cast(
+    load: Load, batch: dict[str, torch.Tensor]
+) -> None:
+    """As TRL's trainers cast it on a quantised base."""
+    base = load("llama")
+    model = get_milora_model(load("llama"), LoraConfig(**CONFIG))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits, base(**batch).logits)
+
+
+@pytest.mark.parametrize("rank", [4, 8])
+def test_another_adapter_is_a_lora_by_itself(
+    rank: int, load: Load, tmp_path: Path, batch: dict[str, torch.Tensor]
+) -> None:
+    torch.manual_seed(0)
+    other = get_peft_model(load("llama"), LoraConfig(**CONFIG | {"r": rank, "lora_alpha": 2}))
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(0.1 * torch.randn_like(parameter))
+    other.save_pretrained(tmp_path / "other")
+    model = get_milora_model(load("llama"), LoraConfig(**CONFIG), begin="published")
+    before = model(**batch).logits
+    model.load_adapter(str(tmp_path / "other"), "other")
+    model.set_adapter("other", inference_mode=True)
+    assert not [n for n, p in model.named_parameters() if p.requires_grad]
+    torch.testing.assert_close(model(**batch).logits, other(**batch).logits)
+    model.add_adapter("fresh", LoraConfig(**CONFIG))
+    model.set_adapter("fresh")
+    torch.testing.assert_close(model(**batch).logits, load("llama")(**batch).logits)
+    with pytest.raises(UserError, match=r"selected_adapters=.* is the result of 'default'"):
+        model.save_pretrained(tmp_path / "x", selected_adapters=["other"])
+    model.set_adapter("default")
+    assert torch.equal(model(**batch).logits, before)
+    with pytest.raises(UserError, match="adapter_names: a batch of several"):
+        model.eval()(**batch, adapter_names=["default"] * len(batch["input_ids"]))
+
+
+def test_seeds_of_the_caller_stay(load: Load) -> None:
+    drawn = set()
+    for seed in (1, 2):
+        base = load("llama")
+        torch.manual_seed(seed)
+        get_milora_model(base, LoraConfig(**CONFIG), "lora")
+        drawn.add(float(torch.rand(())))
+    assert len(drawn) == 2
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "said"),
+    [("mica", {}, "'mica' is none of milora,"), ("full", {}, "'full' is none of"),
+     ("milora", {"begin": "blanced"}, "'blanced' is none of published,"),
+     ("lora", {"begin": "balanced"}, "lora starts as PEFT does")],
+)  # fmt: skip
+def test_unknown_ways_to_start(method: str, options: dict[str, Any], said: str, load: Load) -> None:
+    with pytest.raises(UserError, match=said):
+        get_milora_model(load("llama"), LoraConfig(**CONFIG), method, **options)
 
 
 def test_a_model_with_an_adapter_is_refused(load: Load) -> None:
@@ -280,6 +380,37 @@ def test_what_no_plain_lora_holds_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=f"{next(iter(option))}=.* is not supported, since the"):
         get_milora_model(load("llama"), LoraConfig(**CONFIG | option), method)
+
+
+def test_inputs_are_held_before_anything_else(load: Load, tmp_path: Path) -> None:
+    tokenizer, texts = make_tokenizer(), ["A short text. "] * 100
+    model = get_milora_model(load("llama"), LoraConfig(**CONFIG))
+    with pytest.raises(UserError, match="count is 0: 1 at least"):
+        hold_inputs(model, tokenizer, texts, 0)
+    one = hold_inputs(copy.deepcopy(model), tokenizer, "\n\n".join(texts), 5)
+    for name, held in hold_inputs(copy.deepcopy(model), tokenizer, texts, 5).holds.items():
+        assert torch.equal(held.Vh, one.holds[name].Vh)
+    dpo_trainer(model, tmp_path)
+    with pytest.raises(UserError, match="before a trainer is made that keeps a copy"):
+        hold_inputs(model, tokenizer, texts)
+    for method in ("milora", "lora"):
+        trained = get_milora_model(load("llama"), LoraConfig(**CONFIG), method)
+        own_loop(trained, tmp_path)
+        with pytest.raises(UserError, match="call it before the first step"):
+            hold_inputs(trained, tokenizer, texts)
+        if method == "lora":
+            with pytest.raises(UserError, match="use the optimizer's weight_decay"):
+                decay(adapted_matrices(trained), 0.1)
+
+
+def test_models_that_write_no_text_hold_inputs_of_a_given_one(load: Load) -> None:
+    config = LoraConfig(**CONFIG | {"task_type": "SEQ_CLS"})
+    of = load("llama").config
+    of.num_labels, of.pad_token_id = 3, 1
+    model = get_milora_model(LlamaForSequenceClassification(of), config)
+    with pytest.raises(UserError, match="writes no text: give texts"):
+        hold_inputs(model, make_tokenizer())
+    assert hold_inputs(model, make_tokenizer(), ["A short text. "] * 100).holds
 
 
 def test_it_is_saved_as_peft_saves(load: Load, tmp_path: Path) -> None:

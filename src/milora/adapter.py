@@ -19,7 +19,7 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType, MethodType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -62,6 +62,7 @@ COMPONENT: dict[str, Component] = {
 }
 Begin = Literal["published", "directions", "balanced"]  # as initial_factors takes them
 FORMAT = "milora initial factors 1"
+COPIES = ("ref", "teacher")  # of what trains, as TRL's trainers name those that they keep
 
 
 class Factors(NamedTuple):
@@ -135,14 +136,21 @@ def add_adapter(
     of: the components are those of W + dW, the hashes those of W. With `keep_apart` they are those
     of W + dW outside of what dW reads and writes.
 
-    Raises UserError, before any decomposition, for targets that match nothing, embeddings, a tied
-    output head, a rank that a weight does not allow, NaN weights, a `start` of another base, or a
-    packed weight without `weights`.
+    Raises UserError, before any decomposition, for an unknown method or `begin`, targets that match
+    nothing, embeddings, a tied output head, a rank that a weight does not allow, NaN weights, a
+    `start` of another base, or a packed weight without `weights`.
     """
-    torch.manual_seed(seed)  # PEFT draws A from the global generator
+    if method not in (*COMPONENT, "lora"):
+        raise UserError(f"method {method!r} is none of {', '.join((*COMPONENT, 'lora'))}")
+    if begin not in get_args(Begin):
+        raise UserError(f"begin {begin!r} is none of {', '.join(get_args(Begin))}")
+    if method == "lora" and begin != "published":
+        raise UserError(f"begin={begin!r} is of methods with an anchor: lora starts as PEFT does")
     check_trainable(model)
     keep_packing(model)
-    peft_model = inject(model, config)
+    with torch.random.fork_rng(devices=[]):  # PEFT draws A from the global generator
+        torch.default_generator.manual_seed(seed)
+        peft_model = inject(model, config)
     matrices = adapted_matrices(peft_model, weights)
     if previous:
         _add_previous(peft_model, config, previous)
@@ -227,9 +235,14 @@ def decay(matrices: Mapping[str, Matrix], share: float) -> None:
     """A <- A - share (A - A0), B <- B - share (B - B0): weight decay that shrinks dW.
 
     Decay to zero shrinks B A, and with it the minor component that A and B start as: it would take
-    that out of the model. Where A = A0 and B = B0 they stay so, to the last bit.
+    that out of the model. Where A = A0 and B = B0 they stay so, to the last bit. Raises UserError
+    for method lora.
     """
     for matrix in matrices.values():
+        if ANCHOR not in matrix.layer.lora_A:
+            raise UserError(
+                "decay: method lora has no start to decay towards: use the optimizer's weight_decay"
+            )
         A, B = matrix.factors(TRAINED)
         A0, minus_B0 = matrix.factors(ANCHOR)
         A.lerp_(A0, share)
@@ -322,9 +335,9 @@ def _start(
             factors[name] = _kept(*matrix.factors(TRAINED))
             continue
         progress(name, done, len(matrices))
-        weight = matrix.effective
+        effective = weight = matrix.effective
         if keep_apart and PREVIOUS in matrix.layer.lora_A:
-            weight = apart(weight, *span(*matrix.factors(PREVIOUS)))
+            weight = apart(effective, *span(*matrix.factors(PREVIOUS)))
         drawn = module_seed(seed, name)
         found = components_of_parts(
             weight, matrix.parts, matrix.rank(TRAINED), COMPONENT[method], drawn, decompose
@@ -332,8 +345,8 @@ def _start(
         factors[name] = initial_factors(found, scaling[name], begin)
         spectra[name] = {
             "shape": list(weight.shape),
-            "spectral_norm_at_least": found.norm,
-            "frobenius_norm": float(torch.linalg.norm(weight.double())),
+            "spectral_norm_at_least": found.norm if weight is effective else None,
+            "frobenius_norm": float(torch.linalg.norm(effective.double())),
             "component_norm": float(found.S.norm()),
             "singular_values": found.S.tolist(),
             "zero": int(found.zero.sum()),
@@ -344,11 +357,12 @@ def _start(
 
 
 def _set_adapter(model: PeftModel, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-    """PEFT's, and the anchor with whichever it is, since none of them is right without."""
+    """PEFT's, and the anchor with what trains and copies of it; any other is a LoRA by itself."""
     type(model).set_adapter(model, adapter_name, *args, **kwargs)
-    tuner: Any = model.base_model
-    frozen = [name for name in (ANCHOR, PREVIOUS) if name in model.peft_config]
-    tuner.set_adapter([adapter_name, *frozen])
+    if adapter_name in (TRAINED, *COPIES):
+        tuner: Any = model.base_model
+        frozen = [name for name in (ANCHOR, PREVIOUS) if name in model.peft_config]
+        tuner.set_adapter([adapter_name, *frozen], *args, **kwargs)
 
 
 def _refuse_bare_pair(*args: Any, **kwargs: Any) -> None:

@@ -37,6 +37,8 @@ def stacked(
     The differences are taken before the cast to `dtype`, that of the products: bfloat16 rounds
     the update by about 2^-8 of itself.
     """
+    # TRL casts what trains on a quantised base to bfloat16: the start is then A0 and B0 so rounded.
+    A0, minus_B0 = A0.to(A.dtype), minus_B0.to(B.dtype)
     with torch.autocast(A.device.type, enabled=False):  # which knows no cat of some dtypes
         wide = torch.cat((B + minus_B0, -minus_B0), -1)
         wide = wide if scaling == 1 else wide * scaling

@@ -33,6 +33,14 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     With an update of earlier runs W x + dW' x in place of W x, summed as PEFT sums it, so that step
     0 is to the last bit what their adapter gives.
     """
+    if kwargs.get("adapter_names"):
+        raise UserError(
+            "adapter_names: a batch of several adapters is for plain LoRAs: save_pretrained, and "
+            "load what it wrote into the base"
+        )
+    if ANCHOR not in layer.active_adapters and not layer.disable_adapters:
+        alone: Tensor = type(layer).forward(layer, x, *args, **kwargs)  # PEFT's
+        return alone
     result: Tensor = layer.base_layer(x, *args, **kwargs)
     if layer.disable_adapters or layer.merged:
         return result

@@ -1,8 +1,8 @@
 """What models have answered, kept, so that no question is put to the same model twice.
 
 A second evaluation computes only what is new; the base's answers serve every run on that base. An
-answer is found by a hash of the model's weights, its tokenizer and template, the versions that
-compute, and the question; verdicts are not kept, since graders may change.
+answer is found by a hash of the model's weights and configuration, its tokenizer and template, the
+versions that compute, and the question; verdicts are not kept, since graders may change.
 """
 
 import hashlib
@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from milora.files import cache_folder, folder_of, read_json, write_json
 from milora.fingerprints import base_sha256, tensor_sha256
@@ -78,13 +79,27 @@ def in_pieces(
 def who_answers(model: nn.Module, reader: Reader) -> str:
     """A hash of all that decides what the model answers with its adapter off."""
     parameter, tokenizer = next(model.parameters()), tokenizer_of(reader)
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    settings = inner.config.to_dict()
+    for key in ("_name_or_path", "transformers_version", "use_cache"):  # where it lies, what trains
+        settings.pop(key, None)
+    ends = getattr(getattr(inner, "generation_config", None), "eos_token_id", None)
     parts = [
         base_sha256(model), str(parameter.dtype), parameter.device.type,
+        json.dumps(settings, sort_keys=True, default=str), str(ends), _spelling(tokenizer),
         str(getattr(reader, "chat_template", None)), len(tokenizer), type(tokenizer).__name__,
         str(tokenizer.eos_token), str(getattr(reader, "image_processor", None)),
         *(version(package) for package in ("milora", "torch", "transformers", "peft")),
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _spelling(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of how the tokenizer turns text into tokens, whatever it was last asked to pad."""
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    whole = json.loads(fast.to_str()) if fast else {"vocab": tokenizer.get_vocab()}
+    lasting = {key: whole[key] for key in whole if key not in ("padding", "truncation")}
+    return hashlib.sha256(json.dumps(lasting, sort_keys=True).encode()).hexdigest()
 
 
 def with_adapter(who: str, model: nn.Module) -> str:

@@ -30,6 +30,7 @@ from milora.errors import DivergedError, UserError
 from milora.files import read_json, read_lines, write_json, write_text
 from milora.fronts import matched
 from milora.pages import standalone
+from milora.pretrained import dtype_of
 from milora.progress import Progress
 from milora.train import train
 
@@ -39,6 +40,12 @@ WIDEN_AT_MOST = 4  # rates that are added to those given, for each arm
 Outcome = dict[str, Any]
 Outcomes = dict[tuple[str, float, int], Outcome]  # by arm, learning rate and seed
 Make = Callable[[Config, Progress], Outcome]  # does a run; raises DivergedError
+
+
+# What an arm cannot have of its own, for it to be comparable with the others.
+SAME_FOR_ALL = (
+    "method", "seed", "output_dir", "training.learning_rate", "model", "data", "evaluate"
+)  # fmt: skip
 
 
 class Arm(NamedTuple):
@@ -56,8 +63,14 @@ def parse_arm(text: str) -> Arm:
     if method not in METHODS:
         raise UserError(f"--methods: {method!r} is none of {', '.join(METHODS)}")
     for other in others:
-        if "=" not in other:
+        key, is_pair, _ = other.partition("=")
+        if not is_pair:
             raise UserError(f"--methods: {text!r}: {other!r} is not key=value")
+        if key in SAME_FOR_ALL or key.partition(".")[0] in SAME_FOR_ALL:
+            raise UserError(
+                f"--methods: {text!r}: {key} is the same for all arms, or the comparison's to "
+                "choose: set it in the configuration, by --seeds or by --learning-rates"
+            )
     return Arm(text, [f"method={method}", *others])
 
 
@@ -215,14 +228,29 @@ def _check(settings: Sequence[Config]) -> None:
             raise UserError("compare chooses rates by held-out loss: training.eval_strategy is no")
         if not one.evaluate.tasks:
             raise UserError("compare reports on test tasks: name some under evaluate.tasks")
-    scale = {
-        (str(one.lora.r), str(one.lora.lora_alpha)) for one in settings if one.method != "full"
-    }
+    scale = {_scale(one) for one in settings if one.method != "full"}
     if len(scale) > 1:
         raise UserError(
-            "the arms differ in lora.r or lora.lora_alpha, so that their scale is not equal: "
-            f"{sorted(scale)}"
+            "the arms differ in the scale of their updates, which must be equal: "
+            f"{' and '.join(sorted(scale))}"
         )
+    in_full = {
+        one.method == "full" or bool(one.lora.model_dump().get("modules_to_save"))
+        for one in settings
+    }
+    rounded = dtype_of("auto") != torch.float32
+    if len(in_full) > 1 and rounded and any(one.dtype == "auto" for one in settings):
+        raise UserError(
+            "dtype: auto loads what trains in full in fp32 and the base of an adapter in 16 bits "
+            "where the device has them: for the same base in all arms set dtype: float32"
+        )
+
+
+def _scale(settings: Config) -> str:
+    lora = settings.lora.model_dump()
+    others = [key for key in ("use_rslora", "alpha_pattern") if lora.get(key)]
+    keys = ["r", "lora_alpha", *others]
+    return ", ".join(f"lora.{key} {lora[key]}" for key in keys)
 
 
 def _outcome(settings: Config, make: Make, progress: Progress) -> Outcome:
@@ -335,7 +363,10 @@ def summary(outcomes: Outcomes, seeds: Sequence[int]) -> dict[str, Any]:
             **_over_seeds(of_chosen[arm]),
         }  # fmt: skip
     if len(arms) > 1 and (equal := _at_equal_score(outcomes, arms, seeds, chosen[arms[0]])):
-        result["equal_score"] = {"reference": arms[0], "rate": chosen[arms[0]], "tasks": equal}
+        counts = {arm: len(_whole(outcomes, arm, seeds)) for arm in arms}
+        result["equal_score"] = {
+            "reference": arms[0], "rate": chosen[arms[0]], "tasks": equal, "rates": counts
+        }  # fmt: skip
     result["notes"] = _notes(result)
     return result
 
@@ -512,8 +543,9 @@ def bootstrap(values: Tensor, draws: int = 10_000, seed: int = 0) -> tuple[float
         size = (min(1000, draws - first), len(values))
         means.append(values[torch.randint(len(values), size, generator=generator)].mean(1))
     limits = torch.tensor([0.025, 0.975], dtype=torch.float64)
-    low, high = torch.cat(means).double().quantile(limits).tolist()
-    return low, high
+    # A limit of zero, which differences of accuracies have, comes out of the sums as one of 1e-18.
+    low, high = torch.cat(means).double().quantile(limits).round(decimals=12).tolist()
+    return low + 0.0, high + 0.0
 
 
 def _notes(result: Mapping[str, Any]) -> list[str]:
@@ -528,6 +560,13 @@ def _notes(result: Mapping[str, Any]) -> list[str]:
                 f"{arm}: the chosen rate {found['learning_rate']:g} is at the edge of those tried, "
                 "so that a better one may lie outside (--widen looks there)"
             )
+    counts = result.get("equal_score", {}).get("rates", {})
+    if len(set(counts.values())) > 1:
+        listed = ", ".join(f"{arm} {count}" for arm, count in counts.items())
+        notes.append(
+            "at equal score every further rate that all seeds ran at is to an arm's advantage, and "
+            f"they do not have equally many: {listed}"
+        )
     if len(result["machines"]) > 1:
         listed = "; ".join(
             f"{count} with {machine}" for machine, count in result["machines"].items()

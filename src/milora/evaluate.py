@@ -101,7 +101,13 @@ def load_task(
         questions = read_questions(file, pictures)[:limit]
         asked = [(q.question, *q.options) for q in questions]
         return ChoiceTask(name, questions, options.get("prompt") or PROMPT, _again(asked))
-    read = read_rows(file, split="test", pictures=pictures)
+    try:
+        read = read_rows(file, split="test", pictures=pictures)
+    except UserError as error:
+        if Path(file).suffix or "/" in file or Path(file).exists():
+            raise
+        hint = f"for a task of lm-evaluation-harness write harness:{file}"
+        raise UserError(f"evaluate.tasks: {error}; {hint}") from error
     rows = read.rows[:limit]
     if read.format == "classification":
         _check_options(options, name, (), "rows with a label")

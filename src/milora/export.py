@@ -9,7 +9,7 @@ never from the live model, so that exporting cannot disturb a run.
 import copy
 import re
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, MethodType
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ from milora.adapter import (
     Start,
     add_adapter,
     head_of,
+    take_off,
     trained_factors,
     trained_rows,
 )
@@ -357,6 +358,7 @@ def get_milora_model(
     live.start = start  # type: ignore[assignment]
     live.save_pretrained = MethodType(_save_plain, live)  # type: ignore[method-assign]
     live.load_adapter = MethodType(_load_another, live)  # type: ignore[method-assign]
+    live.merge_and_unload = MethodType(_merge_plain, live)  # type: ignore[assignment]
     return live
 
 
@@ -372,9 +374,44 @@ def _load_another(live: Any, model_id: Any, adapter_name: str, *args: Any, **kwa
 
 
 def _save_plain(
-    live: Any, save_directory: str | Path, *_: Any, is_main_process: bool = True, **__: Any
-) -> None:
-    plain = plain_lora(live.start, trained_factors(live), in_full=head_of(live))
+    live: Any, save_directory: str | Path, *_: Any, is_main_process: bool = True,
+    selected_adapters: Sequence[str] | None = None, **__: Any,
+) -> None:  # fmt: skip
+    if selected_adapters not in (None, [TRAINED]):
+        raise UserError(
+            f"selected_adapters={selected_adapters}: what this model saves is the result of "
+            f"{TRAINED!r} alone"
+        )
+    plain = _plain_of(live)
     if not is_main_process:  # what is shared out takes all of them to read
         return
     save_plain_lora(Path(save_directory), plain, live, str(live.base_model.model.name_or_path))
+
+
+def _merge_plain(
+    live: Any, progressbar: bool = False, safe_merge: bool = False,
+    adapter_names: Sequence[str] | None = None,
+) -> PreTrainedModel:  # fmt: skip
+    """As PEFT's, which adds trained and frozen half one after the other and rounds each time."""
+    if adapter_names not in (None, [TRAINED]):
+        raise UserError(f"adapter_names={adapter_names}: {TRAINED!r} alone can be merged here")
+    if any(matrix.packed for matrix in adapted_matrices(live).values()):
+        merged: PreTrainedModel = live.base_model.merge_and_unload(progressbar, safe_merge)
+        return merged
+    plain = _plain_of(live)
+    if safe_merge and not all(x.isfinite().all() for pair in plain.factors.values() for x in pair):
+        raise ValueError("the trained factors hold NaN or infinite values")  # as PEFT's
+    base = take_off(live)
+    merge(base, plain)
+    return base
+
+
+def _plain_of(live: Any) -> PlainLora:
+    """With the initial factors as the model has them: to cast it rounds the anchor too."""
+    factors = {}
+    for name, matrix in adapted_matrices(live).items():
+        A, B = matrix.factors(TRAINED)
+        A0, B0 = live.start.factors[name]
+        factors[name] = Factors(A0.to(A.dtype).float(), B0.to(B.dtype).float())
+    start = live.start._replace(factors=factors)
+    return plain_lora(start, trained_factors(live), in_full=head_of(live))

@@ -26,8 +26,8 @@ from milora.adapter import Start, decay
 from milora.errors import UserError
 from milora.files import read_json, write_bytes, write_text
 from milora.keep import CALIBRATION, Keep, cut, input_directions, kept_loss, sampled
-from milora.matrices import TRAINED, Matrix, adapted_matrices
-from milora.pretrained import positions
+from milora.matrices import ANCHOR, TRAINED, Matrix, adapted_matrices
+from milora.pretrained import positions, task_of
 from milora.processes import like, put, whole
 from milora.progress import Progress
 from milora.protect import Held, Top, begin_outside, held, measure, project, worst
@@ -172,23 +172,44 @@ def hold_inputs(
     """`milora.protect_inputs` for a model of get_milora_model, before its first step.
 
     `count` directions in which general text enters each adapted weight, by default as `milora
-    train` chooses them, are kept out of the update. `texts` are that text; without them the base
-    writes it. Returns a callback of transformers' Trainer and of TRL's; in a loop of your own call
-    its `project()` after each step of the optimizer. Raises UserError as
-    milora.keep.input_directions does, and without texts where several processes train, which must
-    not each write their own.
+    train` chooses them, are kept out of the update. `texts` are that text, joined; without them the
+    base writes it. Returns a callback of transformers' Trainer and of TRL's; in a loop of your own
+    call its `project()` after each step of the optimizer. Raises UserError as
+    milora.keep.input_directions does, without texts where the model writes none or where several
+    processes train, which must not each write their own, and once the model has been trained or
+    a trainer has copied its start.
     """
+    texts, task = [texts] if isinstance(texts, str) else list(texts), task_of(model)
+    if task == "SEQ_2_SEQ_LM":
+        raise UserError("hold_inputs: it is not for encoder-decoders, which read no text alone")
+    if not texts and task != "CAUSAL_LM":
+        raise UserError("hold_inputs: this model writes no text: give texts")
     if not texts and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         raise UserError("hold_inputs: every process would write a text of its own: give texts")
     start: Start = model.start  # type: ignore[assignment]
     matrices, longest = adapted_matrices(model), positions(model)
-    pieces = cut(tokenizer, texts, longest, "hold_inputs: texts") if texts else []
-    pieces = pieces[:CALIBRATION] or sampled(model, tokenizer, CALIBRATION, longest)
+    if set(model.peft_config) - {TRAINED, ANCHOR} or not _at_start(matrices, start):
+        raise UserError(
+            "hold_inputs: call it before the first step, and before a trainer is made that keeps a "
+            "copy of the start: it moves the start out of what is held"
+        )
     if count is None:
         count = held_inputs(matrix.shape[1] for matrix in matrices.values())
+    if count < 1:
+        raise UserError(f"hold_inputs: count is {count}: 1 at least")
+    pieces = cut(tokenizer, ["\n\n".join(texts)], longest, "hold_inputs: texts") if texts else []
+    pieces = pieces[:CALIBRATION] or sampled(model, tokenizer, CALIBRATION, longest)
     holds = held(matrices, {}, input_directions(model, matrices, pieces, count))
     begin_outside(start, matrices, holds)
     return Hold(matrices, holds)
+
+
+def _at_start(matrices: Mapping[str, Matrix], start: Start) -> bool:
+    return all(
+        torch.equal(own, first.to(own))
+        for name, matrix in matrices.items()
+        for own, first in zip(matrix.factors(TRAINED), start.factors[name], strict=True)
+    )
 
 
 class Watch(TrainerCallback):

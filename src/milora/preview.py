@@ -17,7 +17,6 @@ from milora import adapter, costs
 from milora.data import IGNORED, Prepared
 from milora.errors import UserError
 from milora.forms import answers_apart, collator_for
-from milora.keep import check_inputs
 from milora.matrices import (
     TRAINED,
     Matrix,
@@ -72,8 +71,6 @@ def plan(
             base.model, lora_config, "lora", weights=weights
         )
         live, matrices = adapted, adapted_matrices(adapted, weights)
-        if milora["protect_inputs"]:
-            check_inputs(matrices, milora["protect_inputs"])
         covered = coverage(adapted)
         beside = directions(milora, _shapes(adapted), recommended=False)
         if memory_by_kind:

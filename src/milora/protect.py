@@ -333,7 +333,7 @@ def measure(
         if start.method != "lora":
             A0, B0 = (x.to(A.device) for x in start.factors[name])
             P, Q = torch.cat([P, -s * B0.double()], 1), torch.cat([Q, A0.double()])
-            if start.method == "milora" and B0.any():
+            if start.method == "milora" and B0.any(0).all():  # a column of zeros spans nothing
                 minor = directions(A0, B0)
         found[name] = interference(P, Q, top.U.to(A.device), top.Vh.to(A.device), top.norm, minor)
     return found

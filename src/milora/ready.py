@@ -1,6 +1,7 @@
 """A run that is known to be possible: everything that the user can get wrong, read and checked."""
 
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -16,11 +17,11 @@ from milora.continual import Earlier, check_material, folded, open_earlier, prev
 from milora.errors import UserError
 from milora.files import read_json
 from milora.gates import Gate, check_subjects, parse_gate
-from milora.keep import SAMPLED
+from milora.keep import SAMPLED, check_inputs
 from milora.lineage import Link, chain
 from milora.loop import STATE, last_complete_checkpoint
 from milora.material import Material, read_material
-from milora.matrices import Weights, is_suffix, matrix_in, skeleton_of
+from milora.matrices import Weights, adapted_matrices, is_suffix, matrix_in, skeleton_of
 from milora.pretrained import Pretrained, dtype_of, labels_of, task_of
 from milora.preview import size
 from milora.processes import Processes
@@ -168,6 +169,8 @@ def check(
             read = folded(base.model, weights, previous) if previous else weights
             options = with_ranks(lora, _ranks(base, names, ranked, start, read, progress))
         lora_config = targeting.lora_config(options, task, base.in_full)
+        if asked["milora"]["protect_inputs"]:  # before any decomposition
+            _check_inputs(base, lora_config, asked["milora"]["protect_inputs"])
     if lora_config is not None:
         whole = lora_config.modules_to_save or ()
         lora_config.trainable_token_indices = {
@@ -344,6 +347,12 @@ def _targets(base: Pretrained, lora: Mapping[str, Any]) -> dict[str, targeting.T
     """What the run adapts, before the model has an adapter."""
     config = targeting.lora_config({**lora, "r": 1}, task_of(base.model), base.in_full)
     return targeting.targets(skeleton_of(base.model), config)
+
+
+def _check_inputs(base: Pretrained, config: LoraConfig, count: int) -> None:
+    own = deepcopy(config)  # PEFT writes into it
+    shapes = adapter.without_values(skeleton_of(base.model), own, "lora")
+    check_inputs(adapted_matrices(shapes), count)
 
 
 def _ranks(
