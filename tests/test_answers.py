@@ -1,6 +1,9 @@
 """Kept answers: never asked twice, never taken for another model's."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_tokenizer
+from tiny_run import run, settings
+from tokenizers import normalizers
 from transformers import PreTrainedModel
 
 import milora.answers
@@ -31,6 +36,11 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def write(path: Path, rows: list[dict[str, Any]]) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def write_text(path: Path, text: str) -> str:
+    path.write_text(text, encoding="utf-8")
     return str(path)
 
 
@@ -108,8 +118,32 @@ def test_what_decides_an_answer(load: Load) -> None:
         who_answers(load("qwen2"), tokenizer),
     }
     assert len(names) == 4
+    longer, ends, lower = load("llama"), load("llama"), make_tokenizer()
+    longer.config.rope_parameters = {"rope_type": "default", "rope_theta": 100.0}
+    ends.generation_config.eos_token_id = [0, 7]  # type: ignore[union-attr]
+    lower.backend_tokenizer.normalizer = normalizers.Lowercase()
+    names |= {who_answers(one, tokenizer) for one in (longer, ends)}
+    names.add(who_answers(load("llama"), lower))
+    assert len(names) == 7
+    tokenizer(["a", "a longer one"], padding=True, truncation=True, max_length=2)
     plain = load("llama")
+    plain.config.use_cache, plain.config._name_or_path = False, "elsewhere"
     assert with_adapter(who_answers(plain, tokenizer), plain) in names  # no adapter: the base
+
+
+@pytest.mark.slow
+def test_another_process_finds_them(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    asked = [{"prompt": f"{i} =", "completion": str(i)} for i in range(4)]
+    evaluate = {
+        "tasks": [{"file": write(tmp_path / "a.jsonl", asked), "max_new_tokens": 3}],
+        "knowledge": write_text(tmp_path / "general.txt", TEXT[0] * 3),
+    }
+    run(settings(tiny("llama"), tmp_path, evaluate=evaluate))
+    kept = set((tmp_path / "answers").iterdir())
+    assert kept
+    command = [sys.executable, "-m", "milora", "eval", str(tmp_path / "run")]
+    subprocess.run(command, check=True, env=os.environ | {"PYTHONHASHSEED": "1"})
+    assert set((tmp_path / "answers").iterdir()) == kept
 
 
 def test_a_damaged_answer_is_asked_again(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ versions that compute, and the question; verdicts are not kept, since graders ma
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
@@ -80,18 +80,27 @@ def who_answers(model: nn.Module, reader: Reader) -> str:
     """A hash of all that decides what the model answers with its adapter off."""
     parameter, tokenizer = next(model.parameters()), tokenizer_of(reader)
     inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    settings = inner.config.to_dict()
-    for key in ("_name_or_path", "transformers_version", "use_cache"):  # where it lies, what trains
-        settings.pop(key, None)
     ends = getattr(getattr(inner, "generation_config", None), "eos_token_id", None)
     parts = [
         base_sha256(model), str(parameter.dtype), parameter.device.type,
-        json.dumps(settings, sort_keys=True, default=str), str(ends), _spelling(tokenizer),
+        _said(inner.config.to_dict()), str(ends), _spelling(tokenizer),
         str(getattr(reader, "chat_template", None)), len(tokenizer), type(tokenizer).__name__,
         str(tokenizer.eos_token), str(getattr(reader, "image_processor", None)),
         *(version(package) for package in ("milora", "torch", "transformers", "peft")),
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+# Where a model lies, what has written it, and what training switches: it answers the same.
+BESIDE = ("_name_or_path", "base_model_name_or_path", "revision", "transformers_version",
+          "peft_version", "use_cache", "inference_mode")  # fmt: skip
+
+
+def _said(settings: Mapping[str, Any]) -> str:
+    """In one order in every process: PEFT has sets among them."""
+    kept = {key: value for key, value in settings.items() if key not in BESIDE}
+    ordered = {key: sorted(v) if isinstance(v, set) else v for key, v in kept.items()}
+    return json.dumps(ordered, sort_keys=True, default=str)
 
 
 def _spelling(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -113,7 +122,7 @@ def with_adapter(who: str, model: nn.Module) -> str:
         for name, tensor in inner.state_dict().items()
         if ".lora_" in name or f".{SAVED}." in name
     )
-    parts += sorted(str(config.to_dict()) for config in model.peft_config.values())
+    parts += sorted(_said(config.to_dict()) for config in model.peft_config.values())
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
