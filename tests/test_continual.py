@@ -135,6 +135,10 @@ def test_what_earlier_tasks_use_is_untouched(method: str, steps: int, load: Load
     previous = plain_lora(first, trained_factors(model)).factors
     model, start = add_adapter(load("qwen2"), config(), method, previous=previous, keep_apart=True)
     matrices = adapted_matrices(model)
+    for name, about in start.spectra.items():  # of W + dW, and not of what it is moved apart in
+        norm = float(matrices[name].effective.double().norm())
+        assert about["frobenius_norm"] == pytest.approx(norm)
+        assert about["spectral_norm_at_least"] is None
     holds = held(matrices, {}, {}, used_by_tasks(matrices))
     start.factors.update(moved(start, matrices, holds, {}))
     place(matrices, start)

@@ -258,6 +258,22 @@ def test_the_minor_directions(load: Load) -> None:
         torch.testing.assert_close(Vh.T @ Vh, found.Vh.T @ found.Vh, atol=1e-5, rtol=0)
 
 
+def test_without_all_minor_directions_their_share_is_not_said(load: Load) -> None:
+    """A singular value of zero begins with B0 = 0, which has no direction."""
+    model = load("llama")
+    name = "model.layers.0.self_attn.q_proj"
+    with torch.no_grad():
+        model.get_submodule(name).weight[3] = 0
+    live, start = add_adapter(
+        model, lora_config({"r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}), "milora"
+    )
+    layers = adapted_matrices(live)
+    tops = tops_of(layers, start, 0, 4)
+    assert measure(layers, start, tops)[name].minor is None
+    other = name.replace("layers.0", "layers.1")
+    assert measure(layers, start, tops)[other].minor is not None
+
+
 def test_they_are_stored_with_their_base(load: Load, tmp_path: Path) -> None:
     _, start, layers = adapted(load, "milora")
     tops = tops_of(layers, start, {"q_proj": 3}, 2)
