@@ -23,7 +23,7 @@ from transformers import (
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from milora import get_milora_model, hold_inputs
-from milora.adapter import ANCHOR, decay
+from milora.adapter import ANCHOR, decay, place
 from milora.errors import UserError
 from milora.matrices import adapted_matrices
 
@@ -235,11 +235,17 @@ def test_the_start_is_the_base_where_only_what_trains_is_cast(
     """As TRL's trainers cast it on a quantised base."""
     base = load("llama")
     model = get_milora_model(load("llama"), LoraConfig(**CONFIG))
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.bfloat16()
-    with torch.no_grad():
-        assert torch.equal(model(**batch).logits, base(**batch).logits)
+    wanted = model.state_dict()
+    for dtype in (torch.bfloat16, torch.float32):
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
+        if dtype == torch.float32:
+            place(adapted_matrices(model), model.start)  # type: ignore[arg-type]
+        with torch.no_grad():
+            assert torch.equal(model(**batch).logits, base(**batch).logits)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, wanted[name])
 
 
 @pytest.mark.parametrize("rank", [4, 8])
@@ -323,6 +329,8 @@ def test_the_reference_of_dpo_stays_the_base(
         model.set_adapter("default")
         assert torch.equal(model(**batch).logits, tuned)
     assert float((tuned - plain).abs().max()) > 1e-3
+    merged = copy.deepcopy(model).merge_and_unload()
+    torch.testing.assert_close(merged(**batch).logits, tuned, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("method", ["milora", "lora"])
