@@ -115,6 +115,22 @@ def test_a_stopped_grid_goes_on(
 
 
 @pytest.mark.slow
+def test_runs_from_before_a_default_are_gone_on_from(config: Path, tmp_path: Path) -> None:
+    """They name neither a start, when there was one only, nor a text, which they do not read."""
+    first = run(config, ["milora"], [0], [1e-3])
+    file = tmp_path / "grid" / "milora-0.001-0.json"
+    old = json.loads(file.read_text())
+    for key in ("start", "text", "keep", "protect_inputs"):
+        del old["settings"]["milora"][key]
+    file.write_text(json.dumps(old))
+    assert run(config, ["milora"], [0], [1e-3])["arms"] == first["arms"]
+    values = yaml.safe_load(config.read_text())
+    config.write_text(yaml.safe_dump(values | {"milora": {"start": "balanced"}}))
+    with pytest.raises(UserError, match=r"is of other settings \(milora\)"):
+        run(config, ["milora"], [0], [1e-3])
+
+
+@pytest.mark.slow
 def test_a_rate_at_which_training_diverges_is_left_out(
     config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,6 +32,7 @@ from milora.fronts import matched
 from milora.pages import standalone
 from milora.pretrained import dtype_of
 from milora.progress import Progress
+from milora.recommended import PUBLISHED
 from milora.train import train
 
 METHODS: tuple[str, ...] = get_args(Config.model_fields["method"].annotation)
@@ -260,9 +261,13 @@ def _outcome(settings: Config, make: Make, progress: Progress) -> Outcome:
     asked = settings.model_dump(exclude={"output_dir"})
     if file.exists():
         found: Outcome = read_json(file)
-        # Through Config, so that a key that is new since then has its default.
-        stored = Config.model_validate(found["settings"] | {"output_dir": ""}).model_dump()
-        differ = [key for key in asked if stored[key] != asked[key]]
+        # Through Config, so that a key that is new since then has its default; a run that says
+        # nothing of its start was made when there was only the published one.
+        before = found["settings"] | {"output_dir": ""}
+        before["milora"] = PUBLISHED | before["milora"]
+        stored = Config.model_validate(before).model_dump()
+        stored, own = _without_unused_text(stored), _without_unused_text(asked)
+        differ = [key for key in own if stored[key] != own[key]]
         if differ:
             raise UserError(
                 f"{file} is of other settings ({', '.join(differ)}): choose another output_dir, or "
@@ -276,6 +281,13 @@ def _outcome(settings: Config, make: Make, progress: Progress) -> Outcome:
         outcome = {"settings": asked, "held_out_loss": None, "diverged": str(error)}
     write_json(file, outcome)
     return outcome
+
+
+def _without_unused_text(settings: dict[str, Any]) -> dict[str, Any]:
+    """milora.text had another default once; where nothing reads it that makes no difference."""
+    milora = settings["milora"]
+    used = milora["keep"] or milora["protect_inputs"] != 0
+    return settings if used else settings | {"milora": milora | {"text": None}}
 
 
 def trained(settings: Config, progress: Progress) -> Outcome:
