@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from svd import RESULTS, ROOT, machine, write
 from tables import fill
 
+import milora.anchored
 from milora.adapter import add_adapter
 from milora.keep import kept_loss
 from milora.loop import Hold
@@ -235,6 +236,7 @@ def gpu() -> None:
 def host() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    milora.anchored.BY_HAND = ()  # as a GPU has it
     base = llama3_like("cpu", 64)
     trials = {method: Trial(copy.deepcopy(base), method, 4) for method in METHODS}
     for name, case in HOST.items():

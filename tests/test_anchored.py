@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from milora import adapter, targeting
-from milora.anchored import anchored, product_dtype, stacked
+from milora.anchored import Stacked, anchored, product_dtype, stacked
 from milora.anchored_layers import AHEAD
 from milora.errors import UserError
 from milora.matrices import TRAINED, adapted_matrices
@@ -47,10 +47,20 @@ def apart(
 
 def as_one(
     result: Tensor, x: Tensor, A: Tensor, B: Tensor, A0: Tensor, minus_B0: Tensor,
-    scaling: float = 1.0, dropout: float = 0.0,
+    scaling: float = 1.0, dropout: float = 0.0, by_hand: bool = False,
 ) -> Tensor:  # fmt: skip
     dtype = product_dtype(x.dtype, A.dtype, "cpu")
-    return anchored(result, x, stacked(A, B, A0, minus_B0, scaling, dropout > 0, dtype), dropout)
+    by = stacked(A, B, A0, minus_B0, scaling, dropout > 0, dtype)
+    if by_hand:
+        by = Stacked(by.tall.detach(), by.wide.detach(), trained=(A, B, scaling))
+    return anchored(result, x, by, dropout)
+
+
+@pytest.fixture(params=["by hand", "by autograd"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of taking the gradients: that of a CPU, and that of a GPU."""
+    if request.param == "by autograd":
+        monkeypatch.setattr("milora.anchored.BY_HAND", ())
 
 
 def gradients(out: Tensor, given: dict[str, Tensor]) -> list[Tensor]:
@@ -58,10 +68,11 @@ def gradients(out: Tensor, given: dict[str, Tensor]) -> list[Tensor]:
     return list(torch.autograd.grad((out * weight).sum(), [given[k] for k in ("x", "A", "B")]))
 
 
-def test_what_it_gives_may_be_written_into() -> None:
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_what_it_gives_may_be_written_into(by_hand: bool) -> None:
     """Falcon adds the attention's output to the MLP's in place."""
     given = drawn(0, 6, 5, 2, 2, 3)
-    out = as_one(**given, scaling=1.0)
+    out = as_one(**given, scaling=1.0, by_hand=by_hand)
     out += 1
     theirs = apart(**given, s=1.0) + 1
     for a, b in zip(gradients(out, given), gradients(theirs, given), strict=True):
@@ -71,10 +82,15 @@ def test_what_it_gives_may_be_written_into() -> None:
 shapes = st.tuples(*(st.integers(1, 9) for _ in range(2)), st.integers(1, 5))
 
 
-@given(shapes, st.lists(st.integers(1, 4), max_size=3), st.floats(0.1, 4), st.integers(0, 99))
-def test_as_two_adapters(shape: tuple[int, int, int], lead: list[int], s: float, seed: int) -> None:
+@given(
+    shapes, st.lists(st.integers(1, 4), max_size=3), st.floats(0.1, 4), st.integers(0, 99),
+    st.booleans(),
+)  # fmt: skip
+def test_as_two_adapters(
+    shape: tuple[int, int, int], lead: list[int], s: float, seed: int, by_hand: bool
+) -> None:
     given = drawn(seed, *shape, *lead)
-    ours, theirs = as_one(**given, scaling=s), apart(**given, s=s)
+    ours, theirs = as_one(**given, scaling=s, by_hand=by_hand), apart(**given, s=s)
     torch.testing.assert_close(ours, theirs, atol=1e-11, rtol=1e-11)
     for a, b in zip(gradients(ours, given), gradients(theirs, given), strict=True):
         torch.testing.assert_close(a, b, atol=1e-11, rtol=1e-11)
@@ -108,9 +124,9 @@ def test_nothing_at_all_at_step_0(
     assert out.dtype == base
 
 
-@given(st.floats(1e-6, 0.5), st.sampled_from([0.0, 0.3]), st.integers(0, 99))
+@given(st.floats(1e-6, 0.5), st.sampled_from([0.0, 0.3, None]), st.integers(0, 99))
 def test_on_16_bits_the_update_is_rounded_as_a_share_of_itself(
-    moved: float, dropout: float, seed: int
+    moved: float, dropout: float | None, seed: int
 ) -> None:
     """However near A and B still are to A0 and B0."""
     given = drawn(seed, 32, 48, 4, 25)
@@ -126,15 +142,15 @@ def test_on_16_bits_the_update_is_rounded_as_a_share_of_itself(
     found = []
     for one in (single, exact):
         torch.manual_seed(seed)
-        out = as_one(**one, scaling=0.7, dropout=dropout)
+        out = as_one(**one, scaling=0.7, dropout=dropout or 0.0, by_hand=dropout is None)
         loss = (out * cotangent.to(out)).sum()
         found.append([out, *torch.autograd.grad(loss, [one[k] for k in ("x", "A", "B")])])
     for ours, wanted in zip(*found, strict=True):
         assert (ours - wanted).norm() <= 2**-5 * wanted.norm()
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_what_is_kept_for_the_backward(dropout: float) -> None:
+@pytest.mark.parametrize(("dropout", "by_hand"), [(0.0, False), (0.0, True), (0.5, False)])
+def test_what_is_kept_for_the_backward(dropout: float, by_hand: bool) -> None:
     """[A; A - A0] x and the stacks, beside x, which is there anyway; or D x and D as well.
 
     A, which is there anyway too, is no stack then, and -A0 is. On a GPU D takes a byte each.
@@ -150,7 +166,7 @@ def test_what_is_kept_for_the_backward(dropout: float) -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        out = as_one(**given, dropout=dropout)
+        out = as_one(**given, dropout=dropout, by_hand=by_hand)
     assert out.requires_grad
     stacked = (50 + 40 + 30) * 2 * 2 * 8
     dropped = 50 * 30 * 2 * 8 - 30 * 2 * 8
@@ -178,6 +194,15 @@ def moved(load: Load, kind: str, **further: Any) -> Any:
     return model
 
 
+def test_the_gradients_are_those_of_autograd_too(
+    load: Load, batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = moved(load, "llama").train()
+    by_hand = losses(model, batch)
+    monkeypatch.setattr("milora.anchored.BY_HAND", ())
+    torch.testing.assert_close(losses(model, batch), by_hand, atol=1e-12, rtol=1e-12)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_trains_as_with_two_adapters_of_peft(
     kind: str, load: Load, batch: dict[str, Tensor]
@@ -189,6 +214,7 @@ def test_a_model_trains_as_with_two_adapters_of_peft(
     torch.testing.assert_close(ours, losses(model, batch), atol=1e-10, rtol=1e-9)
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_stacks_made_ahead_are_those_that_each_layer_makes(
     dropout: float, load: Load, batch: dict[str, Tensor]
@@ -214,6 +240,7 @@ def test_stacks_made_ahead_are_those_that_each_layer_makes(
                 layer.lora_A[TRAINED].weight.data.mul_(1.5)  # which bumps no version
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_with_gradient_checkpointing(reentrant: bool, load: Load, batch: dict[str, Tensor]) -> None:
     model = moved(load, "llama").train()

@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from milora.anchored import Stacked, anchored, product_dtype, stacked
+from milora.anchored import Stacked, anchored, by_hand, product_dtype, stacked
 from milora.errors import UserError
 from milora.matrices import ANCHOR, PREVIOUS, TRAINED
 
@@ -65,7 +65,13 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     A, B, A0, minus_B0 = _factors(layer, names[0])
     dropout = _dropout(layer, names[0])
     dtype = product_dtype(x.dtype, A.dtype, x.device.type)
-    by = stacked(A, B, A0, minus_B0, layer.scaling[ANCHOR], dropout > 0, dtype)
+    scaling = layer.scaling[ANCHOR]
+    if by_hand(A, dropout > 0):
+        with torch.no_grad():
+            by = stacked(A, B, A0, minus_B0, scaling, False, dtype)
+        by = by._replace(trained=(A, B, scaling))
+    else:
+        by = stacked(A, B, A0, minus_B0, scaling, dropout > 0, dtype)
     return anchored(result, x, by, dropout)
 
 
@@ -144,12 +150,16 @@ def _stack_ahead(alike: Sequence[_Alike], tuner: nn.Module, *_: Any) -> None:
         factors: list[list[Any]] = [[one.weight for one in each] for each in modules]
         if len({trained.device for trained, *_ in factors}) > 1:
             continue  # moved apart since
-        every_A, every_B, A0, minus_B0 = map(torch.stack, zip(*factors, strict=True))
-        scaling = layers[0].scaling[ANCHOR]
-        all_by = stacked(every_A, every_B, A0, minus_B0, scaling, dropout > 0, dtype)
-        each = [one.unbind() for one in all_by if one is not None]
-        for layer, *by in zip(layers, *each, strict=True):
-            layer.__dict__[AHEAD] = Ahead(active, training, A.dtype, Stacked(*by), dropout)
+        scaling, alone = layers[0].scaling[ANCHOR], by_hand(A, dropout > 0)
+        with torch.set_grad_enabled(not alone):
+            every_A, every_B, A0, minus_B0 = map(torch.stack, zip(*factors, strict=True))
+            all_by = stacked(every_A, every_B, A0, minus_B0, scaling, dropout > 0, dtype)
+        each = [one.unbind() for one in all_by if isinstance(one, Tensor)]
+        for layer, (own_A, own_B, *_), *by in zip(layers, factors, *each, strict=True):
+            stacks = Stacked(*by)
+            if alone:
+                stacks = stacks._replace(trained=(own_A, own_B, scaling))
+            layer.__dict__[AHEAD] = Ahead(active, training, A.dtype, stacks, dropout)
 
 
 def _forget(layers: Sequence[Any], *_: Any) -> None:
