@@ -313,6 +313,17 @@ def test_runs_of_several_machines_are_said() -> None:
     assert "machines" not in " ".join(alone["notes"])
 
 
+def test_test_rows_that_took_part_in_the_choice_are_said() -> None:
+    def run_of(count: int) -> Any:
+        return outcome(1.0) | {"test_overlap": {"t": {"train": 5, "eval": count}}}
+
+    result = summary({("lora", 1e-3, 0): run_of(2), ("lora", 1e-3, 1): run_of(3)}, [0, 1])
+    assert "t: 3 of its questions also stand in the held-out rows" in " ".join(result["notes"])
+    assert "3 of its questions" in tables(result)
+    for alone in (run_of(0), outcome(1.0)):
+        assert "held-out" not in " ".join(summary({("lora", 1e-3, 0): alone}, [0])["notes"])
+
+
 def test_a_seed_that_diverges_is_said() -> None:
     outcomes = {("lora", 1e-3, 0): outcome(1.0), ("lora", 1e-3, 1): outcome(None)}
     with pytest.raises(UserError, match=r"lora diverged at 0\.001 with seed 1"):

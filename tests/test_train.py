@@ -499,6 +499,62 @@ def test_a_dry_run_writes_nothing_and_shows_what_is_trained(tiny: Tiny, tmp_path
     assert plan["memory_bytes"] > 0
 
 
+def test_test_rows_that_took_part_are_counted(
+    finished: Path, tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = json.loads((finished / "run.json").read_text())["data"]["test_overlap"]
+    assert found == {"rows": {"train": 3, "eval": 1}}
+    rows = write_rows(tmp_path / "rows.jsonl").read_text().splitlines(keepends=True)
+    rows[0] = '{"prompt": "Sum?", "completion": "1"}\n'
+    (tmp_path / "own.jsonl").write_text("".join(rows[:2]))
+    (tmp_path / "held.jsonl").write_text(rows[0].replace("Sum", "SUM"))
+    held = {"eval": str(tmp_path / "held.jsonl")}
+    tasks = {"tasks": [str(tmp_path / "own.jsonl")]}
+    run(settings(tiny("llama"), tmp_path, data=held, evaluate=tasks), dry_run=True)
+    said = capsys.readouterr().err
+    assert "warning: 1 questions of the task own also stand in the training rows" in said
+    assert "warning: 1 questions of the task own also stand in the held-out rows" in said
+
+
+@pytest.mark.parametrize("name", ["knowledge", "interference", "continual", "knowledge.own"])
+def test_a_task_cannot_have_the_name_of_another_measure(
+    name: str, tiny: Tiny, tmp_path: Path
+) -> None:
+    tasks = {"tasks": [{"file": str(write_rows(tmp_path / "rows.jsonl")), "name": name}]}
+    with pytest.raises(UserError, match=rf"evaluate\.tasks: gates read '{name}' as a measure"):
+        run(settings(tiny("llama"), tmp_path, evaluate=tasks), dry_run=True)
+
+
+def test_the_held_out_file_is_read_as_carefully(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held = tmp_path / "held.jsonl"
+    held.write_text('{"prompt": 1, "id": 2}\n{"prompt": "a", "completion": "b"}\n{"prompt": "c"}\n')
+    data = {"eval": str(held), "format": "prompt-completion", "on_bad_row": "skip"}
+    record = run(settings(tiny("llama"), tmp_path, data=data, evaluate={"tasks": []}))
+    assert (record["data"]["skipped"], record["data"]["eval"]["kept"]) == (2, 1)
+    said = capsys.readouterr().err
+    assert f"{held}: 1 rows, read as prompt-completion; columns not used: id" in said
+    assert f"skipped: {held}, line 3: 'completion' is missing" in said
+    for format, row in (
+        ("classification", '{"text": "a", "label": "b"}'),
+        ("text", '{"text": ""}'),
+    ):
+        held.write_text(row)
+        with pytest.raises(
+            UserError, match=rf"held\.jsonl is read as {format} and .*rows\.jsonl as"
+        ):
+            run(
+                settings(
+                    tiny("llama"),
+                    tmp_path,
+                    data={"eval": str(held)},
+                    output_dir=str(tmp_path / "other"),
+                ),
+                dry_run=True,
+            )
+
+
 def test_resuming_after_the_last_step_of_early_stopping(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -301,6 +301,7 @@ def trained(settings: Config, progress: Progress) -> Outcome:
         "versions": record["versions"],
         "base_sha256": record["base"]["sha256"],
         "data_sha256": record["data"]["sha256"],
+        "test_overlap": record["data"].get("test_overlap", {}),
         "interference": {key: record["interference"][key] for key in ("max", "mean", "size")}
         if "interference" in record
         else None,
@@ -379,7 +380,7 @@ def summary(outcomes: Outcomes, seeds: Sequence[int]) -> dict[str, Any]:
         result["equal_score"] = {
             "reference": arms[0], "rate": chosen[arms[0]], "tasks": equal, "rates": counts
         }  # fmt: skip
-    result["notes"] = _notes(result)
+    result["notes"] = [*_notes(result), *_chosen_on_tests(outcomes)]
     return result
 
 
@@ -587,6 +588,20 @@ def _notes(result: Mapping[str, Any]) -> list[str]:
     if len(result["seeds"]) < 3:
         notes.append(f"{len(result['seeds'])} seed(s): too few to tell methods apart")
     return notes
+
+
+def _chosen_on_tests(outcomes: Outcomes) -> list[str]:
+    """A note for each task of which rows took part in the choice of the rates."""
+    most: dict[str, int] = {}  # the held-out rows may be others with each seed
+    for outcome in outcomes.values():
+        for task, counts in outcome.get("test_overlap", {}).items():
+            most[task] = max(most.get(task, 0), counts["eval"])
+    return [
+        f"{task}: {count} of its questions also stand in the held-out rows, by which the rates "
+        "were chosen, so that its scores are not of rows that took no part"
+        for task, count in most.items()
+        if count
+    ]
 
 
 def write(result: Mapping[str, Any], home: Path, progress: Progress) -> None:

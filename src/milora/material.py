@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from milora.classification import check_labels, label, label_names
+from milora.classification import ClassTask, check_labels, label, label_names
 from milora.continual import Earlier, replayed
 from milora.data import Prepared, prepare
 from milora.errors import UserError
@@ -21,14 +21,19 @@ from milora.tokens import Named, load_with_tokens
 from milora.vision import pictures_sha256
 
 
+NOT_TASKS = ("knowledge", "interference", "continual")  # what else a gate is on
+
+
 class Material(NamedTuple):
     """Rows, tasks, texts and the base of a run."""
 
     base: Pretrained
     rows: Rows
+    held_skipped: int  # rows of a held-out file that on_bad_row: skip left out
     train: Prepared
     held_out: Prepared
     overlap: int
+    test_overlap: dict[str, dict[str, int]]  # by task, how many stand in train and eval too
     tasks: list[AnyTask]
     texts: list[tuple[str, str]]  # (text, where it comes from)
     general: Pieces  # of the files of milora.text
@@ -54,15 +59,13 @@ def read_material(
     pictures = reads_pictures(model, trust_remote_code)
     read = {key: data[key] for key in ("format", "columns", "on_bad_row")} | {"pictures": pictures}
     source, held_out = data["train"], data["eval"]
-    rows = read_rows(source, **read)
-    unused = f"; columns not used: {', '.join(rows.unused)}" if rows.unused else ""
-    progress.say(f"{source}: {len(rows.rows)} rows, read as {rows.format}{unused}")
-    for sentence in rows.skipped[:5]:
-        progress.say(f"skipped: {sentence}")
-    if len(rows.skipped) > 5:
-        progress.say(f"skipped: {len(rows.skipped) - 5} more")
+    rows, held_skipped = read_rows(source, **read), 0
+    _say_read(source, rows, progress)
     if isinstance(held_out, str):
-        train_rows, held_rows = rows.rows, read_rows(held_out, **read, split="test").rows
+        held = read_rows(held_out, **read, split="test")
+        _say_read(held_out, held, progress)
+        _check_kinds(source, rows.format, held_out, held.format)
+        train_rows, held_rows, held_skipped = rows.rows, held.rows, len(held.skipped)
     else:
         train_rows, held_rows = split_rows(rows.rows, held_out, asked["seed"])
     again = None
@@ -75,6 +78,11 @@ def read_material(
     names = [task.name for task in tasks]
     if len(set(names)) < len(names):
         raise UserError(f"evaluate.tasks: two tasks have one name ({', '.join(names)}): set name")
+    if taken := [name for name in names if name.partition(".")[0] in NOT_TASKS]:
+        raise UserError(
+            f"evaluate.tasks: gates read {taken[0]!r} as a measure of their own, so that none "
+            "could be on this task: set another name"
+        )
     texts = general_texts(evaluate["knowledge"])
     kept = general_texts(general, "milora.text") if general and general != SAMPLED else []
     for _, name in kept:
@@ -155,11 +163,42 @@ def read_material(
             progress.say(f"refused: {place}")
     if common:
         progress.say(f"warning: {common} held-out questions also stand in the training rows")
+    test_overlap = {
+        task.name: {"train": overlap(train_rows, task.rows), "eval": overlap(held_rows, task.rows)}
+        for task in tasks
+        if isinstance(task, Task | ClassTask)
+    }
+    for task_name, counts in test_overlap.items():
+        for where, count in zip(("training", "held-out"), counts.values(), strict=True):
+            if count:
+                progress.say(
+                    f"warning: {count} questions of the task {task_name} also stand in the {where} "
+                    "rows"
+                )
     pieces = cut(base.tokenizer, (text for text, _ in kept), longest) if kept else []
     return Material(
-        base, rows, prepared, prepared_held, common, tasks, texts, pieces, files, base_sha, named,
-        again.counts if again else {},
+        base, rows, held_skipped, prepared, prepared_held, common, test_overlap, tasks, texts,
+        pieces, files, base_sha, named, again.counts if again else {},
     )  # fmt: skip
+
+
+def _say_read(source: str, read: Rows, progress: Progress) -> None:
+    unused = f"; columns not used: {', '.join(read.unused)}" if read.unused else ""
+    progress.say(f"{source}: {len(read.rows)} rows, read as {read.format}{unused}")
+    for sentence in read.skipped[:5]:
+        progress.say(f"skipped: {sentence}")
+    if len(read.skipped) > 5:
+        progress.say(f"skipped: {len(read.skipped) - 5} more")
+
+
+def _check_kinds(source: str, format: str, held_out: str, held_format: str) -> None:
+    """Raise UserError where the loss on the held-out file would be of another kind."""
+    if format != held_format and not {format, held_format}.isdisjoint(("classification", "text")):
+        raise UserError(
+            f"data.eval: {held_out} is read as {held_format} and {source} as {format}, so that "
+            "the loss on it would be of something else: give a file of the same columns, or set "
+            "data.format"
+        )
 
 
 def _task_file(task: Any) -> str | None:
@@ -171,8 +210,9 @@ def data_record(material: Material) -> dict[str, Any]:
     return {
         "format": material.rows.format,
         "sha256": material.files,
-        "skipped": len(material.rows.skipped),
+        "skipped": len(material.rows.skipped) + material.held_skipped,
         "overlap": material.overlap,
+        "test_overlap": material.test_overlap,
         **({"replayed": material.replayed} if material.replayed else {}),
         **{
             name: {
