@@ -316,6 +316,28 @@ def test_all_linear_leaves_the_head_alone(load: Load, batch: dict[str, torch.Ten
         assert step0_difference(model, batch) <= 1e-5
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "needed"),
+    [
+        ("lora_dropout", "a", "a number of at least 0 and below 1"),
+        ("lora_dropout", -0.1, "a number of at least 0 and below 1"),
+        ("lora_alpha", True, "a number above 0"),
+        ("use_rslora", "false", "true or false"),
+        ("target_modules", 5, "a list of names, or a pattern,"),
+        ("exclude_modules", 3, "a list of names, or a pattern,"),
+        ("layers_to_transform", "0", "the number of a layer, or a list of them,"),
+        ("layers_to_transform", [0, "1"], "the number of a layer, or a list of them,"),
+        ("rank_pattern", ["q_proj"], "a number by pattern, {q_proj: 8},"),
+        ("modules_to_save", "lm_head", "a list of names"),
+    ],
+)
+def test_options_of_a_wrong_type_are_named(key: str, value: Any, needed: str) -> None:
+    options = {"r": 2, "target_modules": ["q_proj"]} | {key: value}
+    with pytest.raises(UserError) as caught:
+        targeting.lora_config(options)
+    assert f"lora.{key} is {value!r}: {needed} is needed" in str(caught.value)
+
+
 def test_a_rank_that_does_not_fit_names_the_weight_and_the_bound(load: Load) -> None:
     said = refused(load("llama"), {"r": 17, "target_modules": ["q_proj", "k_proj"]})
     assert "lora.r is 17" in said

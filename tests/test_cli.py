@@ -259,7 +259,7 @@ CONFIGURATIONS = [
     ({"evaluate": {"knowledge": "."}}, "evaluate.knowledge: . is a folder: name a file in it"),
     ({"evaluate": {"knowledge": "empty.txt"}}, "evaluate.knowledge: empty.txt holds no text"),
     ({"data": {"train": "folder.jsonl"}}, "folder.jsonl is a folder: name a file in it"),
-    ({"lora": {"lora_dropout": 2}}, "lora: dropout probability has to be between 0 and 1"),
+    ({"lora": {"lora_dropout": 2}}, "lora.lora_dropout is 2: a number of at least 0"),
     ({"evaluate": {"tasks": [{"file": "rows.jsonl", "match": "json5"}]}}, "match is 'json5'"),
 ]
 

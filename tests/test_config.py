@@ -230,6 +230,49 @@ def test_files_that_are_no_configuration(tmp_path: Path) -> None:
         load_config(tmp_path / "none.yaml")
 
 
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("2026-13-45", "month must be in 1..12"),
+        ("1" * 5000, "Exceeds the limit"),
+        ("[" * 3000, "nested too deeply"),
+    ],
+)
+def test_values_that_yaml_stumbles_over(value: str, said: str, tmp_path: Path) -> None:
+    found = refused(tmp_path, MINIMAL + f"training: {value}\n")
+    assert f"run.yaml is not valid YAML: {said}" in found
+    found = refused(tmp_path, MINIMAL, f"output_dir={value}")
+    assert f"the value is not valid YAML: {said}" in found
+    assert len(found) < 300
+
+
+def test_a_home_folder_is_expanded_everywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TrainingArguments expand that of checkpoints alone, and the run would be in two places."""
+    monkeypatch.setenv("HOME", "/home/u")
+    text = """\
+model: ~/m
+output_dir: ~/runs/x
+data: {train: ~/t.jsonl, eval: ~/e.jsonl}
+milora: {factors_from: ~/f, text: [~/a.txt, b~.txt]}
+tokenizer: {chat_template: ~/c.jinja}
+evaluate: {knowledge: ~/k.txt, tasks: [~/t.jsonl, {file: ~/u.jsonl}]}
+continue: {run: ~/r}
+"""
+    found = load(tmp_path, text)
+    assert (found.model, found.output_dir) == ("/home/u/m", "/home/u/runs/x")
+    assert (found.data.train, found.data.eval) == ("/home/u/t.jsonl", "/home/u/e.jsonl")
+    assert found.milora.factors_from == "/home/u/f"
+    assert found.milora.text == ["/home/u/a.txt", "b~.txt"]
+    assert found.tokenizer.chat_template == "/home/u/c.jinja"
+    assert found.evaluate.knowledge == "/home/u/k.txt"
+    assert found.evaluate.tasks[0] == "/home/u/t.jsonl"
+    assert found.model_dump()["evaluate"]["tasks"][1]["file"] == "/home/u/u.jsonl"
+    assert found.continue_.run == "/home/u/r"
+    assert load(tmp_path, MINIMAL, "output_dir=~/y", "data.eval=0.5").output_dir == "/home/u/y"
+
+
 def test_one_key_gives_the_published_method(tmp_path: Path) -> None:
     for text, overrides in ((MINIMAL + "milora: published\n", []), (MINIMAL, ["milora=published"])):
         found = load(tmp_path, text, *overrides).milora

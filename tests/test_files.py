@@ -11,7 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from milora.files import new_folder, read_json, read_lines, write_bytes, write_json, write_text
+from milora.errors import UserError
+from milora.files import (
+    new_folder,
+    read_json,
+    read_lines,
+    read_record,
+    read_yaml,
+    write_bytes,
+    write_json,
+    write_text,
+)
 
 HOST = re.sub(r"\W", "-", platform.node())
 
@@ -112,3 +122,18 @@ def test_a_line_ends_at_a_line_end_alone(tmp_path: Path) -> None:
     written = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in lines)
     write_text(tmp_path / "a.jsonl", written)
     assert read_lines(tmp_path / "a.jsonl") == lines
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "a: [", "a: 2026-13-45", "[" * 3000])
+def test_a_damaged_file_of_ours_is_named(content: str, tmp_path: Path) -> None:
+    for name, read in (("config.yaml", read_yaml), ("run.json", read_record)):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(UserError, match=rf"{name} is damaged \(.*\): put the file as written"):
+            read(tmp_path / name)
+
+
+def test_a_cut_line_is_named(tmp_path: Path) -> None:
+    for cut in (b'{"a"', b'"\xff"'):
+        (tmp_path / "metrics.jsonl").write_bytes(b'{"a": 1}\n\n' + cut)
+        with pytest.raises(UserError, match=r"metrics\.jsonl, line 3 is damaged \(.*\): put the"):
+            read_lines(tmp_path / "metrics.jsonl")

@@ -1,15 +1,24 @@
 """The configuration file: pydantic models and `key=value` overrides; stops at the command line."""
 
 import difflib
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from milora.errors import UserError
+from milora.files import why_not_yaml
 from milora.gates import parse_gate
 from milora.grade import Match
 from milora.recommended import PUBLISHED
@@ -208,6 +217,28 @@ class Config(Strict):
     def _published(cls, given: Any) -> Any:
         return PUBLISHED if given == "published" else given
 
+    @model_validator(mode="after")
+    def _at_home(self) -> "Config":
+        """A leading ~ of a path is the home folder here already: TrainingArguments expand it."""
+        places: tuple[tuple[BaseModel, tuple[str, ...]], ...] = (
+            (self, ("model", "output_dir")), (self.data, ("train", "eval")),
+            (self.tokenizer, ("chat_template",)), (self.milora, ("factors_from", "text")),
+            (self.evaluate, ("knowledge", "tasks")), (self.continue_, ("run",)),
+            *((task, ("file", "include")) for task in self.evaluate.tasks
+              if isinstance(task, TaskFile)),
+        )  # fmt: skip
+        for block, keys in places:
+            for key in keys:
+                if (found := _expanded(given := getattr(block, key))) != given:
+                    setattr(block, key, found)
+        return self
+
+
+def _expanded(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_expanded(one) for one in value]
+    return os.path.expanduser(value) if isinstance(value, str) else value
+
 
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 with two repairs: 1e-4 is a number, and a key given twice is an error."""
@@ -223,6 +254,9 @@ class _Loader(yaml.SafeLoader):
             seen.add(key_node.value)
         return super().construct_mapping(node, deep)
 
+
+# An impossible date, a number of 5000 digits and bytes that are no UTF-8 are ValueErrors.
+NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
@@ -240,8 +274,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{path} does not exist; `milora train --print-default` prints one")
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError, UserError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    except NOT_YAML as error:
+        raise UserError(f"{path} is not valid YAML: {why_not_yaml(error)}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold keys and values; see `milora train --print-default`")
     for block in ("data", "tokenizer", "lora", "milora", "training", "evaluate", "continue"):
@@ -255,8 +289,11 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
             )
         try:
             value = yaml.load(text, Loader=_Loader)
-        except yaml.YAMLError as error:
-            raise UserError(f"{override!r}: the value is not valid YAML") from error
+        except NOT_YAML as error:
+            said = override if len(override) < 60 else f"{override[:57]}..."
+            raise UserError(
+                f"{said!r}: the value is not valid YAML: {why_not_yaml(error)}"
+            ) from error
         *parents, last = key.split(".")
         inner = values
         for parent in parents:

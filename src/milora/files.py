@@ -62,14 +62,52 @@ def read_json(path: Path) -> Any:
     """Raises UserError for a file that is cut or no JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): put the file as written back") from error
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, str(error)) from error
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """An object of ours, such as run.json. Raises UserError where the file holds none."""
+    if not isinstance(found := read_json(path), dict):
+        raise _damaged(path, "it holds no keys")
+    return found
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys of a file of ours, such as config.yaml. Raises UserError where it holds none."""
+    import yaml  # not before it is needed: --help answers at once
+
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise _damaged(path, why_not_yaml(error)) from error
+    if not isinstance(found, dict):
+        raise _damaged(path, "it holds no keys")
+    return found
+
+
+def why_not_yaml(error: Exception) -> str:
+    """One line, of a YAMLError or of the ValueError that a date or a number ended in."""
+    return (
+        "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
+    )
 
 
 def read_lines(path: Path) -> list[Any]:
-    """The values of a file with one JSON a line, of ours or one that is known to be whole."""
+    """The values of a file of ours with one JSON a line. Raises UserError for one that is cut."""
+    found = []
     # Not splitlines, which also ends a line at U+2028 and the like, as text of the web has them.
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        try:
+            if line:
+                found.append(json.loads(line.decode()))
+        except ValueError as error:
+            raise _damaged(f"{path}, line {number}", getattr(error, "msg", str(error))) from error
+    return found
+
+
+def _damaged(path: Path | str, why: str) -> UserError:
+    return UserError(f"{path} is damaged ({why}): put the file as written back")
 
 
 @contextmanager

@@ -20,7 +20,6 @@ from milora.rows import Rows, overlap, read_rows, split_rows
 from milora.tokens import Named, load_with_tokens
 from milora.vision import pictures_sha256
 
-
 NOT_TASKS = ("knowledge", "interference", "continual")  # what else a gate is on
 
 
@@ -168,8 +167,8 @@ def read_material(
         for task in tasks
         if isinstance(task, Task | ClassTask)
     }
-    for task_name, counts in test_overlap.items():
-        for where, count in zip(("training", "held-out"), counts.values(), strict=True):
+    for task_name, in_rows in test_overlap.items():
+        for where, count in zip(("training", "held-out"), in_rows.values(), strict=True):
             if count:
                 progress.say(
                     f"warning: {count} questions of the task {task_name} also stand in the {where} "

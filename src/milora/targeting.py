@@ -34,6 +34,9 @@ LORA_OPTIONS = {
     "modules_to_save",
 }  # fmt: skip
 
+# What Python's own callers may give for a list of YAML.
+LISTS: tuple[type, ...] = (list, tuple, set)
+
 # Others that a user may look for, and what does it here.
 INSTEAD = {"trainable_token_indices": "name the tokens in tokenizer.tokens"}
 
@@ -77,6 +80,7 @@ def lora_config(
                 f"lora.{key} is not supported, since the result must be a plain LoRA on the "
                 f"untouched base; supported: {', '.join(sorted(LORA_OPTIONS))}"
             )
+    _check_types(options)
     try:
         whole = {"modules_to_save": list(in_full)} if in_full else {}
         config = LoraConfig(**{**options, **whole}, task_type=task)
@@ -93,8 +97,13 @@ def lora_config(
     alphas = [("lora_alpha", config.lora_alpha)]
     alphas += [(f"alpha_pattern[{k}]", v) for k, v in (config.alpha_pattern or {}).items()]
     for name, alpha in alphas:
-        if not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
+        if not _is_number(alpha) or not 0 < alpha < math.inf:
             raise UserError(f"lora.{name} is {alpha!r}: a number above 0 is needed")
+    dropout = config.lora_dropout
+    if not _is_number(dropout) or not 0 <= dropout < 1:
+        raise UserError(
+            f"lora.lora_dropout is {dropout!r}: a number of at least 0 and below 1 is needed"
+        )
     if not config.target_modules and not config.target_parameters:
         raise UserError("lora.target_modules is missing: name the weights to adapt, or all-linear")
     if config.target_parameters and config.lora_dropout:
@@ -103,6 +112,33 @@ def lora_config(
             "lora.target_parameters, so it must be 0"
         )
     return config
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _check_types(options: Mapping[str, Any]) -> None:
+    """PEFT takes anything, and goes wrong or by something else much later."""
+    for key, value in options.items():
+        if value is None:
+            continue
+        if key == "use_rslora":
+            fits, what = isinstance(value, bool), "true or false"
+        elif key in ("rank_pattern", "alpha_pattern"):
+            fits, what = isinstance(value, Mapping), "a number by pattern, {q_proj: 8},"
+        elif key == "layers_to_transform":
+            given: Any = value if isinstance(value, LISTS) else [value]
+            fits = all(type(one) is int for one in given)
+            what = "the number of a layer, or a list of them,"
+        elif key in ("modules_to_save", "target_parameters"):
+            fits, what = isinstance(value, LISTS), "a list of names"
+        elif key in ("target_modules", "exclude_modules", "layers_pattern"):
+            fits, what = isinstance(value, (*LISTS, str)), "a list of names, or a pattern,"
+        else:
+            continue  # a number, checked by its bounds
+        if not fits:
+            raise UserError(f"lora.{key} is {value!r}: {what} is needed")
 
 
 def check_plain(config: LoraConfig) -> None:
@@ -121,7 +157,8 @@ def check_plain(config: LoraConfig) -> None:
 def _check_patterns(config: LoraConfig) -> None:
     """Raise UserError for what is neither a name nor a regular expression."""
     patterns: list[tuple[str, Any]] = []
-    for option in ("target_modules", "exclude_modules", "target_parameters"):
+    lists = "target_modules", "exclude_modules", "target_parameters", "modules_to_save"
+    for option in (*lists, "layers_pattern"):
         value: Any = getattr(config, option) or []
         if isinstance(value, str):
             patterns.append((option, value))
