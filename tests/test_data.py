@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from conftest import make_tokenizer
@@ -109,9 +111,6 @@ def test_file_types(ending: str, tmp_path: Path) -> None:
             writer.writeheader()
             writer.writerows(rows)
     else:
-        import pyarrow
-        import pyarrow.parquet
-
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     found = read_rows(str(path)).rows
     assert [r.messages[0]["content"] for r in found] == ['q "1", ü', "q2"]
@@ -164,6 +163,11 @@ def test_a_bad_row_is_named(record: Any, said: str, tmp_path: Path) -> None:
         ("a.json", '[{"text": "a"}, ["b"], {"text": "c"}]', "row 2 is a list; an object"),
         ("b.json", '[{"text": "a"}, null, {"text": "c"}]', "row 2 is null; an object"),
         ("a.csv", "text,n\na,1\nb\nc,3\n", "row 2 has another number of fields"),
+        (
+            "e.jsonl",
+            '{"text": "a"}\n{"text": "b", "text": "d"}\n{"text": "c"}',
+            "line 2: the key 'text' is given twice, in {'text': 'd'}",
+        ),
         ("b.csv", "text,n\na,1\nb,2,3\nc,3\n", "row 2 has another number of fields"),
     ],
 )
@@ -177,6 +181,37 @@ def test_a_bad_row_is_refused_or_skipped_whatever_the_file(
     assert [row.messages[0]["content"] for row in found.rows] == ["a", "c"]
     assert len(found.skipped) == 1
     assert said in found.skipped[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        (pyarrow.timestamp("ms"), 2**55),
+        (pyarrow.date32(), 2**30),
+        (pyarrow.timestamp("s", "Foo/Bar"), 1),
+        (pyarrow.string(), b"\xff"),
+    ],
+)
+def test_a_parquet_column_that_cannot_be_read_matters_where_it_is_used(
+    kind: Any, value: Any, tmp_path: Path
+) -> None:
+    if isinstance(value, bytes):
+        odd = pyarrow.array([value], pyarrow.binary()).view(kind)
+    else:
+        odd = pyarrow.array([value], kind)
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"], "odd": odd}), path)
+    found = read_rows(str(path))
+    assert (found.rows[0].messages[0]["content"], found.unused) == ("a", ["odd"])
+    said = refused(str(path), columns={"text": "odd"})
+    assert f"{path}: the column 'odd' cannot be read" in said
+
+
+def test_a_mapping_without_effect_is_said(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", {"question": "Q", "answer": "A"})
+    columns = {"prompt": "question", "completion": "answer", "text": "answer"}
+    found = read_rows(source, columns=columns)
+    assert (found.format, found.unused) == ("prompt-completion", ["data.columns.text"])
 
 
 def test_long_fields_and_foreign_line_ends(tmp_path: Path) -> None:
@@ -230,6 +265,18 @@ def test_bad_files(tmp_path: Path) -> None:
         ("c.json", b'{"a": 1}', "must hold a list of rows, not an object"),
         ("a.csv", b"prompt,completion\na,b\na,b,c\n", "row 2 has another number of fields"),
         ("b.csv", b"prompt,completion\na\n", "row 1 has another number of fields"),
+        (
+            "semicolon.csv",
+            b'"prompt";"completion"\r"a, b";c\r',
+            "is separated by ';': save it with",
+        ),
+        ("tab.csv", b"prompt\tcompletion\na\tb\n", "tab.csv is separated by tabs: save it with"),
+        ("twice.csv", b"prompt,,,prompt\na,,,b\n", "two columns have the name 'prompt': rename"),
+        (
+            "twice.json",
+            b'[{"text": "a", "b": 1, "text": "c"}]',
+            "json: the key 'text' is given twi",
+        ),
         ("c.csv", b'prompt,completion\na,b\na,"b" c\n', "c.csv, line 3 is not CSV"),
         ("latin.jsonl", '{"prompt": "ü"}'.encode("latin-1"), "line 1 is not UTF-8 (byte 12 "),
         (

@@ -5,7 +5,7 @@ import io
 import itertools
 import json
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,7 +65,7 @@ class Row(NamedTuple):
 class Rows(NamedTuple):
     rows: list[Row]
     format: str
-    unused: list[str]  # columns of the file, and keys of messages, that the format does not take
+    unused: list[str]  # columns, keys of messages and of data.columns that the format has not
     skipped: list[str]  # the sentence for each row that on_bad_row="skip" left out
 
 
@@ -86,10 +86,11 @@ def read_rows(
     Raises UserError with file, row, column and value for the first bad row, unless
     `on_bad_row` is "skip", which leaves such rows out and lists them.
     """
-    read, skipped = read_records(source, split, on_bad_row)
+    columns = columns or {}
+    ours = itertools.chain(*FORMATS.values(), *OPTIONAL.values(), COLUMNS)
+    read, skipped = read_records(source, split, on_bad_row, {*ours, *columns.values()})
     if not read:
         raise UserError(_all_bad(source, skipped) if skipped else f"{source} holds no rows")
-    columns = columns or {}
     _check_columns(source, columns, read[0][0])
     moved = {*columns, *columns.values()}
     records = []
@@ -120,6 +121,7 @@ def read_rows(
     taken = {columns.get(name, name) for name in known}
     taken |= set(COLUMNS) if pictures else set()
     unused = {name for record, _ in read for name in record} - taken
+    unused |= {f"data.columns.{ours}" for ours in columns if ours not in known}
     if format in MESSAGE_KEYS:
         (column,) = FORMATS[format]
         for record, _ in records:
@@ -155,9 +157,15 @@ def _check_columns(source: str, columns: Mapping[str, str], first: Mapping[str, 
 
 
 def read_records(
-    source: str, split: str = "train", on_bad_row: str = "fail"
+    source: str,
+    split: str = "train",
+    on_bad_row: str = "fail",
+    columns: Collection[str] | None = None,
 ) -> tuple[list[tuple[dict[str, Any], str]], list[str]]:
-    """The rows of a file or hub data set as they stand, each with its place; see `read_rows`."""
+    """The rows of a file or hub data set as they stand, each with its place; see `read_rows`.
+
+    Of a Parquet file only `columns` are read, where they are given; the others are None.
+    """
     path, skipped = Path(source), list[str]()
     suffix = path.suffix.lower()
     if suffix not in (".jsonl", ".json", ".csv", ".parquet"):
@@ -178,13 +186,17 @@ def read_records(
             place = f"{source}, line {number}"
             try:
                 if line.strip():
-                    values.append((json.loads(line), place))
+                    values.append((json.loads(line, object_pairs_hook=_object), place))
+            except UserError as error:
+                bad(f"{place}: {error}")
             except (ValueError, RecursionError) as error:
                 bad(f"{place} is not JSON ({_reason(error)}): {_cut(line.strip())}")
     elif suffix == ".json":
         text = _text(path)
         try:
-            loaded = json.loads(text)
+            loaded = json.loads(text, object_pairs_hook=_object)
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from error
         except (ValueError, RecursionError) as error:
             where = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
             raise UserError(
@@ -196,8 +208,13 @@ def read_records(
         values = [(value, f"{source}, row {number}") for number, value in enumerate(loaded, 1)]
     elif suffix == ".csv":
         csv.field_size_limit(2**31 - 1)  # of its own it stops at 131,072 characters
-        reader = csv.DictReader(io.StringIO(_text(path), newline=""), strict=True)
+        text = _text(path)
+        _check_separator(source, io.StringIO(text, newline=None).readline())
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
         try:
+            named = [name for name in reader.fieldnames or () if name]
+            if twice := [name for name in named if named.count(name) > 1]:
+                raise UserError(f"{source}: two columns have the name {twice[0]!r}: rename one")
             for number, fields in enumerate(reader, 1):
                 place = f"{source}, row {number}"
                 if None in fields or None in fields.values():
@@ -208,13 +225,8 @@ def read_records(
             last = reader.reader.line_num  # the DictReader's own stops at the row before
             raise UserError(f"{source}, line {last} is not CSV: {error}") from error
     else:
-        import pyarrow.parquet
-
-        try:
-            table = pyarrow.parquet.read_table(path)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{source} cannot be read as Parquet: {error}") from error
-        values = [(v, f"{source}, row {number}") for number, v in enumerate(table.to_pylist(), 1)]
+        records_there = _parquet(path, columns)
+        values = [(v, f"{source}, row {number}") for number, v in enumerate(records_there, 1)]
     records = []
     for value, place in values:
         if isinstance(value, dict):
@@ -222,6 +234,42 @@ def read_records(
         else:
             bad(f"{place} is {_kind(value)}; an object with named columns belongs there")
     return records, skipped
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise UserError(f"the key {twice!r} is given twice, in {_cut(found)}")
+    return found
+
+
+def _check_separator(source: str, header: str) -> None:
+    for separator, name in ((";", "';'"), ("\t", "tabs")):
+        if separator in header and "," not in header:
+            raise UserError(f"{source} is separated by {name}: save it with commas")
+
+
+def _parquet(path: Path, columns: Collection[str] | None) -> list[dict[str, Any]]:
+    """The rows; of a column that nobody reads, which may hold anything, only the name."""
+    import pyarrow.parquet
+
+    unreadable = (pyarrow.ArrowException, OSError, OverflowError, ValueError, KeyError)
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except unreadable as error:
+        raise UserError(f"{path} cannot be read as Parquet: {error}") from error
+    values: dict[str, list[Any]] = {}
+    for name in table.column_names:
+        try:
+            needed = columns is None or name in columns
+            values[name] = table.column(name).to_pylist() if needed else [None] * len(table)
+        except unreadable as error:
+            raise UserError(
+                f"{path}: the column {name!r} cannot be read ({error}): repair it, or leave it out"
+            ) from error
+    return [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
 
 
 def _text(path: Path) -> str:
