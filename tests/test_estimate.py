@@ -196,6 +196,51 @@ def test_no_weight_is_read(tiny: Tiny, tmp_path: Path) -> None:
     assert "set training.max_steps" in "\n".join(lines(found))
 
 
+def test_as_many_batches_as_the_run_has(tiny: Tiny, tmp_path: Path) -> None:
+    """A share of less than one row holds out one, and one of 7.7 of them 8."""
+    for share, batches in ((0.01, 23), (0.32, 16)):
+        arguments = settings(
+            tiny("llama"), tmp_path, data={"eval": share},
+            training={"max_steps": -1, "num_train_epochs": 1, "per_device_train_batch_size": 1},
+        )  # fmt: skip
+        assert estimate(**arguments, rates=RATES, speed=1e9)["training"]["batches"] == batches
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"data": {"max_length": 300}}, "data.max_length is 300, but .* has 256 positions"),
+        ({"milora": {"protect_inputs": 4000}}, "milora.protect_inputs is 4000, but .* at most "),
+        ({"milora": {"protect": {"q_prj": 2}}}, "milora.protect: 'q_prj' matches none of"),
+        ({"milora": {"protect": 2}, "method": "pissa"}, "milora.protect: pissa starts from"),
+        ({"milora": {"protect": 2}, "method": "full"}, "milora.protect: full fine-tuning has no"),
+        ({"milora": {"start": "balanced"}, "method": "lora"}, "milora.start is balanced, which "),
+        ({"gates": ["row.accuracy >= 0.5"]}, "is on row, which is no task of this run: did you"),
+    ],
+)
+def test_what_a_run_refuses_is_refused_here(
+    changes: dict[str, Any], said: str, tiny: Tiny, tmp_path: Path
+) -> None:
+    asked = settings(tiny("gpt2"), tmp_path, **changes)
+    with pytest.raises(UserError, match=said):
+        estimate(**asked, rates=RATES, speed=1e9)
+    with pytest.raises(UserError, match=said):
+        run(asked, dry_run=True)
+
+
+def test_gates_on_tasks_and_what_has_no_effect(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = settings(
+        tiny("llama"), tmp_path, method="lora", milora={"text": "general.txt"},
+        evaluate={"tasks": ["a/own.jsonl", "harness:arc_easy", {"file": "b.csv", "name": "mine"},
+                            {"harness": "piqa"}]},
+        gates=[f"{name}.accuracy > base" for name in ("own", "arc_easy", "mine", "piqa")],
+    )  # fmt: skip
+    estimate(**asked, rates=RATES, speed=1e9)
+    assert "milora.text is not used" in capsys.readouterr().err
+
+
 def test_directions_are_counted(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import TrainingArguments
 from transformers.pytorch_utils import Conv1D
@@ -15,11 +16,16 @@ from milora import adapter, costs, targeting
 from milora.arguments import training_arguments
 from milora.checkpoint import open_skeleton
 from milora.errors import UserError
-from milora.pretrained import dtype_of, task_of
+from milora.gates import check_subjects, parse_gate
+from milora.keep import check_inputs
+from milora.matrices import adapted_matrices
+from milora.pretrained import dtype_of, positions, task_of
 from milora.preview import by_kind, compute_dtype, directions, prepared, size
-from milora.progress import duration
-from milora.protect import FIRST, parts_of
-from milora.rows import read_rows
+from milora.progress import Progress, duration
+from milora.protect import FIRST, check_patterns, check_protect, parts_of
+from milora.ready import _check_general
+from milora.recommended import as_before
+from milora.rows import read_rows, split_rows
 
 # Of the rate of a product of its size, what a training step reaches: measured by
 # benchmarks/estimate.py (docs/speed.md).
@@ -67,6 +73,12 @@ def estimate(
         method, training, Path(output_dir), seed, early_stopping_patience
     )
     config = None if method == "full" else targeting.lora_config(lora)
+    asked = {"output_dir": output_dir, "method": method, "milora": milora, "continue": continue_}
+    milora = as_before(asked, resume=False)["milora"]
+    protect, _ = parts_of(milora["protect"])
+    check_protect(protect, method)
+    _check_general(milora, method, Progress())
+    check_subjects([parse_gate(gate) for gate in gates], _task_names(evaluate["tasks"]))
     if (method == "full" or lora.get("modules_to_save")) and dtype == "auto":
         dtype = "float32"
     skeleton = open_skeleton(model, trust_remote_code).to(dtype_of(dtype))  # type: ignore[arg-type]
@@ -75,12 +87,21 @@ def estimate(
             f"milora estimate follows causal models, which {model} is not: `milora train "
             "--dry-run` measures a step"
         )
+    if data["max_length"] > (longest := positions(skeleton)):
+        raise UserError(
+            f"data.max_length is {data['max_length']}, but {model} has {longest} positions: "
+            f"set at most {longest}"
+        )
     device = "cpu" if arguments.use_cpu else "cuda"
     rows, tokens = arguments.per_device_train_batch_size, int(data["max_length"])
     vocabulary, widest = skeleton.config.get_text_config().vocab_size, _widest(skeleton)
     gathered = costs.gathered(skeleton, skeleton._no_split_modules or ())
     parameters = sum(p.numel() for p in skeleton.parameters())
     live, shapes = prepared(skeleton, config, method, arguments)
+    if isinstance(live, PeftModel):
+        check_patterns(protect, list(shapes))
+        if milora["protect_inputs"]:
+            check_inputs(adapted_matrices(live), milora["protect_inputs"])
     trained = sum(p.numel() for p in live.parameters() if p.requires_grad)
     trained_bytes = sum(p.nbytes for p in live.parameters() if p.requires_grad)
     cast = compute_dtype(arguments)
@@ -158,11 +179,22 @@ def _batches(data: Mapping[str, Any], arguments: TrainingArguments, processes: i
     if not Path(source).is_file():
         return None
     read = {key: data[key] for key in ("format", "columns", "on_bad_row")}
-    count = len(read_rows(source, **read).rows)
+    found = read_rows(source, **read).rows
     if not isinstance(held, str):
-        count -= int(count * held)
-    per_epoch = math.ceil(count / (arguments.per_device_train_batch_size * processes))
+        found, _ = split_rows(found, held, seed=0)
+    per_epoch = math.ceil(len(found) / (arguments.per_device_train_batch_size * processes))
     return math.ceil(per_epoch * arguments.num_train_epochs)
+
+
+def _task_names(tasks: Sequence[Any]) -> list[str]:
+    """As evaluate.load_task names them, whose files are not read here."""
+    names = []
+    for task in tasks:
+        given = {"file": task} if isinstance(task, str) else task
+        is_ours = not str(given["file"]).startswith("harness:")
+        name = given.get("name") or given.get("harness")
+        names.append(name or (Path(given["file"]).stem if is_ours else given["file"][8:]))
+    return names
 
 
 def _top(milora: Mapping[str, Any]) -> int:
