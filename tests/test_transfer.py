@@ -175,6 +175,19 @@ def test_the_command(home: Path) -> None:
     assert "continual.overall >= 2 (it is" in str(done.exception)
 
 
+def test_whole_weights_are_compared_with_their_base(tiny: Tiny, tmp_path: Path) -> None:
+    """There is no adapter to switch off: the base is another model."""
+    values = settings(tiny("llama"), tmp_path, method="full", training=SHORT)
+    run(values)
+    folder = tmp_path / "run"
+    before = json.loads((folder / "evaluation.json").read_text())
+    done = CliRunner().invoke(app, ["eval", str(folder), "--all-tasks"])
+    assert done.exit_code == 0, done.exception
+    after = json.loads((folder / "evaluation.json").read_text())
+    assert before["knowledge"][0]["kl"] > 0
+    assert (after["tasks"], after["knowledge"]) == (before["tasks"], before["knowledge"])
+
+
 def test_each_release_gives_what_it_gives_alone(home: Path) -> None:
     """The column of the first task, asked of the first run by itself."""
     from milora.evaluate import evaluate_task, load_task

@@ -111,15 +111,16 @@ def evaluate_chain(
     texts = general_texts(asked["knowledge"])
     live: Any = pair.model
     results: list[dict[str, Any]] = []
+    now = pair  # of whole weights with its other base: there is no adapter to switch off
     for place, link in reversed(list(enumerate(links))):
         if place < len(links) - 1:
             base = take_off(live)
             live = PeftModel.from_pretrained(base, link.run / "adapter").eval()
+            now = Pair(live, headless=pair.headless)
             progress.say(f"release {place + 1} of {len(links)}: {link.run}")
         found, own = evaluate_all(
-            Pair(live, headless=pair.headless), reader, tasks, texts,
-            asked["chunks"], asked["batch_size"], progress,
-        )  # fmt: skip
+            now, reader, tasks, texts, asked["chunks"], asked["batch_size"], progress
+        )
         if not results:
             samples = own
         results.insert(0, found)
