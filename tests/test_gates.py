@@ -22,6 +22,7 @@ Tiny = Callable[[str], Path]
 EVALUATION: dict[str, Any] = {
     "tasks": {
         "mail": {"base": {"accuracy": 0.5, "loss": None}, "tuned": {"accuracy": 0.6, "loss": None}},
+        "round": {"base": {"accuracy": 0.1}, "tuned": {"accuracy": 0.15}},
         "arc.easy": {"base": {"metrics": {"acc,none": 0.25}},
                      "tuned": {"metrics": {"acc,none": 0.5}}},
         "gsm": {state: {"metrics": {"exact_match,strict-match": 0.2, "exact_match,flexible": 0.4}}
@@ -42,6 +43,10 @@ RECORD = {"interference": {"max": 0.02, "mean": 0.01}}
         ("mail.accuracy > 0.6", False, "it is 0.6, the bound is 0.6"),
         ("mail.accuracy >= base", True, "the bound is 0.5"),
         ("mail.accuracy>=base+0.05", True, "the bound is 0.55"),
+        ("round.accuracy >= base + 0.05", True, "it is 0.15, the bound is 0.15"),  # 0.1 + 0.05
+        ("round.accuracy > base + 0.05", False, "it is 0.15, the bound is 0.15"),
+        ("round.accuracy < base + 0.05", False, "it is 0.15, the bound is 0.15"),
+        ("round.accuracy >= base + 0.0500001", False, "the bound is 0.15"),
         ("mail.accuracy >= base * 1.5", False, "the bound is 0.75"),
         ("mail.accuracy >= base - 1e-1", True, "the bound is 0.4"),
         ("arc.easy.acc >= base + .25", True, "it is 0.5, the bound is 0.5"),

@@ -9,6 +9,7 @@
                                         rest of TRANSFER, over all tasks of the chain
 
 `base` is the same measure of the base. A measure that is missing, or no number, fails the gate.
+What differs from its bound by no more than rounding is equal to it.
 """
 
 import difflib
@@ -122,7 +123,9 @@ def _judge(gate: Gate, pair: tuple[Any, Any]) -> Verdict:
         if not isinstance(base, int | float):
             return Verdict(gate.text, False, value, None, f"it is {value:.6g}, the base has none")
         bound = COMBINE[gate.sign](base, gate.by)
-    holds = COMPARE[gate.relation](value, bound)
+    # The sum of two decimals is off by a rounding: 0.1 + 0.05 is more than 0.15.
+    equal = math.isclose(value, bound, rel_tol=1e-9, abs_tol=1e-12)
+    holds = "=" in gate.relation if equal else COMPARE[gate.relation](value, bound)
     said = f"it is {value:.6g}, the bound is {bound:.6g}"
     return Verdict(gate.text, holds, value, bound, said)
 
