@@ -192,6 +192,38 @@ def test_eval_of_a_plain_model(command: Command) -> None:
     assert "rows: accuracy of 2" in out
 
 
+def test_scores_are_of_the_file_that_the_task_had(command: Command) -> None:
+    assert command("train", command.config())[0] == 0
+    for folder in ("o", "p"):
+        Path(folder).mkdir()
+        write_rows(Path(folder) / "rows.jsonl", 3)
+    said = command.refused("eval", "run", "--tasks", "o/rows.jsonl, p/rows.jsonl")
+    assert "--tasks: two tasks have one name (rows, rows): rename a file" in said
+    said = command.refused("eval", "run", "--tasks", "o/rows.jsonl")
+    assert "is not the file that the task rows of run/evaluation.json had" in said
+    assert "give it another name, or write elsewhere with --out" in said
+    code, out, _ = command("eval", "run", "--tasks", "o/rows.jsonl", "--limit", "2")
+    assert (code, "not written, since --limit makes it a trial" in out) == (0, True)
+    Path("rows.jsonl").rename("as-it-was.jsonl")
+    write_rows(Path("rows.jsonl"), 5)
+    for also in ([], ["--all-tasks"]):
+        assert "is not the file that the task rows of" in command.refused("eval", "run", *also)
+        assert command("eval", "run", *also, "--out", "now.json")[0] == 0
+        assert json.loads(Path("now.json").read_text())["tasks"]["rows"]["rows"] == 5
+    Path("as-it-was.jsonl").rename("rows.jsonl")
+    Path("run/samples.jsonl").unlink()  # which is no reason to lose an evaluation
+    Path("o/rows.jsonl").rename("o/more.jsonl")
+    code, out, _ = command("eval", "run", "--tasks", "rows.jsonl, o/more.jsonl")
+    assert (code, "written: run/evaluation.json" in out) == (0, True)
+    tasks = json.loads(Path("run/evaluation.json").read_text())["tasks"]
+    assert {name: task["rows"] for name, task in tasks.items()} == {"rows": 24, "more": 3}
+    long = json.dumps({"prompt": "x" * 600, "completion": "4"})
+    Path("long.jsonl").write_text(long + "\n")
+    said = command.refused("eval", "run", "--tasks", "long.jsonl")
+    assert "long.jsonl, line 1: the question and max_new_tokens (64) are" in said
+    assert "the model has 512 positions" in said
+
+
 def test_chat_reads_lines(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     import io
 

@@ -24,6 +24,7 @@ class ClassTask(NamedTuple):
     name: str
     rows: list[Row]
     duplicates: int = 0
+    sha256: str | None = None  # of its file; None from the hub
 
 
 def label_names(rows: Sequence[Row]) -> list[str]:

@@ -323,10 +323,11 @@ def evaluate(
     evaluation.json, where its report and gates find them, unless --limit makes them a trial.
     """
     _quiet()
-    from milora.evaluate import check_task, evaluate_all, load_task
+    from milora.evaluate import check_lengths, check_task, evaluate_all, load_task
+    from milora.forms import answers_apart
     from milora.knowledge import general_texts
     from milora.logits import Pair
-    from milora.pretrained import load_pretrained
+    from milora.pretrained import load_pretrained, positions
     from milora.progress import Progress
     from milora.verify import open_run
     from milora.vision import image_tokens
@@ -349,7 +350,7 @@ def evaluate(
     else:
         pair, reader, configuration = open_run(source, trust_remote_code)
         asked = configuration["evaluate"]
-    chosen = [name for name in tasks.split(",") if name] or asked["tasks"]
+    chosen = _parts(tasks) or asked["tasks"]
     by_name = {
         str(t.get("name") or t.get("harness") or Path(t["file"]).stem): t
         for t in asked["tasks"]
@@ -359,9 +360,14 @@ def evaluate(
         load_task(by_name.get(t, t) if isinstance(t, str) else t, limit, bool(image_tokens(reader)))
         for t in chosen
     ]
+    names = [task.name for task in loaded_tasks]
+    if len(set(names)) < len(names):
+        raise UserError(f"--tasks: two tasks have one name ({', '.join(names)}): rename a file")
+    _check_files(source, out, limit, loaded_tasks)
     for task in loaded_tasks:
         check_task(task, pair.model)
-    texts = general_texts([t for t in knowledge.split(",") if t] or asked["knowledge"])
+        check_lengths(task, reader, positions(pair.model), answers_apart(pair.model))
+    texts = general_texts(_parts(knowledge) or asked["knowledge"])
     with Progress() as progress:
         result, samples = evaluate_all(
             pair,
@@ -374,6 +380,19 @@ def evaluate(
         )
     _print_scores(result)
     _write_evaluation(source, out, limit, result, samples)
+
+
+def _parts(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _check_files(source: Path, out: Path | None, limit: int | None, tasks: list[Any]) -> None:
+    """Refuse what `_write_evaluation` could not write, before it is evaluated."""
+    from milora.evaluate import check_files, file_sha256
+
+    own = source / "evaluation.json"
+    if out is None and limit is None and own.exists():
+        check_files(own, {task.name: file_sha256(task) for task in tasks})
 
 
 def _write_evaluation(
@@ -390,6 +409,9 @@ def _write_evaluation(
         files = own, source / "samples.jsonl"
         save_evaluation(*files, *merge_evaluations(*files, result, samples))
         typer.echo(f"written: {own}")
+    else:
+        why = "since --limit makes it a trial" if own.exists() else f"since {own} is not there"
+        typer.echo(f"not written, {why}: name a file with --out")
 
 
 def _evaluate_chain(
@@ -398,11 +420,12 @@ def _evaluate_chain(
     from milora.compare_page import Table
     from milora.lineage import chain
     from milora.progress import Progress
-    from milora.transfer import evaluate_chain, sentences, table
+    from milora.transfer import evaluate_chain, load_tasks, sentences, table
     from milora.verify import open_run
 
     links = chain(source)
     pair, reader, _ = open_run(source, trust_remote_code)
+    _check_files(source, out, limit, load_tasks(links, reader))
     with Progress() as progress:
         result, samples = evaluate_chain(links, pair, reader, progress, limit)
     _print_scores(result)

@@ -43,7 +43,7 @@ from milora.classification import (
     tokens,
 )
 from milora.errors import UserError
-from milora.files import read_json, read_lines, write_json, write_text
+from milora.files import read_json, read_lines, sha256, write_json, write_text
 from milora.forms import answers_apart, prompt_for
 from milora.generation import Answer, Progress, Prompt, answer_loss, generate
 from milora.grade import Grader, Verdict, check_reference, grader
@@ -66,6 +66,7 @@ class Task(NamedTuple):
     duplicates: int = 0
     match: str = ""  # what `grade` is, for the record
     pattern: str | None = None
+    sha256: str | None = None  # of its file; None from the hub
 
 
 class ChoiceTask(NamedTuple):
@@ -75,6 +76,7 @@ class ChoiceTask(NamedTuple):
     questions: list[Question]
     prompt: str  # with {question}
     duplicates: int = 0
+    sha256: str | None = None
 
 
 AnyTask = Task | ChoiceTask | HarnessTask | ClassTask
@@ -96,11 +98,12 @@ def load_task(
         return harness_task(options["harness"], limit, options.get("include"))
     file = options["file"]
     name = options.get("name") or Path(file).stem
+    digest = sha256(Path(file)) if Path(file).is_file() else None
     if options.get("protocol") == "likelihood":
         _check_options(options, name, ("protocol", "prompt"), "options that are scored")
         questions = read_questions(file, pictures)[:limit]
         asked = [(q.question, *q.options) for q in questions]
-        return ChoiceTask(name, questions, options.get("prompt") or PROMPT, _again(asked))
+        return ChoiceTask(name, questions, options.get("prompt") or PROMPT, _again(asked), digest)
     try:
         read = read_rows(file, split="test", pictures=pictures)
     except UserError as error:
@@ -111,7 +114,7 @@ def load_task(
     rows = read.rows[:limit]
     if read.format == "classification":
         _check_options(options, name, (), "rows with a label")
-        return ClassTask(name, rows, _again([repr(row.messages[:-1]) for row in rows]))
+        return ClassTask(name, rows, _again([repr(row.messages[:-1]) for row in rows]), digest)
     _check_options(options, name, ("match", "pattern", "max_new_tokens"), "generated answers")
     for row in rows:
         if row.messages[-1]["role"] != "assistant" or len(row.messages) < 2:
@@ -124,8 +127,9 @@ def load_task(
             raise UserError(f"{row.place}: the reference answer {reason}")
     again = _again([repr((row.messages[:-1], [p.sha256 for p in row.pictures])) for row in rows])
     return Task(
-        name, rows, grade, options.get("max_new_tokens") or 64, again, match, options.get("pattern")
-    )
+        name, rows, grade, options.get("max_new_tokens") or 64, again, match,
+        options.get("pattern"), digest,
+    )  # fmt: skip
 
 
 def _check_options(options: Mapping[str, Any], name: str, own: Sequence[str], what: str) -> None:
@@ -453,7 +457,8 @@ def evaluate_all(
     who = {"base": base, "tuned": with_adapter(adapter_off, pair.model)}
     recall = {state: recall_of(name) for state, name in who.items()}
     for task in tasks:
-        scores[task.name], own = evaluate_task(pair, tokenizer, task, batch_size, progress, recall)
+        found, own = evaluate_task(pair, tokenizer, task, batch_size, progress, recall)
+        scores[task.name] = found | {"sha256": file_sha256(task)}
         samples += own
     knowledge = []
     for text, name in texts:
@@ -476,13 +481,36 @@ def evaluate_all(
 def merge_evaluations(
     file: Path, samples_file: Path, result: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]
 ) -> tuple[dict[str, Any], list[Mapping[str, Any]]]:
-    """What the two files hold, with the tasks and texts of `result` added or put in their place."""
+    """What the two files hold, with the tasks and texts of `result` added or put in their place.
+
+    Raises UserError as check_files does.
+    """
+    check_files(file, {name: one.get("sha256") for name, one in result["tasks"].items()})
     stored = read_json(file)
     tasks = stored["tasks"] | result["tasks"]
     texts = {one["text"]: one for one in [*stored["knowledge"], *result["knowledge"]]}
-    kept = [one for one in read_lines(samples_file) if one["task"] not in result["tasks"]]
+    lines = read_lines(samples_file) if samples_file.exists() else []
+    kept = [one for one in lines if one["task"] not in result["tasks"]]
     whole = {**stored, **result, "tasks": tasks, "knowledge": list(texts.values())}
     return whole, [*kept, *samples]
+
+
+def check_files(evaluation: Path, tasks: Mapping[str, str | None]) -> None:
+    """Raise UserError for a task that had another file in `evaluation`; tasks: name -> sha256."""
+    stored = read_json(evaluation)["tasks"]
+    for name, digest in tasks.items():
+        before = stored.get(name, {}).get("sha256", digest)
+        if before != digest:
+            now, then = ((one or "none of a file")[:14] for one in (digest, before))
+            raise UserError(
+                f"the file of {name} (sha256 {now}) is not the file that the task {name} of "
+                f"{evaluation} had ({then}): give it another name, or write elsewhere with --out"
+            )
+
+
+def file_sha256(task: AnyTask) -> str | None:
+    """None for a task that is not of a file."""
+    return None if isinstance(task, HarnessTask) else task.sha256
 
 
 def save_evaluation(
