@@ -93,6 +93,19 @@ def test_verdicts(
         (".5", "1/2", "right"),
         ("2.50", "2.5", "right"),
         ("version 3b", "3", "format"),
+        ("答えは18です。", "18", "right"),  # no spaces in these
+        ("答案是18。", "18", "right"),
+        ("りんごは18個", "18", "right"),
+        ("정답은 18입니다", "18", "right"),
+        ("合計は1,800.5円", "1800.5", "right"),
+        ("第3問の答えは−18度", "-18", "right"),
+        ("18万円", "18", "format"),
+        ("3.5万", "3", "format"),
+        ("3,000万", "3", "format"),
+        ("1万8", "8", "format"),
+        ("3½", "3", "format"),
+        ("１８x", "1", "format"),
+        ("18USD", "18", "format"),
     ],
 )
 def test_numbers(answer: str, reference: str, verdict: str) -> None:

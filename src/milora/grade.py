@@ -19,10 +19,15 @@ Grader = Callable[[str, str], Verdict]  # (answer, reference)
 Match = Literal["exact", "json", "contains", "regex", "number", "math", "choice", "none"]
 MATCHES = get_args(Match)
 
+# Kana, Han and Hangul stand beside a number without a space; some of them multiply it: 3万 is not 3.
+_UNSPACED = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
+_MULTIPLY = "十百千万萬亿億兆십백천만억조"
 # The last one of a text is taken; thousands may have commas. 3/4 is one number.
 _NUMBER = re.compile(
-    r"(?<![\w.])[-+−]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:(?<=\d)\.\d+|(?<!\d)\.\d+)?"
-    r"(?:[eE][-+]?\d+)?(?:\s?/\s?\d+)?(?![\w])"
+    rf"(?<![^\W{_UNSPACED}])(?<![.{_MULTIPLY}])"
+    r"[-+−]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:(?<=\d)\.\d+|(?<!\d)\.\d+)?"
+    r"(?:[eE][-+]?\d+)?(?:\s?/\s?\d+)?"
+    rf"(?![^\W{_UNSPACED}])(?![\d.,]{{0,20}}[{_MULTIPLY}])"
 )
 _MARKER = re.compile(r"answer\s+is\s*:?", re.IGNORECASE)
 
