@@ -1,6 +1,7 @@
 """Gates: the grammar, what they are judged by, and the command's exit code."""
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -9,19 +10,28 @@ from typing import Any
 
 import pytest
 import yaml
+from conftest import make_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_run import settings
+from transformers import PreTrainedModel
 
+from milora.classification import ClassTask
 from milora.cli import main
 from milora.errors import UserError
+from milora.evaluate import ChoiceTask, Task, evaluate_all, load_task, measured
 from milora.gates import check_subjects, judge, parse_gate
+from milora.grade import grader
+from milora.harness import HarnessTask
+from milora.logits import Pair
 
 Tiny = Callable[[str], Path]
+Load = Callable[[str], PreTrainedModel]
 
 EVALUATION: dict[str, Any] = {
     "tasks": {
-        "mail": {"base": {"accuracy": 0.5, "loss": None}, "tuned": {"accuracy": 0.6, "loss": None}},
+        "mail": {"base": {"accuracy": 0.5, "loss": None},
+                 "tuned": {"accuracy": 0.6, "loss": None, "interval": [0.5, 0.7]}},
         "round": {"base": {"accuracy": 0.1}, "tuned": {"accuracy": 0.15}},
         "arc.easy": {"base": {"metrics": {"acc,none": 0.25}},
                      "tuned": {"metrics": {"acc,none": 0.5}}},
@@ -64,6 +74,7 @@ RECORD = {"interference": {"max": 0.02, "mean": 0.01}}
         ("post.accuracy >= 0", False, "it was not measured"),
         ("knowledge.x.kl <= 1", False, "it was not measured"),
         ("mail.loss <= 1", False, "it is not finite"),
+        ("mail.interval >= 0.1", False, "it is no single number"),
     ],
 )
 def test_judged(gate: str, holds: bool, said: str) -> None:
@@ -97,6 +108,55 @@ def test_a_task_that_the_run_does_not_have() -> None:
     check_subjects([parse_gate("arc.easy.accuracy > 0"), parse_gate("knowledge.w.kl < 1")], names)
     with pytest.raises(UserError, match=r"no task of this run: did you mean mail\?"):
         check_subjects([parse_gate("mial.accuracy > 0")], names)
+
+
+@pytest.mark.parametrize(
+    ("gate", "said"),
+    [
+        ("mail.acuracy >= 1", "mail has accuracy, format_failures, loss,"),
+        ("mail.interval >= 0.1", "mail has accuracy"),
+        ("mail.x.accuracy >= 1", "is on mail.x, which this run does not measure: use mail, "),
+        ("judged.accuracy >= 1", "judged has loss, loss_rows"),
+        ("arc.f1 >= 1", "arc has accuracy, accuracy_normalised"),
+        ("knowledge.nosuch.kl <= 1", "knowledge.nosuch, which this run does not measure: use mail"),
+        ("knowledge.moved <= 1", "knowledge has kl, kl_p99"),
+        ("interference.maximum <= 1", "interference has max, mean, size"),
+    ],
+)
+def test_what_will_not_be_measured(gate: str, said: str) -> None:
+    tasks: list[Any] = [
+        Task("mail", [], grader("exact"), 9), Task("judged", [], None, 9),
+        ChoiceTask("arc", [], ""), HarnessTask("gsm", None, None),
+    ]  # fmt: skip
+    names, texts = [task.name for task in tasks], ["build/w.txt", "the help topics"]
+    there = measured(tasks, texts, classifies=False, interference=True)
+    with pytest.raises(UserError, match=re.escape(said)):
+        check_subjects([parse_gate(gate)], names, there)
+    held = ("mail.accuracy > 0", "gsm.exact_match,none > 0", "knowledge.w.kl < 1", "judged.loss<9",
+            "interference.size < 1", "continual.cut <= 0", "knowledge.perplexity < 9")  # fmt: skip
+    check_subjects([parse_gate(one) for one in held], names, there)
+    classes = measured([ClassTask("c", [])], texts, classifies=True, interference=False)
+    check_subjects([parse_gate(x) for x in ("c.f1 > 0", "knowledge.moved < 1")], ["c"], classes)
+    with pytest.raises(UserError, match=r"does not measure \(full has none, nor has milora"):
+        check_subjects([parse_gate("interference.max <= 1")], ["c"], classes)
+
+
+def test_the_keys_are_those_that_are_measured(load: Load, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n')
+    choices = tmp_path / "choices.jsonl"
+    choices.write_text('{"question": "a", "choices": ["b", "c"], "answer": 0}\n')
+    tasks = [
+        load_task(str(rows)), load_task({"file": str(rows), "name": "judged", "match": "none"}),
+        load_task({"file": str(choices), "protocol": "likelihood"}),
+    ]  # fmt: skip
+    texts = [("a text of some length", "w.txt")]
+    found, _ = evaluate_all(Pair(load("llama")), make_tokenizer(), tasks, texts, 1, 4)
+    there = measured(tasks, ["w.txt"], classifies=False, interference=False)
+    for task in tasks:
+        single = {k for k, v in found["tasks"][task.name]["tuned"].items() if k[:8] != "interval"}
+        assert set(there[task.name] or ()) == single
+    assert set(there["knowledge"] or ()) == {*found["knowledge"][0], "perplexity"} - {"text"}
 
 
 class Run:
@@ -142,5 +202,10 @@ def test_the_command(
     assert (code, "it was not measured" in err) == (3, True)
     code, out, err = command("gate", str(run), "--gate", "rows.accuracy")
     assert (code, "is no gate" in err) == (2, True)
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(record | {"state": "exported"}))
+    for verb in ("gate", "report"):  # killed between evaluation.json and the end
+        code, out, err = command(verb, str(run))
+        assert (code, "is not finished, its state is exported: finish it with" in err) == (2, True)
     code, out, err = command("gate", str(tmp_path))
     assert (code, "is not the folder of a finished run" in err) == (2, True)

@@ -25,6 +25,7 @@ from milora.answers import (
     who_answers,
     with_adapter,
 )
+from milora.card import short
 from milora.choices import (
     PROMPT,
     Encoded,
@@ -55,6 +56,12 @@ from milora.rows import Row, read_rows
 from milora.vision import Reader, tokenizer_of
 
 LEFT_OUT = {"match": "exact", "protocol": "generate", "max_new_tokens": 64}  # what a task has then
+# What `knowledge_kept` finds, for gates.
+OF_TEXT = (
+    "kl", "kl_p99", "top_token_agreement", "perplexity", "base_perplexity", "tuned_perplexity",
+    "tokens", "not_finite",
+)  # fmt: skip
+OF_CLASSIFIER = ("moved", "similarities", "pieces")
 ASKED_ANEW: Mapping[str, Recall] = {"base": compute_always, "tuned": compute_always}
 
 
@@ -535,6 +542,33 @@ def save_evaluation(
             plain = re.sub(r"[^\w.-]+", "-", name)
             write_json(file.with_name(f"{file.stem}.{plain}-{state}.json"), answers)
     write_json(file, result)
+
+
+def measured(
+    tasks: Sequence[AnyTask], texts: Sequence[str], classifies: bool, interference: bool
+) -> dict[str, Sequence[str] | None]:
+    """What a run with these tasks and named general texts will have for gates: subject -> keys.
+
+    None for any: the metrics of a harness's task are its own. `interference` is whether it is
+    measured.
+    """
+    kept = OF_CLASSIFIER if classifies else OF_TEXT
+    found: dict[str, Sequence[str] | None] = {task.name: _keys(task) for task in tasks}
+    found |= {"knowledge": kept}
+    found |= {f"knowledge.{name}": kept for name in map(short, texts) if " " not in name}
+    return found | ({"interference": ("max", "mean", "size")} if interference else {})
+
+
+def _keys(task: AnyTask) -> Sequence[str] | None:
+    """What `evaluate_task` finds of base and tuned, single numbers alone."""
+    if isinstance(task, HarnessTask):
+        return None
+    if isinstance(task, ChoiceTask):
+        return ("accuracy", "accuracy_normalised", "not_finite")
+    if isinstance(task, ClassTask):
+        return ("accuracy", "f1", "loss", "not_finite")
+    graded = ("accuracy", "format_failures") if task.grade else ()
+    return (*graded, "loss", "loss_rows", "unended", "not_finite")
 
 
 def check_task(task: AnyTask, model: nn.Module) -> None:

@@ -78,8 +78,16 @@ def parse_gate(text: str) -> Gate:
                 found["sign"] or "", by)  # fmt: skip
 
 
-def check_subjects(gates: Sequence[Gate], tasks: Sequence[str]) -> None:
-    """Raise UserError for a gate on a task that the run does not have."""
+def check_subjects(
+    gates: Sequence[Gate],
+    tasks: Sequence[str],
+    measured: Mapping[str, Sequence[str] | None] | None = None,
+) -> None:
+    """Raise UserError for a gate on a task that the run does not have.
+
+    With `measured` also for one on what will not be measured: the keys of each subject but
+    "continual", None for any (evaluate.measured).
+    """
     for gate in gates:
         others = ("knowledge", "interference", "continual")
         if gate.subject.partition(".")[0] not in (*others, *tasks) and gate.subject not in tasks:
@@ -89,6 +97,17 @@ def check_subjects(gates: Sequence[Gate], tasks: Sequence[str]) -> None:
                 f"gates: {gate.text!r} is on {gate.subject}, which is no task of this run{hint} "
                 f"(its tasks: {', '.join(tasks) or 'none'})"
             )
+        if measured is None or gate.subject == "continual":
+            continue
+        if gate.subject not in measured:
+            why = " (full has none, nor has milora.interference.top 0)"
+            raise UserError(
+                f"gates: {gate.text!r} is on {gate.subject}, which this run does not measure"
+                f"{why if gate.subject == 'interference' else ''}: use {', '.join(measured)}"
+            )
+        keys = measured[gate.subject]
+        if keys is not None and gate.key not in keys:
+            raise UserError(f"gates: {gate.text!r}: {gate.subject} has {', '.join(keys)}")
 
 
 def judge(
@@ -117,7 +136,8 @@ def _margin(gate: Gate, verdict: Verdict) -> float:
 def _judge(gate: Gate, pair: tuple[Any, Any]) -> Verdict:
     value, base = pair
     if not isinstance(value, int | float):
-        return Verdict(gate.text, False, None, None, "it is not finite")
+        said = "it is not finite" if value is None else "it is no single number"
+        return Verdict(gate.text, False, None, None, said)
     bound = gate.number
     if bound is None:
         if not isinstance(base, int | float):
@@ -144,6 +164,7 @@ def _measured(
     if first == "knowledge":
         kept = [one for one in evaluation["knowledge"] if not text or short(one["text"]) == text]
         if gate.key == "perplexity":
+            kept = [one for one in kept if "moved" not in one]  # a classifier has none
             return [(one["tuned_perplexity"], one["base_perplexity"]) for one in kept]
         untouched = {
             "kl": 0.0, "kl_p99": 0.0, "top_token_agreement": 1.0, "moved": 0.0, "similarities": 1.0,
@@ -162,11 +183,20 @@ def _measured(
 
 
 def read_finished(run: Path, *also: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """run.json and evaluation.json. Raises UserError where they or one of `also` are not there."""
+    """run.json and evaluation.json of a run that is done.
+
+    Raises UserError where they or one of `also` are not there, and for a run that was broken off.
+    """
     for name in ("run.json", "evaluation.json", *also):
         if not (run / name).exists():
             raise UserError(f"{run} holds no {name}: it is not the folder of a finished run")
-    return read_json(run / "run.json"), read_json(run / "evaluation.json")
+    record: dict[str, Any] = read_json(run / "run.json")
+    if record["state"] != "done":
+        raise UserError(
+            f"{run} is not finished, its state is {record['state']}: finish it with "
+            "`milora train ... --resume`"
+        )
+    return record, read_json(run / "evaluation.json")
 
 
 def sentence(verdict: Verdict) -> str:

@@ -19,7 +19,7 @@ Grader = Callable[[str, str], Verdict]  # (answer, reference)
 Match = Literal["exact", "json", "contains", "regex", "number", "math", "choice", "none"]
 MATCHES = get_args(Match)
 
-# Kana, Han and Hangul stand beside a number without a space; some of them multiply it: 3万 is not 3.
+# Kana, Han and Hangul stand beside a number without a space. Some multiply it: 3万 is not 3.
 _UNSPACED = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
 _MULTIPLY = "十百千万萬亿億兆십백천만억조"
 # The last one of a text is taken; thousands may have commas. 3/4 is one number.
