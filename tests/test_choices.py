@@ -120,6 +120,20 @@ def test_rows_of_llm_adapters(
     assert (found.question, found.options, found.right) == wanted
 
 
+def test_a_prompt_of_ones_own(tmp_path: Path) -> None:
+    rows = [{"question": q, "choices": ["x", "y"], "answer": 0} for q in ("a?", "{b}?")]
+    file = write(tmp_path / "q.jsonl", rows)
+    options = {"file": file, "protocol": "likelihood"}
+    task = load_task(options | {"prompt": 'As {"is": 0}. {question}'})
+    assert isinstance(task, ChoiceTask)
+    asked = [encode_question(make_tokenizer(), q, task.prompt).prompt for q in task.questions]
+    wanted = [f'As {{"is": 0}}. {q}' for q in ("a?", "{b}?")]
+    assert asked == [make_tokenizer()(text)["input_ids"] for text in wanted]
+    for prompt in ("No place", "{0}", "{question!r}"):
+        with pytest.raises(UserError, match=r"q: prompt .* does not hold \{question\}"):
+            load_task(options | {"prompt": prompt})
+
+
 def test_rows_of_ones_own(tmp_path: Path) -> None:
     rows = [
         {"question": "Why?", "choices": ["a", "b"], "answer": 1},

@@ -114,10 +114,12 @@ def encode_question(
 ) -> Encoded:
     """Token ids of the prompt, and of each option after it (with the space that parts them).
 
+    In `prompt` {question} is replaced, and no other brace means anything.
+
     As in lm-evaluation-harness: prompt and option are tokenised as one text and cut where the
     prompt alone ends.
     """
-    text = prompt.format(question=question.question)
+    text = prompt.replace("{question}", question.question)
     known = tokenizer(text)["input_ids"]
     options = [
         tokenizer(f"{text} {option}")["input_ids"][len(known) :] for option in question.options

@@ -94,7 +94,8 @@ def load_task(
 ) -> AnyTask:
     """A task from its file's path, "harness:NAME", or the keys of config.TaskFile.
 
-    With `pictures`, for a model that reads them, its rows may have some.
+    With `pictures`, for a model that reads them, its rows may have some. Raises UserError for rows
+    that cannot be asked or graded, and for options that have no effect or no meaning.
     """
     options: dict[str, Any] = {"file": task} if isinstance(task, str) else dict(task)
     if isinstance(task, str) and task.startswith("harness:"):
@@ -110,7 +111,13 @@ def load_task(
         _check_options(options, name, ("protocol", "prompt"), "options that are scored")
         questions = read_questions(file, pictures)[:limit]
         asked = [(q.question, *q.options) for q in questions]
-        return ChoiceTask(name, questions, options.get("prompt") or PROMPT, _again(asked), digest)
+        prompt = options.get("prompt") or PROMPT
+        if "{question}" not in prompt:
+            raise UserError(
+                f"evaluate.tasks: {name}: prompt {prompt!r} does not hold {{question}}, so that "
+                "every question would be the same: put it where the question belongs"
+            )
+        return ChoiceTask(name, questions, prompt, _again(asked), digest)
     try:
         read = read_rows(file, split="test", pictures=pictures)
     except UserError as error:
