@@ -52,6 +52,15 @@ def test_a_task_of_the_harness(tmp_path: Path, load: Callable[[str], PreTrainedM
         load_task({"harness": "our_own", "include": str(tmp_path / "none")})
 
 
+def test_a_tag_is_no_task(tmp_path: Path) -> None:
+    options = own_task(tmp_path, [{"question": "a?", "choices": ["b", "c"], "answer": 0}])
+    file = tmp_path / "our_own.yaml"
+    file.write_text(file.read_text() + "tag: our_tag\n")
+    assert load_task(options).name == "our_own"
+    with pytest.raises(UserError, match=r"'our_tag' is a tag .* name its tasks: our_own"):
+        load_task(options | {"harness": "our_tag"})
+
+
 @pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="the public data sets are not here")
 def test_the_same_choices_as_the_harness(tmp_path: Path) -> None:
     """SmolLM2 on 30 rows of ARC-Easy: every choice, and every log-probability."""

@@ -33,13 +33,21 @@ class HarnessScores(NamedTuple):
 def harness_task(name: str, limit: int | None = None, include: str | None = None) -> HarnessTask:
     """The task, checked to be known.
 
-    Raises UserError when the harness is not installed, or knows no such task (with the nearest).
+    Raises UserError when the harness is not installed, knows no such task (with the nearest), or
+    has a tag of that name, which it gives no scores of its own.
     """
-    known = _manager(include).all_tasks
-    if name not in known:
-        near = difflib.get_close_matches(name, known, 3)
+    manager = _manager(include)
+    if name not in manager.all_tasks:
+        near = difflib.get_close_matches(name, manager.all_tasks, 3)
         hint = f"; did you mean {', '.join(near)}?" if near else ""
         raise UserError(f"evaluate.tasks: lm-evaluation-harness has no task {name!r}{hint}")
+    if name in manager.all_tags:
+        entry = manager.task_index[name]  # a dict before lm-eval 0.4.10
+        tagged = sorted(entry["task"] if isinstance(entry, dict) else entry.tags)
+        raise UserError(
+            f"evaluate.tasks: {name!r} is a tag of lm-evaluation-harness and no task: name its "
+            f"tasks: {', '.join(tagged[:20])}{', ...' * (len(tagged) > 20)}"
+        )
     return HarnessTask(name, limit, include)
 
 
