@@ -22,11 +22,12 @@ from typer.testing import CliRunner
 from milora.adapter import Factors, add_adapter, place, trained_factors
 from milora.approximation import best_of_rank, norm
 from milora.cli import app, main
+from milora.continual import _check_same
 from milora.errors import UserError
 from milora.export import plain_lora
 from milora.files import sha256
 from milora.fingerprints import base_sha256
-from milora.lineage import chain, current
+from milora.lineage import chain, current, read_link
 from milora.logits import base_only, logits_of
 from milora.matrices import adapted_matrices, matrix_in
 from milora.protect import held, moved, project, used_by_tasks
@@ -290,6 +291,19 @@ def test_the_same_adapter_is_trained_on(
     assert record["adapter"]["rank"] == (12 if method == "lora" else 16)  # it did not grow
     three = load_file(tmp_path / "three/adapter/adapter_model.safetensors")
     assert not all(torch.equal(one[name], three[name]) for name in one)
+
+
+def test_a_fold_that_cut_nothing_is_trained_on(first: Path) -> None:
+    """Its record has a cut where an earlier run of the chain had one."""
+    link = read_link(first)
+    for error in (0.0, 0.1):
+        cut = {"rank": 8, "error": error, "summed": 0.2}
+        record = link.record | {"adapter": link.record["adapter"] | {"cut": cut}}
+        if not error:
+            _check_same(link._replace(record=record), link.asked)
+            continue
+        with pytest.raises(UserError, match="was cut to rank 8"):
+            _check_same(link._replace(record=record), link.asked)
 
 
 @pytest.mark.slow

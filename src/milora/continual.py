@@ -146,7 +146,8 @@ def _check_same(link: Link, asked: Mapping[str, Any]) -> None:
                 f"continue.how: same trains the adapter of {link.run} on, and {file} is gone: put "
                 "it back, or use how: fold"
             )
-    if cut := link.record["adapter"].get("cut"):
+    cut = link.record["adapter"].get("cut")
+    if cut and cut["error"]:  # else the runs before it had cut, and this one nothing
         raise UserError(
             f"continue.how: same: the result of {link.run} was cut to rank {cut['rank']}, so that "
             "it is not what its factors give: use how: fold"
