@@ -186,6 +186,8 @@ def test_whole_weights_are_compared_with_their_base(tiny: Tiny, tmp_path: Path) 
     after = json.loads((folder / "evaluation.json").read_text())
     assert before["knowledge"][0]["kl"] > 0
     assert (after["tasks"], after["knowledge"]) == (before["tasks"], before["knowledge"])
+    done = CliRunner().invoke(app, ["history", str(folder)])
+    assert f"current release: {folder / 'model'}" in done.stdout
 
 
 def test_each_release_gives_what_it_gives_alone(home: Path) -> None:

@@ -130,7 +130,8 @@ def history(
     if released is None:
         typer.echo("current release: none, since no run of the chain finished with its gates")
         return
-    typer.echo(f"current release: {released.run / 'adapter'}")
+    result = "adapter" if (released.run / "adapter").exists() else "model"
+    typer.echo(f"current release: {released.run / result}")
 
 
 @app.command(epilog="Example: milora init run.yaml lora.r=64   (then any run of rank up to 64)")
