@@ -23,7 +23,7 @@ from milora.adapter import add_adapter, head_of
 from milora.artefacts import export_run
 from milora.card import all_scores
 from milora.chat import replies
-from milora.classification import class_scores, label_names, tokens
+from milora.classification import class_scores, label_names, moved, tokens
 from milora.cli import main
 from milora.errors import UserError
 from milora.files import read_json
@@ -182,6 +182,15 @@ def test_two_texts_are_told_apart(tmp_path: Path) -> None:
     cut = tokens(tokenizer, row, 5)
     assert cut.shortened
     assert cut.input_ids == [2, 5, 3, 6, 3]
+
+
+def test_two_texts_have_no_correlation_of_similarities() -> None:
+    generator = torch.Generator().manual_seed(0)
+    before, after = (torch.randn(3, 8, generator=generator) for _ in "ba")
+    figures = moved(before, after)
+    assert all(value is not None for value in figures.values())
+    assert moved(before[:2], after[:2])["similarities"] is None  # of NaN no JSON can be made
+    assert moved(before[:2], after[:2])["moved"] is not None
 
 
 @pytest.mark.parametrize("method", ["milora", pytest.param("full", marks=pytest.mark.slow)])
@@ -436,15 +445,15 @@ def test_accumulated_steps_are_those_of_whole_batches(
         run(asked(bert if name == "bert" else t5, home, lora=lora, training=training))
         found.append(load_file(home / "run" / "checkpoints" / "trained.safetensors"))
     starts = load_file(tmp_path / "8" / "run" / "init" / "factors.safetensors")
-    moved = 0.0
+    furthest = 0.0
     for key, tensor in found[0].items():
         torch.testing.assert_close(found[1][key], tensor, atol=2e-6, rtol=1e-4)
         plain = key.removeprefix("base_model.model.").replace(
             ".lora_A.default.weight", ".initial_A"
         )
         if plain in starts:
-            moved = max(moved, float((tensor - starts[plain]).abs().max()))
-    assert moved > 1e-4
+            furthest = max(furthest, float((tensor - starts[plain]).abs().max()))
+    assert furthest > 1e-4
 
 
 def test_positions_of_roberta_begin_behind_the_padding() -> None:

@@ -158,18 +158,22 @@ def resampled(table: Tensor, count: int) -> Tensor:
     return drawn.view(count, *table.shape)
 
 
-def moved(before: Tensor, after: Tensor) -> dict[str, float]:
-    """How far embeddings (texts, n) went: mean 1 - cosine, correlation of all similarities."""
+def moved(before: Tensor, after: Tensor) -> dict[str, float | None]:
+    """How far embeddings (texts, n) went: mean 1 - cosine, correlation of all similarities.
+
+    None for a figure that is not finite, as the correlation of the one similarity of two texts.
+    """
     cosine = torch.nn.functional.cosine_similarity(before.double(), after.double())
     pairs = torch.triu_indices(len(before), len(before), 1)
     similar = []
     for embeddings in (before, after):
         unit = torch.nn.functional.normalize(embeddings.double())
         similar.append((unit @ unit.T)[*pairs])
-    return {
+    found = {
         "moved": float((1 - cosine).mean()),
         "similarities": float(torch.corrcoef(torch.stack(similar))[0, 1]),
     }
+    return {key: value if math.isfinite(value) else None for key, value in found.items()}
 
 
 def embeddings(model: PreTrainedModel, pieces: Sequence[list[int]]) -> Tensor:
