@@ -217,6 +217,10 @@ def test_scores_are_of_the_file_that_the_task_had(command: Command) -> None:
     assert (code, "written: run/evaluation.json" in out) == (0, True)
     tasks = json.loads(Path("run/evaluation.json").read_text())["tasks"]
     assert {name: task["rows"] for name, task in tasks.items()} == {"rows": 24, "more": 3}
+    assert command("export", "run", "--to", "merged", "--out", "whole")[0] == 0
+    code, out, _ = command("eval", "whole", "--tasks", "rows.jsonl", "--limit", "2")  # a model
+    assert (code, "rows: accuracy of 2" in out) == (0, True)
+    assert "not written, since whole/evaluation.json is not there: name a file" in out
     long = json.dumps({"prompt": "x" * 600, "completion": "4"})
     Path("long.jsonl").write_text(long + "\n")
     said = command.refused("eval", "run", "--tasks", "long.jsonl")

@@ -325,12 +325,13 @@ def evaluate(
     """
     _quiet()
     from milora.evaluate import check_lengths, check_task, evaluate_all, load_task
+    from milora.files import read_json
     from milora.forms import answers_apart
     from milora.knowledge import general_texts
     from milora.logits import Pair
     from milora.pretrained import load_pretrained, positions
     from milora.progress import Progress
-    from milora.verify import open_run
+    from milora.verify import MERGED, open_run
     from milora.vision import image_tokens
 
     if all_tasks:
@@ -338,7 +339,12 @@ def evaluate(
             raise UserError("--all-tasks are those of the chain: leave out --tasks and --knowledge")
         _evaluate_chain(source, limit, out, trust_remote_code)
         return
-    if not (source / "milora.json").exists() and not (source / "run.json").exists():
+    made = source / "milora.json"
+    if made.exists():
+        is_model = read_json(made).get("format") == MERGED
+    else:
+        is_model = not (source / "run.json").exists()
+    if is_model:
         # A plain model has nothing to be compared with: base and tuned are the same.
         asked: dict[str, Any] = {
             "tasks": [],
