@@ -288,7 +288,7 @@ def test_a_run_and_its_commands(
     tensors = load_file(home / "adapter" / "adapter_model.safetensors")
     tensors[head[0]][0] += 1e-6
     save_file(tensors, home / "adapter" / "adapter_model.safetensors", {"format": "pt"})
-    assert {check.name for check in verify(home) if not check.holds} == {"head"}
+    assert {check.name for check in verify(home) if not check.holds} == {"file", "head"}
 
 
 def test_a_head_that_the_base_has(bert: Path, tmp_path: Path) -> None:

@@ -87,6 +87,7 @@ def test_the_sum_is_exact(
     assert "rank 14, sum of 2 adapters, exact" in done.output
     assert "cosine" in done.output
     assert all(check.holds for check in verify(tmp_path / "both"))
+    assert "file" in [check.name for check in verify(tmp_path / "both")]
     base = AutoModelForCausalLM.from_pretrained(tiny("llama"))
     wanted = {name: p.clone() for name, p in base.state_dict().items()}
     for weight, update in zip((1.0, -0.5), updates(runs, tiny), strict=True):

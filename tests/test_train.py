@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from peft import AutoPeftModelForCausalLM, PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_run import result_hashes, run, settings, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -114,6 +114,7 @@ def test_the_exported_adapter_is_what_was_trained(kind: str, tiny: Tiny, tmp_pat
     assert [check.name for check in checks] == [
         "base",
         "step 0",
+        "file",
         "format",
         "probes, base",
         "probes, tuned",
@@ -126,6 +127,14 @@ def test_sixteen_bit_starts_exactly_at_the_base(dtype: str, tiny: Tiny, tmp_path
     record = run(settings(tiny("llama"), tmp_path, dtype=dtype, training={"learning_rate": 1e-3}))
     assert record["step0"] == {"difference": 0.0, "bound": 0.0}
     assert all(check.holds for check in verify(tmp_path / "run"))
+    # The probes do not tell so small an update from none: the hash of the file does.
+    export_run(tmp_path / "run", tmp_path / "small", "lora", Smaller(2))
+    for folder in (tmp_path / "run" / "adapter", tmp_path / "small"):
+        assert all(check.holds for check in verify(folder))
+        file = folder / "adapter_model.safetensors"
+        nothing = {name: torch.zeros_like(tensor) for name, tensor in load_file(file).items()}
+        save_file(nothing, file, {"format": "pt"})
+        assert "file" in [check.name for check in verify(folder) if not check.holds]
 
 
 def test_autocast(tiny: Tiny, tmp_path: Path) -> None:
@@ -438,8 +447,6 @@ def test_exports_of_a_finished_run(finished: Path, tiny: Tiny, tmp_path: Path) -
 def test_verify_sees_a_changed_adapter_and_a_wrong_base(
     finished: Path, tiny: Tiny, tmp_path: Path
 ) -> None:
-    from safetensors.torch import save_file
-
     export_run(finished, tmp_path / "copy", "lora")
     path = tmp_path / "copy" / "adapter_model.safetensors"
     tensors = load_file(path)
@@ -447,7 +454,7 @@ def test_verify_sees_a_changed_adapter_and_a_wrong_base(
     tensors[name] *= 1.5
     save_file(tensors, path, {"format": "pt"})
     failed = [check.name for check in verify(tmp_path / "copy") if not check.holds]
-    assert failed == ["probes, tuned"]
+    assert failed == ["file", "probes, tuned"]
     for other in ("qwen2", "gpt2"):
         with pytest.raises(UserError, match="wrong base"):
             verify(finished, str(tiny(other)))

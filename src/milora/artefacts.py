@@ -20,7 +20,16 @@ from milora.merge import Recorded, merge_files
 from milora.pretrained import source_of
 from milora.progress import Progress
 from milora.smaller import EXACT, Exported, Smaller, check_smaller, write_smaller
-from milora.verify import ADAPTER, GGUF, MERGED, find_adapter, make_probes, open_adapter, why_whole
+from milora.verify import (
+    ADAPTER,
+    GGUF,
+    MERGED,
+    files_sha256,
+    find_adapter,
+    make_probes,
+    open_adapter,
+    why_whole,
+)
 
 KINDS = ("lora", "merged", "gguf", "gguf-merged")
 LORA, MODEL = "adapter.gguf", "model.gguf"
@@ -123,6 +132,7 @@ def export_run(
             rounding = merge_files(files, skeleton, plain.factors, hashes, folder, progress)
             _replace_tokenizer(source, folder, provenance["configuration"], trust_remote_code)
             record |= {"format": MERGED, "rounding": rounding._asdict()}
+            record["files_sha256"] = files_sha256(folder)
             said = f"{out}: merged weights, {rounding.sentence()}"
         else:
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)

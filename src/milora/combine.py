@@ -35,7 +35,7 @@ from milora.pretrained import opened
 from milora.progress import Progress
 from milora.spectra import interference, span
 from milora.svd import components
-from milora.verify import ADAPTER, find_adapter, make_probes, open_adapter
+from milora.verify import ADAPTER, files_sha256, find_adapter, make_probes, open_adapter
 
 HOW = ("sum", "ties", "dare")
 
@@ -188,6 +188,7 @@ def combine(
     with new_folder(out) as folder:
         copy_tokenizer(folders[0], folder)
         record["rank"] = save_plain_lora(folder, plain, model, first_one.base.name)
+        record["files_sha256"] = files_sha256(folder)
         loaded = PeftModel.from_pretrained(model, folder).eval()
         record["probes"] = make_probes(loaded, first_one.base.reader)
         write_json(folder / "milora.json", record)

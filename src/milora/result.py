@@ -18,7 +18,7 @@ from milora.progress import Progress
 from milora.protect import Top, measure, worst
 from milora.spectra import thinned
 from milora.tokens import load_with_tokens
-from milora.verify import head_sha256, make_probes
+from milora.verify import files_sha256, head_sha256, make_probes
 
 KEPT = ("rank", "exported_against_trained", "cut")  # of milora.json in run.json
 
@@ -100,6 +100,7 @@ def export_plain(
                 "quantised_sha256": fingerprints.packed_hashes(base, start.sha256),
                 "method": record["method"],
                 "rank": rank,
+                "files_sha256": files_sha256(folder),
                 "step0": record["step0"],
                 "exported_against_trained": difference,
                 "versions": record["versions"],

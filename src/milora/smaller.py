@@ -37,7 +37,7 @@ from milora.logits import Pair
 from milora.matrices import base_modules, skeleton_of
 from milora.pretrained import task_of
 from milora.progress import Progress
-from milora.verify import Opened, make_probes, open_adapter
+from milora.verify import Opened, files_sha256, make_probes, open_adapter
 
 
 class Smaller(NamedTuple):
@@ -134,6 +134,7 @@ def write_smaller(
         check_loaded(loaded, plain, storage)
         provenance: dict[str, Any] = opened.provenance | {
             "rank": written,
+            "files_sha256": files_sha256(folder),
             "approximation_error": plain.error,
             "approximation": {
                 "bits": smaller.bits,

@@ -4,7 +4,7 @@ The provenance beside the weights (milora.json) holds a hash of every base weigh
 adapted, and probes: prompts with the log-probabilities that base and tuned gave them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
@@ -22,7 +22,7 @@ from milora.checkpoint import full_weights, open_checkpoint
 from milora.data import prompt_ids, prompt_text
 from milora.errors import UserError
 from milora.export import ADAPTER_FILE, scale_of
-from milora.files import read_json
+from milora.files import read_json, sha256
 from milora.fingerprints import packed_hashes, tensor_sha256
 from milora.forms import first_token
 from milora.logits import Pair, base_only
@@ -197,6 +197,11 @@ def _wrong_weights(
     return wrong
 
 
+def files_sha256(folder: Path) -> dict[str, str]:
+    """The hash of each file of weights in a folder, by its name."""
+    return {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))}
+
+
 def make_probes(model: PeftModel, reader: Reader) -> list[dict[str, Any]]:
     """For each prompt, as it is and as a question in the model's template, the five likeliest next
     tokens of the tuned model, with their log-probabilities (nats) under tuned and base, and with
@@ -265,7 +270,7 @@ def head_sha256(model: PeftModel) -> dict[str, str]:
 def verify(path: Path, base: str | None = None, trust_remote_code: bool = False) -> list[Check]:
     """Fingerprint, step-0 identity as recorded, file format, and the probes, base and tuned.
 
-    Of merged weights the probes alone. Raises UserError for a wrong base, since nothing else can
+    Of merged weights the files and the probes. Raises UserError for a wrong base, since nothing else can
     be checked then, and for GGUF, which only a server can run (see server.verify_server).
     """
     folder = find_adapter(path)
@@ -278,7 +283,8 @@ def verify(path: Path, base: str | None = None, trust_remote_code: bool = False)
         written = stored["rounding"]["dtype"].replace("float64", "float32")
         merged = load_pretrained(str(folder), written, trust_remote_code)
         dtype = max(written, stored["base"]["dtype"], key=lambda one: TOLERANCE[one])
-        return [_probes(merged.model, merged.reader, stored["probes"], "tuned", dtype)]
+        found = _probes(merged.model, merged.reader, stored["probes"], "tuned", dtype)
+        return [*_files(folder, stored), found]
     opened = open_adapter(path, base, trust_remote_code)
     config: Any = opened.model.peft_config["default"]
     first = stored["step0"]
@@ -294,6 +300,7 @@ def verify(path: Path, base: str | None = None, trust_remote_code: bool = False)
             f"at the start of training the logits differed by {first['difference']:.1e}, "
             f"bound {first['bound']}",
         ),
+        *_files(folder, stored),
         Check("format", plain, f"plain LoRA, r = {config.r}, scale {scale:g}"),
     ]
     head = head_sha256(opened.model)
@@ -306,6 +313,20 @@ def verify(path: Path, base: str | None = None, trust_remote_code: bool = False)
         checks.append(found)
     checks.append(_probes(opened.model, opened.base.reader, stored["probes"], "tuned", dtype))
     return checks
+
+
+def _files(folder: Path, stored: Mapping[str, Any]) -> Iterator[Check]:
+    """Whether the weights are those that were written: a gentle update moves the probes by less
+    than their bound in 16 bit. Older artefacts have no such record."""
+    if "files_sha256" not in stored:
+        return
+    wanted, found = stored["files_sha256"], files_sha256(folder)
+    off = sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name))
+    every = f"all {len(wanted)} of weights have" if len(wanted) > 1 else f"{min(wanted)} has"
+    said = f"{every} the recorded sha256"
+    if off:
+        said = f"{off[0]} is not as it was written ({len(off)} of {len(wanted)} differ)"
+    yield Check("file", not off, said)
 
 
 def _probes(
