@@ -458,6 +458,20 @@ def test_verify_sees_a_changed_adapter_and_a_wrong_base(
     for other in ("qwen2", "gpt2"):
         with pytest.raises(UserError, match="wrong base"):
             verify(finished, str(tiny(other)))
+    base = tmp_path / "base"
+    shutil.copytree(tiny("llama"), base)
+    config = (base / "config.json").read_text()
+    changed = json.loads(config) | {"rms_norm_eps": 0.5}
+    (base / "config.json").write_text(json.dumps(changed))
+    failed = {check.name: check for check in verify(finished, str(base)) if not check.holds}
+    assert "its config.json, is not as it was" in failed["probes, base"].detail
+    (base / "config.json").write_text(config)
+    weights = load_file(base / "model.safetensors")
+    weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"] + 1
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    for ask in (verify, open_adapter):
+        with pytest.raises(UserError, match="wrong base: .* but others differ"):
+            ask(finished, str(base))
 
 
 def test_chat_answers_from_both(finished: Path) -> None:

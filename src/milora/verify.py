@@ -23,7 +23,7 @@ from milora.data import prompt_ids, prompt_text
 from milora.errors import UserError
 from milora.export import ADAPTER_FILE, scale_of
 from milora.files import read_json, sha256
-from milora.fingerprints import packed_hashes, tensor_sha256
+from milora.fingerprints import base_sha256, packed_hashes, tensor_sha256
 from milora.forms import first_token
 from milora.logits import Pair, base_only
 from milora.matrices import matrix_in
@@ -152,13 +152,16 @@ def open_adapter(
         provenance["configuration"].get("tokenizer", {}).get("eos_token"), quantization,
         provenance.get("labels", ()),
     )  # fmt: skip
-    wrong = _wrong_weights(loaded.model, provenance, model, trust_remote_code)
-    if wrong:
-        raise UserError(
-            f"wrong base: {model} differs from the base of {folder} in "
-            f"{len(wrong)} weights, the first is {wrong[0]}: give the model that the adapter was "
-            f"trained on ({recorded['name']})"
-        )
+    check_adapted(loaded.model, provenance, folder, model, trust_remote_code)
+    # A base that is packed anew on another device has other numbers, and is known by its files.
+    if "quantization" not in recorded and "sha256" in recorded:
+        digest = base_sha256(loaded.model, loaded.fresh)
+        if digest != recorded["sha256"]:
+            raise UserError(
+                f"wrong base: {model} has the weights that {folder} adapts, but others differ "
+                f"(sha256 {digest[:12]}, and the adapter was trained on "
+                f"{recorded['sha256'][:12]}): give that model ({recorded['name']})"
+            )
     # The one it was trained with, chat template included, wherever the base came from.
     if (folder / "tokenizer_config.json").is_file():
         tokenizer, processor = load_reader(str(folder), loaded.model.config, trust_remote_code)
@@ -167,6 +170,22 @@ def open_adapter(
         complete(tokenizer, str(folder), None, len(embedding.weight), writes)
         loaded = loaded._replace(tokenizer=tokenizer, processor=processor)
     return Opened(PeftModel.from_pretrained(loaded.model, folder), loaded, provenance)
+
+
+def check_adapted(
+    model: nn.Module, provenance: dict[str, Any], folder: Path, name: str, trust_remote_code: bool
+) -> None:
+    """Raise UserError unless all weights that the adapter in `folder` adapts are the recorded ones.
+
+    `name` is that of the base, `model`, which has no adapters.
+    """
+    wrong = _wrong_weights(model, provenance, name, trust_remote_code)
+    if wrong:
+        raise UserError(
+            f"wrong base: {name} differs from the base of {folder} in "
+            f"{len(wrong)} weights, the first is {wrong[0]}: give the model that the adapter was "
+            f"trained on ({provenance['base']['name']})"
+        )
 
 
 def _wrong_weights(
@@ -310,6 +329,9 @@ def verify(path: Path, base: str | None = None, trust_remote_code: bool = False)
     if not head:
         with base_only(opened.model):
             found = _probes(opened.model, opened.base.reader, stored["probes"], "base", dtype)
+        if not found.holds:
+            changed = ", with the adapter off: the base, or its config.json, is not as it was"
+            found = found._replace(detail=found.detail + changed)
         checks.append(found)
     checks.append(_probes(opened.model, opened.base.reader, stored["probes"], "tuned", dtype))
     return checks
@@ -322,7 +344,7 @@ def _files(folder: Path, stored: Mapping[str, Any]) -> Iterator[Check]:
         return
     wanted, found = stored["files_sha256"], files_sha256(folder)
     off = sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name))
-    every = f"all {len(wanted)} of weights have" if len(wanted) > 1 else f"{min(wanted)} has"
+    every = f"all {len(wanted)} files of weights have" if len(wanted) > 1 else f"{min(wanted)} has"
     said = f"{every} the recorded sha256"
     if off:
         said = f"{off[0]} is not as it was written ({len(off)} of {len(wanted)} differ)"
