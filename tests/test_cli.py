@@ -98,7 +98,7 @@ def test_a_whole_run_and_what_follows(command: Command) -> None:
     assert yaml.safe_load(Path("run/config.yaml").read_text())["training"]["learning_rate"] == 1e-3
     code, out, _ = command("verify", "run/adapter")
     assert code == 0
-    assert out.count("ok  ") == 5
+    assert out.count("ok  ") == 7
     code, out, _ = command("eval", "run", "--limit", "3", "--out", "again.json")
     assert code == 0
     assert "rows: accuracy of 3" in out

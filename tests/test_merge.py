@@ -164,7 +164,7 @@ def test_rounded_once_and_said(name: str, dtype: torch.dtype, tmp_path: Path) ->
     assert recorded["worst"][1] >= recorded["all"] > 1e-4
     assert [check for check in verify(tmp_path / "merged") if not check.holds] == []
     shutil.copyfile(base / "model.safetensors", tmp_path / "merged" / "model.safetensors")
-    assert [check for check in verify(tmp_path / "merged") if not check.holds][0].name == "file"
+    assert "file" in [check.name for check in verify(tmp_path / "merged") if not check.holds]
 
 
 def test_a_run_in_fp32_on_a_checkpoint_in_bf16(tmp_path: Path) -> None:

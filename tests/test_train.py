@@ -117,6 +117,7 @@ def test_the_exported_adapter_is_what_was_trained(kind: str, tiny: Tiny, tmp_pat
         "file",
         "format",
         "probes, base",
+        "tokens",
         "probes, tuned",
     ]
     assert all(check.holds for check in checks)
@@ -455,6 +456,15 @@ def test_verify_sees_a_changed_adapter_and_a_wrong_base(
     save_file(tensors, path, {"format": "pt"})
     failed = [check.name for check in verify(tmp_path / "copy") if not check.holds]
     assert failed == ["file", "probes, tuned"]
+    export_run(finished, tmp_path / "mended", "lora")
+    template = tmp_path / "mended" / "chat_template.jinja"
+    written = template.read_text()
+    for changed in ("{% for m in messages %}XX{{ m.content }}{% endfor %}", None):
+        template.unlink() if changed is None else template.write_text(changed)
+        failed = [check.name for check in verify(tmp_path / "mended") if not check.holds]
+        assert failed == ["tokens"]
+    template.write_text("{# strftime_now #}" + written)
+    assert all(check.holds for check in verify(tmp_path / "mended"))
     for other in ("qwen2", "gpt2"):
         with pytest.raises(UserError, match="wrong base"):
             verify(finished, str(tiny(other)))
@@ -470,7 +480,7 @@ def test_verify_sees_a_changed_adapter_and_a_wrong_base(
     weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"] + 1
     save_file(weights, base / "model.safetensors", {"format": "pt"})
     for ask in (verify, open_adapter):
-        with pytest.raises(UserError, match="wrong base: .* but others differ"):
+        with pytest.raises(UserError, match=r"wrong base: .* but others differ"):
             ask(finished, str(base))
 
 

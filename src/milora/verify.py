@@ -6,6 +6,7 @@ adapted, and probes: prompts with the log-probabilities that base and tuned gave
 
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from itertools import zip_longest
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -230,16 +231,8 @@ def make_probes(model: PeftModel, reader: Reader) -> list[dict[str, Any]]:
     Of a classifier the classes in place of tokens, and nothing of the base, whose head may be new;
     of an encoder-decoder how its answer begins, to each prompt as it is."""
     tokenizer, kind = tokenizer_of(reader), task_of(model)
-    prompts = [(text, tokenizer(text)["input_ids"]) for text in PROBES]
-    templated = (*PROBES, *([LOOKED_AT] if image_tokens(reader) else []))
-    for text in templated if kind == "CAUSAL_LM" else ():
-        asked = [{"role": "user", "content": text}]
-        shown = [gradient(reader)[0]] if text == LOOKED_AT else []
-        with suppress(UserError):  # a template may want more than one question
-            ids = prompt_ids(reader, asked, shown)
-            prompts.append((text if shown else prompt_text(reader, asked), ids))
     probes = []
-    for text, ids in prompts:
+    for text, ids in _prompts(reader, kind):
         seen = _seen(text, reader)
         tuned = first_token(model, ids, seen)
         top = tuned.topk(min(5, len(tuned))).indices
@@ -268,6 +261,20 @@ def make_probes(model: PeftModel, reader: Reader) -> list[dict[str, Any]]:
     return probes
 
 
+def _prompts(reader: Reader, kind: str | None) -> list[tuple[str, list[int]]]:
+    """Text and tokens of each probe; see `make_probes`."""
+    tokenizer = tokenizer_of(reader)
+    prompts = [(text, list(tokenizer(text)["input_ids"])) for text in PROBES]
+    templated = (*PROBES, *([LOOKED_AT] if image_tokens(reader) else []))
+    for text in templated if kind == "CAUSAL_LM" else ():
+        asked = [{"role": "user", "content": text}]
+        shown = [gradient(reader)[0]] if text == LOOKED_AT else []
+        with suppress(UserError):  # a template may want more than one question
+            ids = prompt_ids(reader, asked, shown)
+            prompts.append((text if shown else prompt_text(reader, asked), list(ids)))
+    return prompts
+
+
 def _rounded(values: Tensor) -> list[float]:
     return [round(x, 5) for x in values.tolist()]
 
@@ -289,8 +296,9 @@ def head_sha256(model: PeftModel) -> dict[str, str]:
 def verify(path: Path, base: str | None = None, trust_remote_code: bool = False) -> list[Check]:
     """Fingerprint, step-0 identity as recorded, file format, and the probes, base and tuned.
 
-    Of merged weights the files and the probes. Raises UserError for a wrong base, since nothing else can
-    be checked then, and for GGUF, which only a server can run (see server.verify_server).
+    Of merged weights the files, the tokens and the probes. Raises UserError for a wrong base,
+    since nothing else can be checked then, and for GGUF, which only a server can run (see
+    server.verify_server).
     """
     folder = find_adapter(path)
     stored = read_json(folder / "milora.json")
@@ -303,7 +311,11 @@ def verify(path: Path, base: str | None = None, trust_remote_code: bool = False)
         merged = load_pretrained(str(folder), written, trust_remote_code)
         dtype = max(written, stored["base"]["dtype"], key=lambda one: TOLERANCE[one])
         found = _probes(merged.model, merged.reader, stored["probes"], "tuned", dtype)
-        return [*_files(folder, stored), found]
+        return [
+            *_files(folder, stored),
+            *_rendered(merged.model, merged.reader, stored["probes"]),
+            found,
+        ]
     opened = open_adapter(path, base, trust_remote_code)
     config: Any = opened.model.peft_config["default"]
     first = stored["step0"]
@@ -333,6 +345,7 @@ def verify(path: Path, base: str | None = None, trust_remote_code: bool = False)
             changed = ", with the adapter off: the base, or its config.json, is not as it was"
             found = found._replace(detail=found.detail + changed)
         checks.append(found)
+    checks += _rendered(opened.model, opened.base.reader, stored["probes"])
     checks.append(_probes(opened.model, opened.base.reader, stored["probes"], "tuned", dtype))
     return checks
 
@@ -349,6 +362,27 @@ def _files(folder: Path, stored: Mapping[str, Any]) -> Iterator[Check]:
     if off:
         said = f"{off[0]} is not as it was written ({len(off)} of {len(wanted)} differ)"
     yield Check("file", not off, said)
+
+
+def _rendered(model: nn.Module, reader: Reader, probes: list[dict[str, Any]]) -> Iterator[Check]:
+    """Whether tokenizer and chat template make of the probes what they did.
+
+    A template that writes the date says something else every day, so that nothing is compared."""
+    if "strftime_now" in str(getattr(reader, "chat_template", "")):
+        return
+    wanted = [probe["input_ids"] for probe in probes]
+    found = [ids for _, ids in _prompts(reader, task_of(model))]
+    if found == wanted:
+        yield Check(
+            "tokens",
+            True,
+            f"tokenizer and chat template write all {len(wanted)} probes as recorded",
+        )
+        return
+    pairs = zip_longest(probes, found)
+    first = next(probe for probe, ids in pairs if not probe or probe["input_ids"] != ids)
+    said = repr(first["text"]) if first else "a probe that was not there"
+    yield Check("tokens", False, f"tokenizer or chat template have changed: {said} reads otherwise")
 
 
 def _probes(
