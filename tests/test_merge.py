@@ -242,6 +242,8 @@ def test_what_cannot_be_merged_is_refused(pair: tuple[Path, Path], tmp_path: Pat
     refused("truncated or damaged")
     file.write_bytes(b"\xff" * 40)
     refused("cannot be read")
+    file.write_bytes((1).to_bytes(8, "little") + b"1")
+    refused("its header is no table")
     name = next(key for key in content if "q_proj" in key)
     save_file(content | {name: content[name] + 1e-3}, file, {"format": "pt"})
     refused(f"wrong base: {name.removesuffix('.weight')}")
@@ -401,6 +403,19 @@ def test_what_else_lies_in_the_folders(pair: tuple[Path, Path], tmp_path: Path) 
 
 def test_damaged_adapters(pair: tuple[Path, Path], tmp_path: Path) -> None:
     _, adapter = pair
+    for name in ("adapter_config.json", "tokenizer.json"):
+        written = (adapter / name).read_bytes()
+        (adapter / name).write_bytes(written[: len(written) // 2])
+        for asked in (lambda: verify(adapter), lambda: export(adapter, tmp_path / "merged")):
+            with pytest.raises(UserError, match=rf"adapter.*{name}.* as written back"):
+                asked()
+        (adapter / name).write_bytes(written)
+    config = read_json(adapter / "adapter_config.json")
+    write_json(adapter / "adapter_config.json", config | {"r": 3, "lora_alpha": 3})
+    for asked in (lambda: verify(adapter), lambda: export(adapter, tmp_path / "merged")):
+        with pytest.raises(UserError, match=r"adapter_config\.json .* put both files as written"):
+            asked()
+    write_json(adapter / "adapter_config.json", config)
     file = adapter / "adapter_model.safetensors"
     content = load_file(file)
     broken = {name: tensor.clone() for name, tensor in content.items()}

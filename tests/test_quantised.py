@@ -349,6 +349,7 @@ def test_a_checkpoint_that_comes_packed(
         )[0]["knowledge"][0]
     assert kept["kl"] > 0
     export_run(tmp_path / "run", tmp_path / "merged", "merged", base=str(tiny("llama")))
+    export_run(tmp_path / "run", tmp_path / "gguf", "gguf")
 
 
 @pytest.mark.slow
@@ -362,7 +363,7 @@ def test_factors_from_another_model_are_refused(packed_folder: Path, tmp_path: P
 
 @pytest.mark.slow
 def test_lora_needs_no_full_precision_where_nothing_is_measured(
-    packed_folder: Path, tmp_path: Path
+    packed_folder: Path, tiny: Tiny, tmp_path: Path
 ) -> None:
     record = run(
         settings(packed_folder, tmp_path, method="lora", milora={"interference": {"top": 0}})
@@ -370,8 +371,12 @@ def test_lora_needs_no_full_precision_where_nothing_is_measured(
     assert record["base"]["original"] is None
     assert record["spectra"] == {}
     assert all(check.holds for check in verify(tmp_path / "run"))
-    with pytest.raises(UserError, match="--base the checkpoint that it was made from"):
-        export_run(tmp_path / "run", tmp_path / "merged", "merged")
+    for base in (None, str(tiny("llama"))):
+        with pytest.raises(UserError, match=r"no hash of the full-precision .* cannot be merged"):
+            export_run(tmp_path / "run", tmp_path / "merged", "merged", base=base)
+    with pytest.raises(UserError, match="name the checkpoint that it was made from with --base"):
+        export_run(tmp_path / "run", tmp_path / "gguf", "gguf")
+    export_run(tmp_path / "run", tmp_path / "gguf", "gguf", base=str(tiny("llama")))
 
 
 @pytest.mark.slow

@@ -128,6 +128,8 @@ def test_what_a_run_with_new_tokens_can_be_asked(
         export_run(ran, tmp_path / "lora", "lora")
     with pytest.raises(UserError, match=r"has no adapter: rows of model.embed_tokens.*run/model"):
         verify(ran)
+    with pytest.raises(UserError, match="--base: a copy of whole weights needs no base"):
+        export_run(ran, tmp_path / "merged", "merged", base=str(tiny("qwen2")))
     assert "whole weights" in export_run(ran, tmp_path / "merged", "merged").said
     files = sorted(file.name for file in (tmp_path / "merged").iterdir())
     assert files == sorted(file.name for file in (ran / "model").iterdir())

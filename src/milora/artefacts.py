@@ -6,17 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from milora.adapter import take_off
 from milora.card import artefact_card
-from milora.checkpoint import open_checkpoint
+from milora.checkpoint import open_checkpoint, open_shards
 from milora.errors import UserError
 from milora.export import copy_tokenizer, load_plain_lora, merge
 from milora.files import new_folder, read_json, write_json, write_text
 from milora.ggufs import check_gguf, write_lora, write_model
 from milora.matrices import skeleton_of
-from milora.merge import Recorded, merge_files
+from milora.merge import Recorded, check_weight, merge_files, pieces_of
 from milora.pretrained import source_of
 from milora.progress import Progress
 from milora.smaller import EXACT, Exported, Smaller, check_smaller, write_smaller
@@ -28,6 +27,7 @@ from milora.verify import (
     find_adapter,
     make_probes,
     open_adapter,
+    own_reader,
     why_whole,
 )
 
@@ -69,6 +69,8 @@ def export_run(
                 f"--to {to}: {why_whole(run)}: use {run / 'model'} as it is, or --to merged for a "
                 "copy"
             )
+        if base:
+            raise UserError("--base: a copy of whole weights needs no base: leave it out")
         with new_folder(out) as folder:
             shutil.copytree(run / "model", folder, dirs_exist_ok=True)
         return Exported(f"{out}: whole weights, a copy of {run / 'model'}")
@@ -93,6 +95,15 @@ def export_run(
         return _classifier(source, out, to, base, trust_remote_code)
     recorded, progress = provenance["base"], progress or Progress()
     into_original = "merged" in to and "quantization" in recorded
+    packed = provenance.get("quantised_sha256", {})
+    # Of a base that came packed, trained without its original, there are no other hashes.
+    unknown = {name for name in packed if packed[name] == provenance["weights_sha256"][name]}
+    if into_original and unknown:
+        raise UserError(
+            f"--to {to}: the base of {run} came packed ({recorded['label']}), and the run had no "
+            "milora.factors_from, so that no hash of the full-precision weights was kept: it "
+            f"cannot be merged; serve {source}, a plain LoRA, on the packed base"
+        )
     if into_original and base is None:
         original = recorded["original"] or "the checkpoint that it was made from"
         raise UserError(
@@ -103,13 +114,20 @@ def export_run(
     if to == "lora":
         return write_smaller(source, out, smaller, base, trust_remote_code, progress)
     model = base or recorded["model"]
+    if "quantization" in recorded and base is None:
+        model = recorded["original"]
+        if model is None:
+            raise UserError(
+                f"--to {to}: the base of {run} came packed ({recorded['label']}): name the "
+                "checkpoint that it was made from with --base"
+            )
     files = source_of(model)
     skeleton = open_checkpoint(files, trust_remote_code).skeleton
     if "gguf" in to:
         check_gguf(skeleton.config)
     plain = load_plain_lora(source, skeleton)
     skeleton = open_checkpoint(files, trust_remote_code).skeleton  # PEFT is in the other now
-    dtype, packed = getattr(torch, recorded["dtype"]), provenance.get("quantised_sha256", {})
+    dtype = getattr(torch, recorded["dtype"])
     hashes = {
         name: Recorded(digest, None if name in packed else dtype)
         for name, digest in provenance["weights_sha256"].items()
@@ -123,6 +141,19 @@ def export_run(
         opened = open_adapter(source, base, trust_remote_code, packed=False)
         record["probes"] = make_probes(opened.model, opened.base.reader)
         del opened
+    if to == "gguf":
+        shards = open_shards(files)
+        for name, found in pieces_of(skeleton, plain.factors, shards, files).items():
+            if name not in unknown:
+                check_weight(name, found, shards, files, hashes[name])
+        if unknown:
+            progress.say(
+                f"no hash of the full-precision weights was kept: that {model} is the original of "
+                f"{recorded['name']} is known by its shapes alone"
+            )
+    own: Any = None
+    if to == "gguf-merged" or (to == "merged" and (source / "tokenizer_config.json").is_file()):
+        own, _ = own_reader(source, skeleton.config, trust_remote_code)
     with new_folder(out) as folder:
         if to == "gguf":
             write_lora(folder / LORA, skeleton.config, plain.factors, recorded)
@@ -130,14 +161,13 @@ def export_run(
             said = f"{out / LORA}: GGUF LoRA of rank {provenance['rank']}, {_exactly(lost)}"
         elif to == "merged":
             rounding = merge_files(files, skeleton, plain.factors, hashes, folder, progress)
-            _replace_tokenizer(source, folder, provenance["configuration"], trust_remote_code)
+            _replace_tokenizer(source, folder, provenance["configuration"], own)
             record |= {"format": MERGED, "rounding": rounding._asdict()}
             record["files_sha256"] = files_sha256(folder)
             said = f"{out}: merged weights, {rounding.sentence()}"
         else:
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
             rounding = write_model(
-                folder / MODEL, files, skeleton, plain.factors, hashes, tokenizer,
+                folder / MODEL, files, skeleton, plain.factors, hashes, own,
                 str(recorded["name"]), Path(model) if model.endswith(".gguf") else None, progress,
             )  # fmt: skip
             record |= {"format": GGUF, "file": MODEL, "rounding": rounding._asdict()}
@@ -154,16 +184,15 @@ def _exactly(lost: float) -> str:
 
 
 def _replace_tokenizer(
-    source: Path, folder: Path, configuration: Mapping[str, Any], trust_remote_code: bool
+    source: Path, folder: Path, configuration: Mapping[str, Any], tokenizer: Any
 ) -> None:
     """The adapter's in place of the base's, and answers end where they did in training."""
-    if (source / "tokenizer_config.json").is_file():
+    if tokenizer:
         for older in ("special_tokens_map.json", "added_tokens.json"):  # they would be read first
             (folder / older).unlink(missing_ok=True)
     copy_tokenizer(source, folder)
-    if not configuration.get("tokenizer", {}).get("eos_token"):
+    if not tokenizer or not configuration.get("tokenizer", {}).get("eos_token"):
         return
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     path = folder / "generation_config.json"
     settings = read_json(path) if path.is_file() else {}
     ends = settings.get("eos_token_id", read_json(folder / "config.json").get("eos_token_id"))

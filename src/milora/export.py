@@ -37,6 +37,7 @@ from milora.errors import UserError
 from milora.files import write_bytes, write_json
 from milora.matrices import (
     TRAINED,
+    Matrix,
     adapted_matrices,
     base_modules,
     is_suffix,
@@ -171,7 +172,7 @@ def load_plain_lora(folder: Path, skeleton: PreTrainedModel) -> PlainLora:
     Raises UserError for another base, and for a file that holds anything else, which would be
     lost.
     """
-    config: Any = PeftConfig.from_pretrained(str(folder))
+    config = read_config(folder)
     with opened(folder / ADAPTER_FILE):
         tensors = load_file(folder / ADAPTER_FILE)
     if (scale := scale_of(config)) is None:
@@ -187,10 +188,12 @@ def load_plain_lora(folder: Path, skeleton: PreTrainedModel) -> PlainLora:
     for name, matrix in adapted_matrices(model).items():
         keys = [f"base_model.model.{matrix.path}.{which}.weight" for which in ("lora_A", "lora_B")]
         try:
-            A, B = matrix.part(*(tensors[key].float() for key in keys))
-            factors[name] = Factors(A, scale * B)
+            found = [tensors[key].float() for key in keys]
         except KeyError as error:
             raise UserError(f"{folder} has no {error}: it is not the whole adapter") from None
+        _check_shapes(folder, name, matrix, *found)
+        A, B = matrix.part(*found)
+        factors[name] = Factors(A, scale * B)
         used.update(keys)
     whole: dict[str, dict[str, Tensor]] = {}
     for module in config.modules_to_save or ():
@@ -204,6 +207,36 @@ def load_plain_lora(folder: Path, skeleton: PreTrainedModel) -> PlainLora:
             "layer or a stack of experts: only PEFT can use it as it is"
         )
     return PlainLora(factors, in_full=whole)
+
+
+def read_config(folder: Path) -> Any:
+    """adapter_config.json of an adapter. Raises UserError for one that is cut or altered."""
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+        scale_of(config)
+    except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
+        raise UserError(
+            f"{folder / 'adapter_config.json'} is damaged ({' '.join(str(error).split())}): put "
+            "the file as written back"
+        ) from error
+    return config
+
+
+def _check_shapes(folder: Path, name: str, matrix: Matrix, A: Tensor, B: Tensor) -> None:
+    """Raise UserError unless they are as the configuration says of the base in hand."""
+    (key,) = matrix.layer.lora_A
+    wanted = [tuple(own[key].weight.shape) for own in (matrix.layer.lora_A, matrix.layer.lora_B)]
+    (rank, n), (m, _) = wanted
+    if (A.shape[1], len(B)) != (n, m):
+        raise UserError(
+            f"wrong base: {name} is {m} x {n} there, and the update in {folder} is {len(B)} x "
+            f"{A.shape[1]}: give the model that the adapter was trained on"
+        )
+    if len(A) != rank or B.shape[1] != rank:
+        raise UserError(
+            f"{folder}: adapter_config.json says rank {matrix.rank(key)} of {name}, and "
+            f"{ADAPTER_FILE} has another: put both files as written back"
+        )
 
 
 def scale_of(config: Any) -> float | None:

@@ -342,6 +342,8 @@ class TensorFile:
             if not length or self.begin > self.size:
                 raise ValueError("its header is not whole")
             self.header: dict[str, Any] = json.loads(self.handle.read(length))
+            if not isinstance(self.header, dict):
+                raise ValueError("its header is no table")
             self.header.pop("__metadata__", None)
             self.order = sorted(self.header, key=lambda name: self.header[name]["data_offsets"])
             if self.begin + self.header[self.order[-1]]["data_offsets"][1] != self.size:

@@ -16,13 +16,13 @@ import yaml
 from peft import PeftModel
 from peft.helpers import rescale_adapter_scale
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from milora.adapter import head_of
 from milora.checkpoint import full_weights, open_checkpoint
 from milora.data import prompt_ids, prompt_text
 from milora.errors import UserError
-from milora.export import ADAPTER_FILE, scale_of
+from milora.export import ADAPTER_FILE, read_config, scale_of
 from milora.files import read_json, sha256
 from milora.fingerprints import base_sha256, packed_hashes, tensor_sha256
 from milora.forms import first_token
@@ -142,6 +142,7 @@ def open_adapter(
     provenance = read_json(folder / "milora.json")
     if provenance["format"] != ADAPTER:
         raise UserError(f"{folder} holds {provenance['format']}, not an adapter: name its run")
+    read_config(folder)
     with opened(folder / ADAPTER_FILE):
         pass  # PEFT would take a damaged file for a fault of its own, a missing one for a hub id
     recorded = provenance["base"]
@@ -165,12 +166,37 @@ def open_adapter(
             )
     # The one it was trained with, chat template included, wherever the base came from.
     if (folder / "tokenizer_config.json").is_file():
-        tokenizer, processor = load_reader(str(folder), loaded.model.config, trust_remote_code)
+        tokenizer, processor = own_reader(folder, loaded.model.config, trust_remote_code)
         embedding: Any = loaded.model.get_input_embeddings()
         writes = task_of(loaded.model) != "SEQ_CLS"
         complete(tokenizer, str(folder), None, len(embedding.weight), writes)
         loaded = loaded._replace(tokenizer=tokenizer, processor=processor)
-    return Opened(PeftModel.from_pretrained(loaded.model, folder), loaded, provenance)
+    try:
+        model = PeftModel.from_pretrained(loaded.model, folder)
+    except (RuntimeError, ValueError) as error:
+        if isinstance(error, RuntimeError) and "size mismatch" not in str(error):
+            raise
+        said = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{folder}: adapter_config.json does not fit {ADAPTER_FILE} or the base ({said}): put "
+            "both files as written back"
+        ) from error
+    return Opened(model, loaded, provenance)
+
+
+def own_reader(
+    folder: Path, config: Any, trust_remote_code: bool
+) -> tuple[PreTrainedTokenizerBase, ProcessorMixin | None]:
+    """`load_reader` of an adapter's folder. Raises UserError for files that are damaged."""
+    try:
+        return load_reader(str(folder), config, trust_remote_code)
+    except UserError:
+        raise
+    except Exception as error:  # tokenizers raises no type of its own
+        raise UserError(
+            f"the tokenizer in {folder} cannot be read ({' '.join(str(error).split())[:300]}): put "
+            "its files (tokenizer.json, tokenizer_config.json) as written back"
+        ) from error
 
 
 def check_adapted(
