@@ -11,6 +11,7 @@ import torch
 import transformers as hf
 from conftest import make_tokenizer
 from gguf import GGUFReader
+from safetensors.torch import load_file, save_file
 from test_architectures import ARCHITECTURES, GROUPED
 from test_merge import export, make_adapter
 from tokenizers import Tokenizer
@@ -136,6 +137,22 @@ def test_queries_and_keys_of_llama_are_interleaved(tmp_path: Path) -> None:
         np.testing.assert_array_equal(found, B)
 
 
+def test_the_lora_is_for_its_base_alone(tmp_path: Path) -> None:
+    base = base_of(tmp_path / "base", "llama")
+    adapter = make_adapter(tmp_path / "adapter", base, "llama")
+    weights = load_file(base / "model.safetensors")
+    name = "model.layers.1.self_attn.q_proj"
+    weights[f"{name}.weight"] = weights[f"{name}.weight"] + 1e-3
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=f"wrong base: {name} in the files"):
+        export(adapter, tmp_path / "lora", "gguf")
+    wide = base_of(tmp_path / "wide", "llama", hidden_size=64, head_dim=8)
+    for to in ("gguf", "gguf-merged", "merged"):
+        with pytest.raises(UserError, match=r"wrong base: .* is \d+ x 64 there"):
+            export(adapter, tmp_path / "lora", to, base=str(wide))
+    assert not (tmp_path / "lora").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_dtype_of_the_files_is_kept(dtype: torch.dtype, tmp_path: Path) -> None:
@@ -207,6 +224,9 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(tmp_path: Path) -> No
     yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
             "original_max_position_embeddings": 128}  # fmt: skip
     refused("qwen2", "rotary positions of type yarn", rope_parameters=yarn)
+    refused("llama", "computes llama with silu; this model has hidden_act gelu", hidden_act="gelu")
+    refused("gemma3", "with gelu_pytorch_tanh; .* hidden_activation silu",
+            hidden_activation="silu", layer_types=["sliding_attention"] * 2)  # fmt: skip
 
 
 def test_llama_3_stretches_as_the_library_does() -> None:

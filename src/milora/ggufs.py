@@ -51,6 +51,8 @@ ARCHITECTURES = {
     "llama": MODEL_ARCH.LLAMA, "mistral": MODEL_ARCH.LLAMA, "qwen2": MODEL_ARCH.QWEN2,
     "qwen3": MODEL_ARCH.QWEN3, "gemma3_text": MODEL_ARCH.GEMMA3,
 }  # fmt: skip
+# What llama.cpp takes for granted, where it is not SiLU: no GGUF says it.
+ACTIVATIONS = {"gemma3_text": ("hidden_activation", ("gelu_pytorch_tanh",))}
 TYPES = {
     torch.bfloat16: (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
     torch.float16: (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
@@ -251,6 +253,12 @@ def _describe(writer: GGUFWriter, config: Any, name: str) -> None:
         context = min(context, config.sliding_window)  # llama.cpp does not slide it
     if kind in ("qwen2", "qwen3") and config.use_sliding_window:
         raise UserError(f"--to gguf-merged: llama.cpp has no sliding window for {kind}")
+    key, known = ACTIVATIONS.get(kind, ("hidden_act", ("silu", "swish")))
+    if getattr(config, key) not in known:
+        raise UserError(
+            f"--to gguf-merged: llama.cpp computes {kind} with {known[0]}; this model has {key} "
+            f"{getattr(config, key)}"
+        )
     writer.add_type("model")
     writer.add_name(name)
     writer.add_context_length(context)
