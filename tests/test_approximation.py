@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny_run import run
 from tiny_run import settings as run_settings
 from torch import Tensor
@@ -235,6 +237,10 @@ def test_what_export_writes_is_what_it_says(
     assert f"rank {max(ranks.values())}, as it is, an approximation of" in again.said
     copied = export_run(tmp_path / "small", tmp_path / "copied", "lora")
     assert "an approximation of relative error" in copied.said
-    both = combine([tmp_path / "small", finished], tmp_path / "both")
+    other = tmp_path / "other"
+    shutil.copytree(finished / "adapter", other)
+    twice = {k: 2 * v for k, v in load_file(other / "adapter_model.safetensors").items()}
+    save_file(twice, other / "adapter_model.safetensors", {"format": "pt"})
+    both = combine([tmp_path / "small", other], tmp_path / "both")
     assert "of approximations as they are" in both
     assert all(check.holds for check in verify(tmp_path / "both"))

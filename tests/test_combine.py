@@ -1,6 +1,7 @@
 """Adapters of one base made one: the sum is exact, TIES and DARE are PEFT's."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,13 @@ from typer.testing import CliRunner
 from milora.adapter import Factors
 from milora.artefacts import export_run
 from milora.cli import app
-from milora.combine import combined, shared
+from milora.combine import combine, combined, shared
 from milora.errors import UserError
 from milora.export import load_plain_lora
 from milora.logits import logits_of
 from milora.matrices import adapted_matrices
+from milora.progress import Progress
+from milora.smaller import Smaller
 from milora.verify import verify
 
 Tiny = Callable[[str], Path]
@@ -180,3 +183,30 @@ def test_what_cannot_be_combined_is_refused(runs: list[Path], tiny: Tiny, tmp_pa
     run(settings(tiny("qwen2"), tmp_path, training={"max_steps": 1}, evaluate={"tasks": []}))
     assert "wrong base: " in said(one, str(tmp_path / "run"), *out)
     assert not (tmp_path / "new").exists()
+    combine(runs, tmp_path / "both")
+    export_run(runs[0], tmp_path / "small", "lora", Smaller(4))
+    for made, of in (("both", two), ("small", one)):
+        assert f"{made} was made from {of}, whose update is part of its own" in said(
+            str(tmp_path / made), of, *out
+        )
+    for made in ("both", "child"):
+        twice = said(str(tmp_path / made), str(tmp_path / "small"), *out)
+        assert "both have the update of one adapter" in twice
+
+
+@pytest.mark.slow
+def test_each_is_compared_with_the_base_and_the_template_is_said(
+    runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(runs[1] / "adapter", other)
+    (other / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    with Progress() as progress:
+        combine([runs[0], other], tmp_path / "both", progress=progress)
+    assert f"{other} has another chat template than {runs[0]}" in capsys.readouterr().err
+    record = json.loads((other / "milora.json").read_text())
+    name = next(name for name in record["weights_sha256"] if "k_proj" in name)
+    record["weights_sha256"][name] = "0" * 64
+    (other / "milora.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=f"wrong base: .* the first is {name}"):
+        combine([runs[0], other], tmp_path / "again")

@@ -35,7 +35,14 @@ from milora.pretrained import opened
 from milora.progress import Progress
 from milora.spectra import interference, span
 from milora.svd import components
-from milora.verify import ADAPTER, files_sha256, find_adapter, make_probes, open_adapter
+from milora.verify import (
+    ADAPTER,
+    check_adapted,
+    files_sha256,
+    find_adapter,
+    make_probes,
+    open_adapter,
+)
 
 HOW = ("sum", "ties", "dare")
 
@@ -134,9 +141,10 @@ def combine(
 ) -> str:
     """Write the plain LoRA that the adapters of `runs` make together; returns what is to be said.
 
-    Says first what each two of them have in common. `density` is the share of entries that TIES
-    and DARE keep. Raises UserError for adapters of different bases or with a head of their own,
-    and for an existing `out`.
+    Says first what each two of them have in common, and where their chat templates differ.
+    `density` is the share of entries that TIES and DARE keep. Raises UserError for adapters of
+    different bases, with a head of their own or with an update that another has too, and for an
+    existing `out`.
     """
     progress = progress or Progress()
     weights = list(weights or [1.0] * len(runs))
@@ -152,6 +160,15 @@ def combine(
     _check_alike(runs, stored, digests)
     first_one = open_adapter(folders[0], base, trust_remote_code)
     model = take_off(first_one.model)
+    named = base or first_one.provenance["base"]["model"]
+    for folder, one in zip(folders[1:], stored[1:], strict=True):
+        check_adapted(model, one, folder, named, trust_remote_code)
+    for run, folder in zip(runs[1:], folders[1:], strict=True):
+        if _template(folder) != _template(folders[0]):
+            progress.say(
+                f"{run} has another chat template than {runs[0]}, whose own goes with {out}: the "
+                "update of the other was trained on prompts that this one does not write"
+            )
     updates = [load_plain_lora(folder, skeleton_of(model)).factors for folder in folders]
     common = []
     for i, one in enumerate(updates):
@@ -183,8 +200,10 @@ def combine(
             "in_common": common,
         },
     }  # fmt: skip
-    for key in ("cut", "lineage", "approximation"):  # of the first alone
+    for key in ("cut", "approximation"):  # of the first alone
         record.pop(key, None)
+    earlier = [*(digest for one in stored for digest in _came_from(one)), *digests]
+    record["lineage"] = list(dict.fromkeys(earlier))
     with new_folder(out) as folder:
         copy_tokenizer(folders[0], folder)
         record["rank"] = save_plain_lora(folder, plain, model, first_one.base.name)
@@ -228,11 +247,21 @@ def _check_alike(
         if digests.count(digest) > 1:
             raise UserError(f"{run} is there twice: give it once, with --weights for its share")
     for run, one in zip(runs, stored, strict=True):
-        for other, digest in zip(runs, digests, strict=True):
-            if digest in one.get("lineage", ()):
+        made = "combined" in one or "approximation" in one
+        for other, theirs, digest in zip(runs, stored, digests, strict=True):
+            if digest in _came_from(one):
                 raise UserError(
-                    f"{run} continues {other}, whose update is part of its own: the two together "
-                    f"would have it twice; {run} is what they make"
+                    f"{run} {'was made from' if made else 'continues'} {other}, whose update is "
+                    "part of its own: the two together would have it twice"
+                    + f"; {run} is what they make"
+                    * (not made)
+                )
+            both = sorted({*_came_from(one)} & {*_came_from(theirs)})
+            if theirs is not one and both:
+                raise UserError(
+                    f"{run} and {other} both have the update of one adapter (sha256 "
+                    f"{both[0][:12]}) in their own: the two together would have it twice; combine "
+                    "adapters that were trained apart"
                 )
         if one.get("labels"):
             raise UserError(f"{run} is a classifier, and of two heads nothing is made: train one")
@@ -242,6 +271,17 @@ def _check_alike(
                 f"({one['base']['dtype']}), and {runs[0]} of {stored[0]['base']['name']} "
                 f"{stored[0]['base']['sha256'][:12]} ({stored[0]['base']['dtype']})"
             )
+
+
+def _came_from(one: Mapping[str, Any]) -> list[str]:
+    """The hashes of all adapters whose update is part of one, by its milora.json."""
+    parts = one.get("combined", {}).get("of", ())  # which older ones have in no lineage
+    return [*one.get("lineage", ()), *(part["adapter_sha256"] for part in parts)]
+
+
+def _template(folder: Path) -> bytes | None:
+    path = folder / "chat_template.jinja"
+    return path.read_bytes() if path.is_file() else None
 
 
 def _joined(stored: Sequence[Mapping[str, Any]], key: str) -> dict[str, str]:

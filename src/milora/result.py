@@ -123,7 +123,7 @@ def export_plain(
             f"{run / 'adapter'}: plain LoRA of rank {rank}{twice}, logits as trained to "
             f"{difference:.1e}"
         )
-        if cut:
+        if cut and cut["error"]:
             progress.say(
                 f"cut to rank {cut['rank']}: {cut['error']:.1e} of the update (Frobenius, worst "
                 f"{cut['worst'][0]} {cut['worst'][1]:.1e}); all cuts of the chain add up to at "

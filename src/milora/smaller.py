@@ -31,7 +31,7 @@ from milora.export import (
     load_plain_lora,
     save_plain_lora,
 )
-from milora.files import new_folder, write_json, write_text
+from milora.files import new_folder, sha256, write_json, write_text
 from milora.knowledge import DEFAULT_TEXT, general_texts, knowledge_kept
 from milora.logits import Pair
 from milora.matrices import base_modules, skeleton_of
@@ -135,6 +135,7 @@ def write_smaller(
         provenance: dict[str, Any] = opened.provenance | {
             "rank": written,
             "files_sha256": files_sha256(folder),
+            "lineage": [*opened.provenance.get("lineage", ()), sha256(source / ADAPTER_FILE)],
             "approximation_error": plain.error,
             "approximation": {
                 "bits": smaller.bits,
