@@ -6,7 +6,15 @@ from typing import Any
 import pytest
 import yaml
 
-from milora.card import model_card, scores_table, serving
+from milora.card import (
+    GGUF_TYPES,
+    artefact_card,
+    model_card,
+    scores_table,
+    serving,
+    smaller_card,
+)
+from milora.ggufs import ARCHITECTURES
 
 RECORD: dict[str, Any] = {
     "method": "milora",
@@ -51,7 +59,7 @@ def test_the_card_says_what_a_user_must_know() -> None:
     ):  # fmt: skip
         assert wanted in card, wanted
     for rank, there in ((512, False), (1024, True)):
-        commands = "\n".join(serving(rank))
+        commands = "\n".join(serving(rank, RECORD["base"]))
         assert "--max-lora-rank 512 " in commands
         assert ("export this/folder --rank 512 --out small" in commands) == there
         assert ("tuned=small" in commands) == there
@@ -71,6 +79,34 @@ def test_the_card_of_a_plain_lora_and_of_an_unknown_licence() -> None:
     assert "licence: see the card of the base" in card
     assert "license" not in yaml.safe_load(card.split("---\n")[1])
     assert "--max-lora-rank 32" in card
+
+
+def test_commands_that_cannot_work_are_not_printed() -> None:
+    for kind, there in (("llama", True), ("gpt2", False), ("mixtral", False)):
+        said = "\n".join(serving(8, RECORD["base"] | {"type": kind}))
+        assert "vllm serve" in said
+        assert ("--to gguf" in said) == there
+    assert {*ARCHITECTURES, None} == set(GGUF_TYPES)
+    seq2seq = RECORD["base"] | {"task": "SEQ_2_SEQ_LM"}
+    merged = {
+        "base": seq2seq, "method": "milora",
+        "rounding": {"dtype": "float32", "all": 1e-8, "worst": ["w", 1e-8]},
+    }  # fmt: skip
+    assert "vllm" in artefact_card(merged | {"base": RECORD["base"]})
+    assert "--server" not in artefact_card(merged)
+    assert "vllm" not in artefact_card(merged)
+
+
+def test_the_card_of_a_smaller_one() -> None:
+    for base in (RECORD["base"], RECORD["base"] | {"task": "SEQ_2_SEQ_LM"}):
+        exact = model_card(RECORD | {"base": base, "adapter": {"rank": 1024}}, ASKED, None)
+        card = smaller_card(exact, base, 1024, 8, "plain LoRA of rank 8.")
+        assert "A plain LoRA of rank 8 for" in card
+        assert "Why rank" not in card
+        assert card.count("1024") == card.count("(rank 1024): plain LoRA of rank 8.") == 1
+        served = "task" not in base
+        assert ("--max-lora-rank 8 " in card) == ("llama.cpp" in card) == served
+        assert "--rank 512" not in card
 
 
 HOSTILE = "a`</code><script>alert(1)</script>\n# x\n---\n[go](javascript:1)|<img src=x onerror=1>"

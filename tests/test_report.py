@@ -91,6 +91,21 @@ def test_text_stays_text(finished: Path, tmp_path: Path) -> None:
         assert "://" not in page.replace("http://www.w3.org/", "")
 
 
+def test_what_cannot_be_loaded_by_its_name(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    record = json.loads((finished / "run.json").read_text())
+    assert record["base"]["type"] == "llama"
+    record["base"] |= {"model": "smollm2-135m", "name": "smollm2-135m", "type": "gpt2"}
+    record["adapter"]["rank"] = 1024
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    page = report(tmp_path / "run")
+    assert "from_pretrained(&#34;path/of/the/base&#34;)" in page
+    assert "vllm serve path/of/the/base --enable-lora --max-lora-rank 512" in page
+    assert "milora export adapter --rank 512 --out small" in page
+    assert "bundled copy of SmolLM2" in page
+    assert "--to gguf" not in page
+
+
 def test_in_japanese(finished: Path) -> None:
     page = report(finished, "ja")
     assert '<html lang="ja">' in page

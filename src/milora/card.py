@@ -1,5 +1,6 @@
 """The model card that lies beside the adapter: base, data, recipe, scores, rank, licence."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,9 @@ import yaml
 from milora.recommended import decisive
 
 SERVER_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes as --max-lora-rank
+
+# The model types of which GGUF is written; of older records none is known.
+GGUF_TYPES = (None, "llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 
 # By PEFT's task type: the library's class, and what the hub calls the use of such a model.
 KINDS = {
@@ -151,8 +155,8 @@ def _chain(record: Mapping[str, Any]) -> Iterator[str]:
     )
     if cut := record["adapter"].get("cut"):
         yield (
-            f"cut to rank {cut['rank']}: {cut['error']:.1e} of the update; all cuts of the chain "
-            f"add up to at most {cut['summed_error']:.1e}"
+            f"cut to rank {cut['rank']}: {cut['error']:.1e} of the update; " * bool(cut["error"])
+            + f"all cuts of the chain add up to at most {cut['summed_error']:.1e}"
         )
 
 
@@ -178,9 +182,7 @@ def _serving(record: Mapping[str, Any], rank: int) -> list[str]:
             f"in full ({', '.join(record['coverage']['trained'])}); PEFT puts it in its place. "
             "vLLM takes no such adapter: `milora export RUN --to merged` gives one model with both."
         ]
-    if _task(record["base"]) == "SEQ_2_SEQ_LM":
-        return []
-    return serving(rank)
+    return serving(rank, record["base"])
 
 
 def _whole_head(record: Mapping[str, Any]) -> list[str]:
@@ -219,24 +221,31 @@ def _quantised(base: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def serving(rank: int) -> list[str]:
-    """How to serve an adapter of `rank`, and to see that it is served."""
-    most, served, cut = SERVER_RANKS[-1], "this/folder", []
+def vllm(rank: int, base: str, adapter: str) -> tuple[list[str], str]:
+    """The commands that serve an adapter of `rank`, and the folder that is served."""
+    most, served, cut = SERVER_RANKS[-1], adapter, []
     if rank > most:
         served = "small"
-        cut = [f"milora export this/folder --rank {most} --out small  # vLLM takes no more"]
-    return [
-        "## Serve it",
-        "",
-        "vLLM; the adapter is a model of its own there, called `tuned`:",
-        "",
-        "```",
-        *cut,
-        "vllm serve path/of/the/base --enable-lora "
-        f"--max-lora-rank {server_rank(rank)} --lora-modules tuned={served}",
-        f"milora verify {served} --server http://localhost:8000 --model tuned",
-        "```",
-        "",
+        cut = [f"milora export {adapter} --rank {most} --out small  # vLLM takes no more"]
+    command = (
+        f"vllm serve {base} --enable-lora --max-lora-rank {server_rank(rank)} "
+        f"--lora-modules tuned={served}"
+    )
+    return [*cut, command], served
+
+
+def writes_gguf(base: Mapping[str, Any]) -> bool:
+    """Whether `milora export --to gguf` knows such a base, by what its record says of it."""
+    return _task(base) == "CAUSAL_LM" and base.get("type") in GGUF_TYPES
+
+
+def serving(rank: int, base: Mapping[str, Any]) -> list[str]:
+    """How to serve an adapter of `rank`, and to see that it is served; nothing where no server
+    takes it."""
+    if _task(base) != "CAUSAL_LM":
+        return []
+    commands, served = vllm(rank, "path/of/the/base", "this/folder")
+    llama = [
         "llama.cpp, on a GGUF of the base (`--to gguf-merged` gives one file that needs no base):",
         "",
         "```",
@@ -245,6 +254,18 @@ def serving(rank: int) -> list[str]:
         "milora verify gguf --server http://localhost:8080",
         "```",
         "",
+    ]
+    return [
+        "## Serve it",
+        "",
+        "vLLM; the adapter is a model of its own there, called `tuned`:",
+        "",
+        "```",
+        *commands,
+        f"milora verify {served} --server http://localhost:8000 --model tuned",
+        "```",
+        "",
+        *(llama if writes_gguf(base) else []),
         "`milora verify` asks the server a few prompts and compares its log-probabilities with "
         "those that were measured here: an adapter that is ignored, scaled wrongly or put on "
         "another base is found. Use the chat template that lies beside the weights, if there is "
@@ -276,7 +297,12 @@ def artefact_card(record: Mapping[str, Any]) -> str:
             f"update {rounding['all']:.1e} was lost to rounding, at most "
             f"{rounding['worst'][1]:.1e} ({harmless(rounding['worst'][0])})."
         )
-    port = 8080 if file else 8000
+    commands = [
+        command,
+        f"milora verify this/folder --server http://localhost:{8080 if file else 8000}",
+    ]
+    if _task(base) == "SEQ_2_SEQ_LM":  # which neither server takes
+        commands = ["milora verify this/folder"]
     return "\n".join(
         [
             *_front(head, base["license"]),
@@ -287,8 +313,7 @@ def artefact_card(record: Mapping[str, Any]) -> str:
             "of the base holds for it.",
             "",
             "```",
-            command,
-            f"milora verify this/folder --server http://localhost:{port}",
+            *commands,
             "```",
             "",
         ]
@@ -321,6 +346,26 @@ def packed_card(record: Mapping[str, Any], name: str, license: str) -> str:
             "",
         ]
     )
+
+
+def smaller_card(card: str, base: Mapping[str, Any], exact: int, rank: int, about: str) -> str:
+    """The card of a LoRA of rank `exact` as that of its approximation, with `about` it.
+
+    What it said of its own rank, and how to serve that, is of the smaller one.
+    """
+    card = re.sub(rf"\*\*Why rank {exact}:\*\*[^\n]*\n\n", "", card)
+    card = card.replace(f"plain LoRA of rank {exact} for", f"plain LoRA of rank {rank} for")
+    card = card.replace("\n".join(serving(exact, base)), "\n".join(serving(rank, base)))
+    note = f"Of the trained update (rank {exact}): {about} The scores above are those of the full "
+    note += "update."
+    if writes_gguf(base):
+        note += (
+            " For llama.cpp use `milora export this/folder --to gguf`: its own converter knows one "
+            "rank and scale for all weights."
+        )
+    if _task(base) == "CAUSAL_LM":
+        note += f" vLLM needs `--max-lora-rank {server_rank(rank)}`."
+    return f"{card.rstrip()}\n\n## Approximation\n\n{note}\n"
 
 
 def combined_card(record: Mapping[str, Any]) -> str:
@@ -361,7 +406,7 @@ def combined_card(record: Mapping[str, Any]) -> str:
         "## Load it", "", "```python",
         *load_code(record, '"path/of/the/base"', '"this/folder"'),
         "```", "",
-        *([] if _task(base) == "SEQ_2_SEQ_LM" else serving(record["rank"])),
+        *serving(record["rank"], base),
         "The licence of the base holds for it.", "",
     ]  # fmt: skip
     return "\n".join(lines)

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from milora.card import kept_scores, load_code, server_rank, short, task_scores
+from milora.card import BASE_NOTE, kept_scores, load_code, short, task_scores, vllm, writes_gguf
 from milora.compare_page import COLOURS, Table
 from milora.errors import UserError
 from milora.files import read_lines
@@ -43,6 +43,10 @@ def report(run: Path, lang: str = "en") -> str:
     learned = task_scores(evaluation["tasks"], "{:.3f} ({:.3f}–{:.3f})", words)
     head = [words["measure"], words["base"], words["tuned"]]
     rank = record.get("adapter", {}).get("rank")
+    base = record["base"]
+    # Neither library nor server finds the bundled model, or a GGUF, by the name that milora does.
+    named = base["name"] not in BASE_NOTE and not base["model"].endswith(".gguf")
+    place = base["model"] if named else "path/of/the/base"
     return render(
         "report.html", lang=lang, t=words, record=record, config=config, rank=rank,
         name=Path(asked["output_dir"]).name,
@@ -58,8 +62,10 @@ def report(run: Path, lang: str = "en") -> str:
         interference=_interference(record.get("interference"), words),
         answers=_answers(samples, words),
         cost=_cost(record, words),
-        allowed=server_rank(rank) if rank else None,
-        load="\n".join(load_code(record, json.dumps(record["base"]["model"]), '"adapter"')),
+        load="\n".join(load_code(record, json.dumps(place), '"adapter"')),
+        bundled=base["name"] in BASE_NOTE,
+        vllm="\n".join(vllm(rank, place, "adapter")[0]) if rank else "",
+        gguf=writes_gguf(base),
     )  # fmt: skip
 
 

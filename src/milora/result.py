@@ -81,6 +81,7 @@ def export_plain(
     with torch.no_grad():
         trained_logits = logits_of(live, probe)
     base = adapter.take_off(live)
+    record["base"]["type"] = base.config.model_type
     if not (run / "adapter").exists():
         with new_folder(run / "adapter") as folder:
             rank = export.save_plain_lora(folder, plain, base, pretrained.name)

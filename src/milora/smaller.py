@@ -19,7 +19,7 @@ from milora.approximation import (
     rank_within,
     spread,
 )
-from milora.card import server_rank
+from milora.card import smaller_card
 from milora.errors import UserError
 from milora.export import (
     ADAPTER_FILE,
@@ -151,16 +151,11 @@ def write_smaller(
         size = (folder / ADAPTER_FILE).stat().st_size
         whole = (source / ADAPTER_FILE).stat().st_size
         said = _sentence(plain, smaller, ranks, size / whole, kept)
-        note = (
-            f"\n\n## Approximation\n\nOf the trained update (rank {largest}): {said} "
-            "The scores above are those of the full update. For llama.cpp use `milora export "
-            "this/folder --to gguf`: its own converter knows one rank and scale for all weights. "
-            f"vLLM needs `--max-lora-rank {server_rank(written)}`.\n"
-        )
         card = ""
         if (source / "README.md").is_file():
-            card = (source / "README.md").read_text(encoding="utf-8").rstrip()
-        write_text(folder / "README.md", card + note)
+            card = (source / "README.md").read_text(encoding="utf-8")
+        base_said = opened.provenance["base"]
+        write_text(folder / "README.md", smaller_card(card, base_said, largest, written, said))
     return Exported(f"{out}: {said}", ranks, plain.errors)
 
 
