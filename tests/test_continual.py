@@ -307,7 +307,9 @@ def test_a_fold_that_cut_nothing_is_trained_on(first: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_chain_within_a_budget(first: Path, tiny: Tiny, tmp_path: Path) -> None:
+def test_a_chain_within_a_budget(
+    first: Path, tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     earlier, cuts = first, []
     for name in ("second", "third"):
         record = run(
@@ -323,6 +325,15 @@ def test_a_chain_within_a_budget(first: Path, tiny: Tiny, tmp_path: Path) -> Non
     assert "cut to rank 6" in (earlier / "adapter/README.md").read_text()
     with pytest.raises(UserError, match=r"was cut to rank 6, .*: use how: fold"):
         run(further(tiny, tmp_path, "fourth", earlier, "same"))
+    capsys.readouterr()
+    record = run(
+        further(tiny, tmp_path, "whole", earlier, rank=None, kind="llama", evaluate={"tasks": []})
+    )
+    assert record["adapter"]["cut"]["error"] == 0
+    assert "cut to rank" not in capsys.readouterr().err
+    card = (tmp_path / "whole" / "adapter" / "README.md").read_text()
+    assert "cut to rank" not in card
+    assert "all cuts of the chain add up to at most" in card
 
 
 def test_stock_peft_reads_the_chain(first: Path, tiny: Tiny, tmp_path: Path) -> None:
