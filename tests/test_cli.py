@@ -1,9 +1,11 @@
 """Invariant 7 on the command itself: one sentence, exit code 2, and nothing written."""
 
 import errno
+import io
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -228,9 +230,27 @@ def test_scores_are_of_the_file_that_the_task_had(command: Command) -> None:
     assert "the model has 512 positions" in said
 
 
-def test_chat_reads_lines(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    import io
+@pytest.mark.parametrize("method", ["milora", "full"])
+def test_a_base_that_has_moved(
+    method: str, command: Command, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(command.model, "base")
+    assert command("train", command.config(model="./base", method=method))[0] == 0
+    Path("base").rename("moved")
+    said = command.refused("eval", "run")
+    assert "base" in said
+    there = "--base", "./moved"
+    for words in (["--tasks", "rows.jsonl"], ["--all-tasks"]):
+        assert command("eval", "run", *there, *words)[0] == 0
+    monkeypatch.setattr(sys, "stdin", io.StringIO("1 + 1 =\n\n"))
+    code, out, _ = command("chat", "run", "--max-new-tokens", "3", *there)
+    assert (code, out.count("tuned: ")) == (0, 1)
+    assert "wrong base: " in command.refused("eval", "run", "--base", str(tiny("qwen2")))
+    said = command.refused("eval", "./moved", *there)
+    assert "--base: moved is a model, with nothing beneath it: leave it out" in said
 
+
+def test_chat_reads_lines(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     command("train", command.config())
     monkeypatch.setattr(sys, "stdin", io.StringIO("1 + 1 =\n\n"))
     code, out, _ = command("chat", "run", "--max-new-tokens", "3")

@@ -316,6 +316,7 @@ def evaluate(
             "updates did to earlier tasks.",
         ),
     ] = False,
+    base: Annotated[str | None, typer.Option(help="The base; default: as recorded.")] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Base against tuned: accuracy, format failures, loss, and knowledge kept.
@@ -337,7 +338,7 @@ def evaluate(
     if all_tasks:
         if tasks or knowledge:
             raise UserError("--all-tasks are those of the chain: leave out --tasks and --knowledge")
-        _evaluate_chain(source, limit, out, trust_remote_code)
+        _evaluate_chain(source, limit, out, base, trust_remote_code)
         return
     made = source / "milora.json"
     if made.exists():
@@ -345,6 +346,8 @@ def evaluate(
     else:
         is_model = not (source / "run.json").exists()
     if is_model:
+        if base:
+            raise UserError(f"--base: {source} is a model, with nothing beneath it: leave it out")
         # A plain model has nothing to be compared with: base and tuned are the same.
         asked: dict[str, Any] = {
             "tasks": [],
@@ -355,7 +358,7 @@ def evaluate(
         loaded = load_pretrained(str(source), trust_remote_code=trust_remote_code)
         pair, reader = Pair(loaded.model, headless=loaded.headless), loaded.reader
     else:
-        pair, reader, configuration = open_run(source, trust_remote_code)
+        pair, reader, configuration = open_run(source, trust_remote_code, base)
         asked = configuration["evaluate"]
     chosen = _parts(tasks) or asked["tasks"]
     by_name = {
@@ -422,7 +425,7 @@ def _write_evaluation(
 
 
 def _evaluate_chain(
-    source: Path, limit: int | None, out: Path | None, trust_remote_code: bool
+    source: Path, limit: int | None, out: Path | None, base: str | None, trust_remote_code: bool
 ) -> None:
     from milora.compare_page import Table
     from milora.lineage import chain
@@ -431,7 +434,7 @@ def _evaluate_chain(
     from milora.verify import open_run
 
     links = chain(source)
-    pair, reader, _ = open_run(source, trust_remote_code)
+    pair, reader, _ = open_run(source, trust_remote_code, base)
     _check_files(source, out, limit, load_tasks(links, reader))
     with Progress() as progress:
         result, samples = evaluate_chain(links, pair, reader, progress, limit)
@@ -703,10 +706,11 @@ def _tell_gates(verdicts: list[Any]) -> None:
         raise GateError(f"{len(failed)} of {len(verdicts)} gates failed: {'; '.join(failed)}")
 
 
-@app.command(epilog="Example: milora chat runs/first")
+@app.command(epilog="Example: milora chat runs/first   (with --base models/here if it has moved)")
 def chat(
     run: Annotated[Path, typer.Argument(help="A run folder or an adapter folder.")],
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    base: Annotated[str | None, typer.Option(help="The base; default: as recorded.")] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Talk to base and tuned side by side; an empty line or Ctrl-D ends it."""
@@ -715,7 +719,7 @@ def chat(
     from milora.progress import printable
     from milora.verify import open_run
 
-    opened = open_run(run, trust_remote_code)
+    opened = open_run(run, trust_remote_code, base)
 
     def questions() -> Any:
         while True:
@@ -726,8 +730,8 @@ def chat(
                 return
             yield line
 
-    for base, tuned in replies(opened.pair, opened.reader, questions(), max_new_tokens):
-        typer.echo(printable(f"base:  {base}\ntuned: {tuned}\n"))
+    for before, tuned in replies(opened.pair, opened.reader, questions(), max_new_tokens):
+        typer.echo(printable(f"base:  {before}\ntuned: {tuned}\n"))
 
 
 def _numbers(option: str, text: str, kind: Any) -> list[Any]:

@@ -105,23 +105,27 @@ def why_whole(run: Path) -> str:
     return f"rows of {' and '.join(layers)} were trained, which no plain LoRA can hold"
 
 
-def open_run(path: Path, trust_remote_code: bool = False) -> OpenedRun:
-    """Base and tuned of a run, or of an adapter folder made by milora."""
+def open_run(path: Path, trust_remote_code: bool = False, base: str | None = None) -> OpenedRun:
+    """Base and tuned of a run, or of an adapter folder made by milora.
+
+    `base` is where the base is now, if not where it is recorded. Raises UserError for a wrong one.
+    """
     if not (path / "run.json").is_file() or not (path / "model").is_dir():
-        opened = open_adapter(path, trust_remote_code=trust_remote_code)
+        opened = open_adapter(path, base, trust_remote_code)
         pair = Pair(opened.model, headless=opened.base.headless)
         return OpenedRun(pair, opened.base.reader, opened.provenance["configuration"])
     asked = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
     record = read_json(path / "run.json")
     recorded = record["base"]
+    name = base or recorded["model"]
     loaded = load_with_tokens(
-        recorded["model"], recorded["dtype"], trust_remote_code, asked.get("tokenizer", {}),
+        name, recorded["dtype"], trust_remote_code, asked.get("tokenizer", {}),
         labels=record.get("labels", ()),
     )  # fmt: skip
     if loaded.sha256 != recorded["sha256"]:
         raise UserError(
-            f"wrong base: {recorded['model']} has sha256 {loaded.sha256[:12]}, but {path} was "
-            f"trained from {recorded['sha256'][:12]}: put that model back"
+            f"wrong base: {name} has sha256 {loaded.sha256[:12]}, but {path} was trained from "
+            f"{recorded['sha256'][:12]}: put that model back, or name it with --base"
         )
     tuned = load_pretrained(str(path / "model"), recorded["dtype"], trust_remote_code)
     pair = Pair(tuned.model, loaded.base.model, loaded.base.headless)
