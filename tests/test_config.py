@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from milora.arguments import HELD, training_arguments
+from milora.arguments import HELD, check_here, training_arguments
 from milora.config import DEFAULT, Config, load_config
 from milora.errors import UserError
 
@@ -90,12 +90,79 @@ def test_keys_of_several_forms(override: str, said: str, tmp_path: Path) -> None
         ("num_train_epochs", "abc", "a number above 0"),
         ("per_device_train_batch_size", 0, "a whole number of at least 1"),
         ("gradient_accumulation_steps", 1.5, "a whole number of at least 1"),
+        ("per_device_train_batch_size", 4.0, "a whole number of at least 1"),
+        ("max_steps", 0, "a whole number of at least 1, or -1 for all epochs,"),
+        ("max_steps", 6.0, "a whole number of at least 1, or -1 for all epochs,"),
+        ("max_steps", "5", "a whole number of at least 1, or -1 for all epochs,"),
+        ("max_steps", None, "a whole number of at least 1, or -1 for all epochs,"),
+        ("save_total_limit", "2", "a whole number of at least 1"),
+        ("eval_accumulation_steps", "x", "a whole number of at least 1"),
+        ("eval_delay", "a", "a number of at least 0"),
+        ("dataloader_num_workers", -1, "a whole number of at least 0"),
         ("logging_steps", "abc", "a number above 0"),
     ],
 )
 def test_numbers_of_training(key: str, value: Any, said: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"training\.{key} is {value!r}: {said} is needed"):
         training_arguments("milora", {key: value}, tmp_path, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("seed", 0), ("disable_tqdm", False), ("prediction_loss_only", False),
+        ("ignore_data_skip", True), ("metric_for_best_model", "accuracy"),
+        ("greater_is_better", True), ("label_smoothing_factor", 0.1),
+        ("include_num_input_tokens_seen", "all"),
+    ],
+)  # fmt: skip
+def test_what_milora_sets_itself(key: str, value: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"training\.{key} is set by milora: "):
+        training_arguments("milora", {key: value}, tmp_path, 7, 0)
+    same = {"seed": 7, "disable_tqdm": True, "fsdp": None, "ignore_data_skip": False}
+    assert training_arguments("milora", same, tmp_path, 7, 0).seed == 7
+
+
+@pytest.mark.parametrize(
+    ("training", "patience", "said"),
+    [
+        ({"eval_steps": 1, "save_steps": 3}, 9, r"save_steps is 3 and eval_steps 1, .* equal"),
+        ({"load_best_model_at_end": False}, 9, r"load_best_model_at_end is off, and early_stop"),
+        ({"eval_strategy": False, "save_strategy": False}, 9, "early_stopping_patience needs eval"),
+        ({"load_best_model_at_end": True, "eval_strategy": "no", "save_strategy": "no"}, 0,
+         r"training\.load_best_model_at_end needs evaluations"),
+        ({"train_sampling_strategy": "length"}, 0, "is 'length': it is one of random, sequential"),
+        ({"accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}}}, 0,
+         r"accelerator_config\.gradient_accumulation_kwargs does nothing"),
+    ],
+)  # fmt: skip
+def test_what_would_be_passed_over(
+    training: dict[str, Any], patience: int, said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=said):
+        training_arguments("milora", training, tmp_path, 0, patience)
+
+
+@pytest.mark.parametrize(
+    ("training", "said"),
+    [
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "min_lr"),
+        ({"lr_scheduler_kwargs": {"foo": 1}}, "foo"),
+        ({"adam_beta1": 1.5}, "beta"),
+        ({"adam_beta1": "a"}, "str"),
+        ({"optim": "galore_adamw", "optim_target_modules": ["q_proj"]}, "galore"),
+        ({"fp16": True, "use_cpu": True}, "fp16 is for GPUs"),
+        ({"use_liger_kernel": True}, "pip install liger-kernel"),
+    ],
+)
+def test_what_cannot_be_made_here(training: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"training.*{said}"):
+        check_here(training_arguments("milora", training, tmp_path, 0, 0))
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "sgd", "adafactor", "rmsprop"])
+def test_optimizers_that_can_be_made(optim: str, tmp_path: Path) -> None:
+    check_here(training_arguments("milora", {"optim": optim}, tmp_path, 0, 0))
 
 
 def test_no_in_yaml_is_false(tmp_path: Path) -> None:
@@ -287,7 +354,9 @@ def test_steps_are_not_passed_over(what: str, tmp_path: Path) -> None:
     found = training_arguments("milora", {f"{what}_steps": 50}, tmp_path, 0, 0)
     assert getattr(found, f"{what}_strategy") == "steps"
     assert getattr(found, f"{what}_steps") == 50
-    with pytest.raises(UserError, match=rf"{what}_steps does nothing with {what}_strategy: epoch"):
-        training_arguments(
-            "milora", {f"{what}_steps": 50, f"{what}_strategy": "epoch"}, tmp_path, 0, 0
-        )
+    for given, named in (("epoch", "epoch"), (False, "no"), ("no", "no")):
+        said = rf"{what}_steps does nothing with {what}_strategy: {named}"
+        with pytest.raises(UserError, match=said):
+            training_arguments(
+                "milora", {f"{what}_steps": 50, f"{what}_strategy": given}, tmp_path, 0, 0
+            )

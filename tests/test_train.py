@@ -335,6 +335,24 @@ def test_early_stopping_keeps_the_best(tiny: Tiny, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run/run.json").read_text())["result_step"] == best
 
 
+@pytest.mark.parametrize(
+    ("training", "said"),
+    [
+        ({"dataloader_drop_last": True, "per_device_train_batch_size": 20},
+         r"rows\.jsonl has 19 rows to train on, fewer than one batch of 20"),
+        ({"adam_beta1": 1.5}, "training: Invalid beta parameter"),
+    ],
+)  # fmt: skip
+def test_what_would_train_nothing_is_refused_before_decomposing(
+    training: dict[str, Any], said: str, tiny: Tiny, tmp_path: Path
+) -> None:
+    arguments = settings(tiny("llama"), tmp_path, training=training)
+    for dry_run in (True, False):
+        with pytest.raises(UserError, match=said):
+            run(arguments, dry_run=dry_run)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_loss_that_is_no_number_stops_the_run(tiny: Tiny, tmp_path: Path) -> None:
     training = {"learning_rate": 1e30, "max_grad_norm": 0.0}
     with pytest.raises(UserError, match=r"diverged; use a lower training\.learning_rate"):

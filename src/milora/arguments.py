@@ -1,5 +1,6 @@
 """`training:` as transformers' TrainingArguments, with the defaults of each method."""
 
+import copy
 import dataclasses
 import difflib
 import math
@@ -9,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from torch import nn
+from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import (  # type: ignore[attr-defined]
     get_available_reporting_integrations,
 )
+from transformers.utils import is_liger_kernel_available
 
 from milora.errors import UserError
 
@@ -24,8 +27,12 @@ LEARNING_RATE = {
 HELD = 1e-3  # of `method: milora` as recommended: LoRA-sized factors, and inputs held
 
 WHOLE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+OR_NULL = ("save_total_limit", "eval_accumulation_steps")
 ABOVE = ("num_train_epochs", "logging_steps", "save_steps")
-NOT_BELOW = ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm")
+NOT_BELOW = ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "eval_delay")
+ORDERS = ("random", "sequential", "group_by_length", "batch_rebalance")
+
+STRATEGIES = ("eval_strategy", "save_strategy", "logging_strategy")
 
 # TrainingArguments that milora sets itself, and what to use in their place.
 OWNED = {
@@ -43,6 +50,12 @@ OWNED = {
     "deepspeed": "use accelerate launch --config_file examples/accelerate/zero3.yaml",
     "fsdp": "use accelerate launch --config_file examples/accelerate/fsdp2.yaml",
     "fsdp_config": "use accelerate launch --config_file examples/accelerate/fsdp2.yaml",
+    "ignore_data_skip": "a run that is resumed would train other rows: leave it out",
+    "metric_for_best_model": "the best state is that of the lowest eval_loss: leave it out",
+    "greater_is_better": "the best state is that of the lowest eval_loss: leave it out",
+    "label_smoothing_factor": "the loss is that of the labels as they are: leave it out",
+    "include_num_input_tokens_seen": "leave it out",
+    "prediction_loss_only": "leave it out",
 }
 
 
@@ -71,9 +84,22 @@ def training_arguments(
 
     `begin` is milora.start, None where it is left to the method.
     """
-    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    fixed: dict[str, Any] = {
+        "output_dir": str(run / "checkpoints"),
+        "seed": seed,
+        "data_seed": seed,
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+        "logging_nan_inf_filter": False,
+        "prediction_loss_only": True,
+        "include_num_input_tokens_seen": "non_padding",
+        "restore_callback_states_from_checkpoint": True,  # the patience of early stopping
+    }
+    known = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
     for key, value in training.items():
-        if key in OWNED and value:
+        own = fixed.get(key, known.get(key))
+        if key in OWNED and value != own and (value or own):
             raise UserError(f"training.{key} is set by milora: {OWNED[key]}")
         if key not in known:
             near = difflib.get_close_matches(key, sorted(known), 1)
@@ -98,35 +124,33 @@ def training_arguments(
     }
     if patience:
         values |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
+    training = {  # YAML makes false of no
+        key: "no" if key in STRATEGIES and value is False else value
+        for key, value in training.items()
+    }
     for what in ("save", "eval"):
         if training.get(f"{what}_steps") is None:
             continue
         values[f"{what}_strategy"] = "steps"
-        if training.get(f"{what}_strategy") == "epoch":
+        if (given := training.get(f"{what}_strategy")) not in (None, "steps"):
             raise UserError(
-                f"training.{what}_steps does nothing with {what}_strategy: epoch: leave one out"
+                f"training.{what}_steps does nothing with {what}_strategy: {given}: leave one out"
             )
-    values |= training
-    values |= {
-        "output_dir": str(run / "checkpoints"),
-        "seed": seed,
-        "data_seed": seed,
-        "disable_tqdm": True,
-        "remove_unused_columns": False,
-        "label_names": ["labels"],
-        "logging_nan_inf_filter": False,
-        "prediction_loss_only": True,
-        "include_num_input_tokens_seen": "non_padding",
-        "restore_callback_states_from_checkpoint": True,  # the patience of early stopping
-    }
-    for key in ("eval_strategy", "save_strategy", "logging_strategy"):
-        if values.get(key) is False:  # which YAML makes of no
-            values[key] = "no"
+    values |= training | fixed
     _check_numbers(values)
+    if patience and not values["load_best_model_at_end"]:
+        raise UserError(
+            "training.load_best_model_at_end is off, and early_stopping_patience keeps the best "
+            "state: leave one out"
+        )
+    if values.get("load_best_model_at_end") and values["eval_strategy"] == "no":
+        what = "early_stopping_patience" if patience else "training.load_best_model_at_end"
+        raise UserError(f"{what} needs evaluations: leave training.eval_strategy: no out")
     try:
         arguments = OneDevice(**values)
     except (TypeError, ValueError, ImportError) as error:
         raise UserError(f"training: {' '.join(str(error).split())}") from error
+    _check_effect(arguments)
     available = get_available_reporting_integrations()
     for tracker in arguments.report_to or ():
         if tracker not in available:
@@ -137,16 +161,79 @@ def training_arguments(
     return arguments
 
 
+def _check_effect(arguments: TrainingArguments) -> None:
+    """Raise UserError for what the Trainer would pass over, or take for something else."""
+    steps = (arguments.save_steps, arguments.eval_steps)
+    if (
+        arguments.load_best_model_at_end
+        and arguments.save_strategy == "steps"
+        and steps[0] != steps[1]
+    ):  # the best evaluation may then be of a step that is not saved
+        raise UserError(
+            f"training.save_steps is {steps[0]} and eval_steps {steps[1]}, and the best of the "
+            "states that were evaluated is kept: make them equal"
+        )
+    if arguments.train_sampling_strategy not in ORDERS:
+        raise UserError(
+            f"training.train_sampling_strategy is {arguments.train_sampling_strategy!r}: it is "
+            f"one of {', '.join(ORDERS)}"
+        )
+    if arguments.accelerator_config.gradient_accumulation_kwargs:  # type: ignore[union-attr]
+        raise UserError(
+            "training.accelerator_config.gradient_accumulation_kwargs does nothing: leave it out"
+        )
+
+
+def check_here(arguments: TrainingArguments) -> None:
+    """Raise UserError for what this machine lacks, and for an optimizer or a schedule that cannot
+    be made as they are asked for: both are made for one weight, which the Trainer does late.
+    """
+    if arguments.fp16 and arguments.device.type == "cpu":
+        raise UserError("training.fp16 is for GPUs, and this runs on a CPU: leave it out")
+    if arguments.use_liger_kernel and not is_liger_kernel_available():
+        raise UserError("training.use_liger_kernel: pip install liger-kernel, or leave it out")
+    model, own = nn.Sequential(nn.Linear(1, 1)), copy.copy(arguments)
+    if own.optim_target_modules:
+        own.optim_target_modules = "all-linear"  # the names are those of another model
+    try:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(own, model)  # type: ignore[arg-type]
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters())
+        if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer):  # no factory
+            first = options.pop("params", options.pop("model", model.parameters()))
+            optimizer = kind(first, **options)
+        get_scheduler(
+            arguments.lr_scheduler_type, optimizer, arguments.get_warmup_steps(100), 100,
+            arguments.lr_scheduler_kwargs,  # type: ignore[arg-type]
+        )  # fmt: skip
+    except (TypeError, ValueError, ImportError, KeyError, AttributeError) as error:
+        raise UserError(f"training: {' '.join(str(error).split())}") from error
+
+
 def _check_numbers(values: Mapping[str, Any]) -> None:
     """TrainingArguments take anything, and training would end in a traceback much later."""
     bounds: tuple[tuple[Sequence[str], Callable[[float], bool], str], ...] = (
-        (WHOLE, lambda value: value >= 1 and value == int(value), "a whole number of at least 1"),
+        (WHOLE, lambda value: _whole(value) and value >= 1, "a whole number of at least 1"),
+        (OR_NULL, lambda value: _whole(value) and value >= 1, "a whole number of at least 1"),
+        (
+            ["max_steps"], lambda value: _whole(value) and (value == -1 or value >= 1),
+            "a whole number of at least 1, or -1 for all epochs,",
+        ),
+        (
+            ["dataloader_num_workers"], lambda value: _whole(value) and value >= 0,
+            "a whole number of at least 0",
+        ),
         (ABOVE, lambda value: value > 0, "a number above 0"),
         (NOT_BELOW, lambda value: value >= 0, "a number of at least 0"),
-    )
+    )  # fmt: skip
     for keys, holds, what in bounds:
         for key in (key for key in keys if key in values):
             value = values[key]
+            if value is None and key in OR_NULL:
+                continue
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not (number and math.isfinite(value) and holds(value)):
                 raise UserError(f"training.{key} is {value!r}: {what} is needed")
+
+
+def _whole(value: float) -> bool:
+    return isinstance(value, int)

@@ -439,6 +439,6 @@ def step_of(checkpoint: Path) -> int:
 def best_or_last(checkpoint: Path, arguments: TrainingArguments) -> Path:
     """The checkpoint that a run which ended at `checkpoint` takes its result from."""
     state = read_json(checkpoint / "trainer_state.json")
-    if arguments.load_best_model_at_end and state["best_global_step"]:
-        return checkpoint.with_name(f"checkpoint-{state['best_global_step']}")
+    if arguments.load_best_model_at_end and state["best_model_checkpoint"]:
+        return checkpoint.with_name(Path(state["best_model_checkpoint"]).name)
     return checkpoint

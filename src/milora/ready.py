@@ -12,6 +12,7 @@ from transformers import TrainingArguments, set_seed
 
 from milora import adapter, targeting
 from milora.allocator import give_back_freed
+from milora.arguments import check_here
 from milora.checkpoint import Original, original_of
 from milora.continual import Earlier, check_material, folded, open_earlier, previous_update
 from milora.errors import UserError
@@ -84,6 +85,12 @@ def check(
     resumed = check_folder(run, asked, resume, processes.number)
     if resume and not resumed:
         progress.say(f"--resume: {run} holds no run yet, so that it begins")
+    check_here(arguments)
+    if arguments.save_strategy == "best" and milora["interference"]["limit"] is not None:
+        raise UserError(
+            "training.save_strategy: best writes states that milora.interference.limit has not "
+            "seen: use steps or epoch"
+        )
     lora_config: LoraConfig | None = targeting.lora_config(lora)
     if method == "full":
         lora_config = None
@@ -122,6 +129,12 @@ def check(
     material = read_material(
         asked, dtype, bool(processes.sharded), processes.main, earlier, progress
     )
+    number, batch = len(material.train.examples), arguments.train_batch_size * processes.number
+    if arguments.dataloader_drop_last and number < batch:
+        raise UserError(
+            f"training.dataloader_drop_last: {asked['data']['train']} has {number} rows to train "
+            f"on, fewer than one batch of {batch}, so that none is left: leave it out"
+        )
     gates = [parse_gate(gate) for gate in asked["gates"]]
     check_subjects(gates, [task.name for task in material.tasks])
     over_all = [gate.text for gate in gates if gate.subject == "continual"]

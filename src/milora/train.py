@@ -507,8 +507,8 @@ def _fit(
     # Under bf16 or fp16 accelerate leaves autocast around forward; what follows is without.
     trainer.accelerator.unwrap_model(live, keep_fp32_wrapper=False)
     if not watch or not watch.passed:
-        best = trainer.state.best_global_step if arguments.load_best_model_at_end else None
-        return {"result_step": best or trainer.state.global_step}, seconds
+        best = trainer.state.best_model_checkpoint if arguments.load_best_model_at_end else None
+        return {"result_step": step_of(Path(best)) if best else trainer.state.global_step}, seconds
     reached = last_complete_checkpoint(run / "checkpoints")
     if reached is None:
         raise UserError(
