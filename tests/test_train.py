@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file, save_file
 from tiny_run import result_hashes, run, settings, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 import milora.pretrained
 import milora.preview
@@ -25,6 +27,7 @@ from milora.errors import UserError
 from milora.files import locked, sha256
 from milora.generation import answer_loss
 from milora.logits import Pair
+from milora.loop import Grouped
 from milora.rows import read_rows, split_rows
 from milora.smaller import Smaller
 from milora.verify import open_adapter, verify
@@ -351,6 +354,36 @@ def test_what_would_train_nothing_is_refused_before_decomposing(
         with pytest.raises(UserError, match=said):
             run(arguments, dry_run=dry_run)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("again", [6, 7, 8])
+def test_rows_grouped_by_length_resume_as_unbroken(again: int, tiny: Tiny, tmp_path: Path) -> None:
+    """In the second epoch, of five steps each: at its beginning, and within it."""
+    training = {
+        "train_sampling_strategy": "group_by_length", "save_steps": 1, "max_steps": 12,
+        "save_total_limit": 50,
+    }  # fmt: skip
+    arguments = settings(tiny("llama"), tmp_path, training=training)
+    run(arguments)
+    checkpoints = tmp_path / "run/checkpoints"
+    wanted = sha256(checkpoints / "trained.safetensors")
+    (checkpoints / "trained.safetensors").unlink()
+    for step in range(again, 13):
+        shutil.rmtree(checkpoints / f"checkpoint-{step}")
+    run(arguments, resume=True)
+    assert sha256(checkpoints / "trained.safetensors") == wanted
+
+
+def test_groups_are_of_the_rows_of_a_step_of_all_processes() -> None:
+    lengths = [(7 * i) % 30 for i in range(60)]
+
+    def order(size: int, processes: int, epoch: int) -> list[int]:
+        own = LengthGroupedSampler(size, lengths=lengths)
+        args: Any = SimpleNamespace(world_size=processes, seed=3)
+        return list(Grouped(own, args, lambda: epoch))
+
+    assert order(8, 1, 1) == order(4, 2, 1) != order(8, 1, 2)
+    assert sorted(order(8, 1, 1)) == list(range(60))
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tiny: Tiny, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.tensor import DTensor
+from torch.utils.data import Sampler
 from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
@@ -21,6 +22,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from milora.adapter import Start, decay
 from milora.errors import UserError
@@ -65,6 +67,12 @@ class MiloraTrainer(Trainer):
         logs |= self.also
         self.also = {}
         super().log(logs, start_time)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        sampler = super()._get_train_sampler(train_dataset)
+        if not isinstance(sampler, LengthGroupedSampler):
+            return sampler
+        return Grouped(sampler, self.args, lambda: int(self.state.epoch or 0))
 
     def _live(self) -> nn.Module:
         assert isinstance(self.model, nn.Module)
@@ -127,6 +135,28 @@ class MiloraTrainer(Trainer):
 
     def _scheduler(self) -> Any:
         return self.lr_scheduler
+
+
+class Grouped(Sampler[int]):
+    """Rows of like length together, by the seed and the epoch alone.
+
+    The Trainer's own draws from the generator that all else draws from too, so that a run that is
+    resumed would train other rows, and groups the rows of one process's step, so that another
+    number of processes would.
+    """
+
+    def __init__(
+        self, own: LengthGroupedSampler, args: TrainingArguments, epoch: Callable[[], int]
+    ) -> None:
+        own.batch_size *= int(args.world_size)
+        self.own, self.seed, self.epoch = own, args.seed, epoch
+
+    def __len__(self) -> int:
+        return len(self.own)
+
+    def __iter__(self) -> Iterator[int]:
+        self.own.generator = torch.Generator().manual_seed(self.seed + self.epoch())
+        return iter(self.own)
 
 
 class Decay(TrainerCallback):
