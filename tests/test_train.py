@@ -243,6 +243,22 @@ def test_the_first_loss_is_that_of_the_base(tiny: Tiny, tmp_path: Path) -> None:
     assert answer_loss(model, tokenizer, train) == (pytest.approx(total / count, rel=1e-5), 19)
 
 
+def test_weight_decay_is_for_the_factors_alone(tiny: Tiny, tmp_path: Path) -> None:
+    found = {}
+    for decay in (0.0, 50.0):
+        folder = tmp_path / str(decay)
+        folder.mkdir()
+        lora = {"modules_to_save": ["lm_head"], "target_modules": ["q_proj"]}
+        training = {"weight_decay": decay, "max_steps": 2, "warmup_steps": 0}
+        run(settings(tiny("llama"), folder, method="lora", lora=lora, training=training))
+        tensors = load_file(folder / "run/checkpoints/trained.safetensors")
+        for kind in ("lora_A", "lm_head"):
+            some = [tensor for name, tensor in tensors.items() if kind in name]
+            found[kind, decay] = sum(float(tensor.norm()) for tensor in some)
+    assert found["lora_A", 50.0] < 0.8 * found["lora_A", 0.0]
+    assert found["lm_head", 50.0] > 0.95 * found["lm_head", 0.0]
+
+
 def test_weight_decay_reaches_the_optimizer(tiny: Tiny, tmp_path: Path) -> None:
     size = {}
     for decay in (0.0, 0.5):

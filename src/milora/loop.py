@@ -68,6 +68,14 @@ class MiloraTrainer(Trainer):
         self.also = {}
         super().log(logs, start_time)
 
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Of an adapter its factors alone: a head, rows of tokens and modules_to_save hold what the
+        base or the seed gave them, which decay would take away.
+        """
+        names = super().get_decay_parameter_names(model)
+        adapted = isinstance(self.model, PeftModel)
+        return [name for name in names if not adapted or ".lora_" in name]
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         sampler = super()._get_train_sampler(train_dataset)
         if not isinstance(sampler, LengthGroupedSampler):
