@@ -391,6 +391,23 @@ def test_a_limit_warns_and_stops(
         assert not list((tmp_path / name).glob("run/checkpoints/checkpoint-*"))
 
 
+def test_the_last_state_is_measured(tiny: Tiny, tmp_path: Path) -> None:
+    """Where none is written, so that nothing else asks for it; and none is written unseen."""
+    watch = {"interference": {"top": 4, "every": 50, "limit": 1e-9, "stop": True}}
+    for strategy, said in (
+        ("no", "at step 6, before there was a checkpoint"),
+        ("best", r"save_strategy: best .*interference\.limit"),
+    ):
+        asked = settings(tiny("llama"), tmp_path, milora=watch)
+        del asked["training"]["save_steps"]
+        asked["training"] |= {
+            "save_strategy": strategy,
+            "load_best_model_at_end": strategy == "best",
+        }
+        with pytest.raises(UserError, match=said):
+            run(asked | {"output_dir": str(tmp_path / strategy)})
+
+
 @pytest.mark.parametrize(
     ("method", "milora", "said"),
     [

@@ -251,7 +251,7 @@ def _at_start(matrices: Mapping[str, Matrix], start: Start) -> bool:
 
 
 class Watch(TrainerCallback):
-    """Measures the interference every few steps and before a checkpoint is written.
+    """Measures the interference every few steps, before a checkpoint is written and at the end.
 
     Where it passes `limit` a warning is said; with `stop` the run ends there without a checkpoint,
     so that the last one there is lies below the limit.
@@ -265,13 +265,18 @@ class Watch(TrainerCallback):
         self.every, self.limit, self.stop = every, limit, stop
         self.path, self.progress = path, progress
         self.trainer: MiloraTrainer | None = None  # whose trackers get the figures
+        self.measured = 0  # the last step that was
         self.passed = 0  # the step at which the run was stopped
         self.warned = False
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.global_step % self.every == 0 or control.should_save:
+        if (
+            state.global_step % self.every == 0
+            or control.should_save
+            or control.should_training_stop
+        ):
             self._measure(state, control)
 
     def on_epoch_end(
@@ -279,10 +284,11 @@ class Watch(TrainerCallback):
     ) -> None:
         if self.passed:  # by then an epoch that ends has asked for a checkpoint
             control.should_save = False
-        elif control.should_save and state.global_step % self.every:
+        elif control.should_save and state.global_step != self.measured:
             self._measure(state, control)
 
     def _measure(self, state: TrainerState, control: TrainerControl) -> None:
+        self.measured = state.global_step
         found: dict[str, Interference] = {}
         for some in in_one_piece(self.matrices):
             tops = {name: self.tops[name] for name in some if name in self.tops}
@@ -322,8 +328,8 @@ class Reporter(TrainerCallback):
         self.began: float | None = None
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         # Steps after the checkpoint are done again; a last line may be cut by a kill.
-        ended = [(line, json.loads(line)) for line in lines if line.endswith("}")]
-        kept = [(line, said) for line, said in ended if said["step"] <= self.step]
+        ended = [(line, _parsed(line)) for line in lines]
+        kept = [(line, said) for line, said in ended if said and said["step"] <= self.step]
         self.kept = [line for line, _ in kept]
         self.before = max((said.get("seconds", 0.0) for _, said in kept), default=0.0)
 
@@ -379,6 +385,14 @@ class Reporter(TrainerCallback):
 
     def _rate(self, state: TrainerState) -> float:
         return (int(state.num_input_tokens_seen) - self.tokens) / max(self._here(), 1e-9)
+
+
+def _parsed(line: str) -> dict[str, Any]:
+    try:
+        said: dict[str, Any] = json.loads(line)
+    except json.JSONDecodeError:
+        return {}
+    return said
 
 
 def save_state(path: Path, model: nn.Module, write: bool = True) -> None:
