@@ -64,7 +64,8 @@ SAME_LAYER = {
     ("gates", "card"), ("matrices", "svd"), ("matrices", "quantised"), ("quantised", "errors"),
     ("vision", "errors"), ("vision", "matrices"), ("costs", "errors"), ("costs", "svd"),
     ("processes", "errors"), ("verify", "export"), ("continual", "approximation"),
-    ("recommended", "progress"), ("files", "errors"),
+    ("recommended", "progress"), ("recommended", "errors"),
+    ("files", "errors"),
 }  # fmt: skip
 
 

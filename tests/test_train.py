@@ -1,6 +1,7 @@
 """A whole run on tiny models: the run folder, the invariants in it, and resuming."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -27,7 +28,8 @@ from milora.errors import UserError
 from milora.files import locked, sha256
 from milora.generation import answer_loss
 from milora.logits import Pair
-from milora.loop import Grouped
+from milora.loop import Grouped, Reporter
+from milora.progress import Progress
 from milora.rows import read_rows, split_rows
 from milora.smaller import Smaller
 from milora.verify import open_adapter, verify
@@ -180,6 +182,8 @@ def test_full_fine_tuning(tiny: Tiny, tmp_path: Path) -> None:
     assert not torch.equal(model.model.embed_tokens.weight, base.model.embed_tokens.weight)
     (kept,) = json.loads((tmp_path / "run" / "evaluation.json").read_text())["knowledge"]
     assert kept["kl"] > 0
+    # The Trainer turns it off, and a server would compute every token anew.
+    assert json.loads((tmp_path / "run" / "model" / "config.json").read_text())["use_cache"]
 
 
 def test_two_runs_are_equal_bit_for_bit(tiny: Tiny, tmp_path: Path) -> None:
@@ -463,6 +467,60 @@ def test_resume_goes_on_where_the_run_stood(
     assert result_hashes(tmp_path / "run") == ours
 
 
+def test_a_run_of_an_earlier_version_is_resumed(tiny: Tiny, tmp_path: Path) -> None:
+    """Before milora.start, protect_inputs and text could be said."""
+    arguments = settings(tiny("llama"), tmp_path)
+    run(arguments)
+    wanted = result_hashes(tmp_path / "run")
+    stored = tmp_path / "run/config.yaml"
+    asked = yaml.safe_load(stored.read_text())
+    for key in ("start", "protect_inputs", "text"):
+        del asked["milora"][key]
+    stored.write_text(yaml.safe_dump(asked))
+    (tmp_path / "run/evaluation.json").unlink()
+    for key, before, now in (("start", "published", "balanced"), ("text", "sampled", "a.txt")):
+        said = rf"has changed: milora\.{key} was '{before}' and is '{now}'"
+        with pytest.raises(UserError, match=said):
+            run(settings(tiny("llama"), tmp_path, milora={key: now}), resume=True)
+    run(arguments, resume=True)
+    assert result_hashes(tmp_path / "run") == wanted
+
+
+@pytest.mark.parametrize("damage", ["milora: [", "- a\n", "milora: 3\n", None])
+def test_a_configuration_that_is_damaged_or_gone(
+    damage: str | None, finished: Path, tiny: Tiny, tmp_path: Path
+) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    stored = tmp_path / "run/config.yaml"
+    stored.unlink()
+    if damage:
+        stored.write_text(damage)
+    with pytest.raises(UserError, match=r"run/config\.yaml cannot be read .*: put it back, or beg"):
+        run(settings(tiny("llama"), tmp_path), resume=True)
+
+
+def test_lines_that_a_kill_cut_are_left_out(tmp_path: Path) -> None:
+    path, whole = tmp_path / "metrics.jsonl", '{"step": 1, "interference": {"q": [0.1]}}'
+    path.write_text(f"{whole}\n{whole[:-1]}")
+    with Progress() as progress:
+        assert Reporter(path, tmp_path / "checkpoint-2", progress).kept == [whole]
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_decomposing(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = settings(tiny("llama"), tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        UserError, match=r"output_dir: .*/file/run cannot be written: .*/file is no"
+    ):
+        run(arguments | {"output_dir": str(tmp_path / "file" / "run")}, dry_run=True)
+    real = os.access
+    monkeypatch.setattr(os, "access", lambda path, *how: path != tmp_path and real(path, *how))
+    with pytest.raises(UserError, match=r"output_dir: .*/deep/run cannot be written: .* no folder"):
+        run(arguments | {"output_dir": str(tmp_path / "deep" / "run")})
+
+
 def test_resuming_on_a_changed_base_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     base = tmp_path / "base"
     model = AutoModelForCausalLM.from_pretrained(tiny("llama"))
@@ -595,6 +653,9 @@ def test_a_dry_run_writes_nothing_and_shows_what_is_trained(tiny: Tiny, tmp_path
     }  # fmt: skip
     assert plan["coverage"]["not_adapted"] == {"lm_head": {"weights": 1, "parameters": 258 * 32}}
     assert plan["memory_bytes"] > 0
+    assert "milora.keep" not in plan["estimate"]
+    plan = run(settings(tiny("llama"), tmp_path, milora={"keep": {}}), dry_run=True)
+    assert plan["estimate"].endswith("; milora.keep: its passes over general text are not counted")
 
 
 def test_test_rows_that_took_part_are_counted(

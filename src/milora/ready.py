@@ -1,12 +1,12 @@
 """A run that is known to be possible: everything that the user can get wrong, read and checked."""
 
+import os
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-import yaml
 from peft import LoraConfig
 from transformers import TrainingArguments, set_seed
 
@@ -30,7 +30,7 @@ from milora.progress import Progress
 from milora.protect import check_patterns, check_protect, parts_of
 from milora.quantised import loaded_bytes
 from milora.ranks import ranks, with_ranks
-from milora.recommended import not_said, recommended
+from milora.recommended import not_said, recommended, stored_in
 from milora.store import Store
 from milora.transfer import check_tasks
 
@@ -265,9 +265,18 @@ def _check_sharded(
 def check_folder(
     run: Path, asked: Mapping[str, Any], resume: bool, processes: int
 ) -> dict[str, Any]:
-    """run.json of the run to resume, or {} for a new one."""
-    if run.exists() and not run.is_dir():
+    """run.json of the run to resume, or {} for a new one.
+
+    Raises UserError for a folder that cannot be written, or that holds another run.
+    """
+    if os.path.isfile(run):
         raise UserError(f"output_dir: {run} is a file")
+    own = run.resolve()
+    within = next(folder for folder in (own, *own.parents) if os.path.exists(folder))
+    if not within.is_dir() or not os.access(within, os.W_OK | os.X_OK):
+        raise UserError(
+            f"output_dir: {run} cannot be written: {within} is no folder that takes files"
+        )
     # Hidden files are what a killed process was about to write.
     there = run.exists() and any(not path.name.startswith(".") for path in run.iterdir())
     if not resume:
@@ -281,7 +290,7 @@ def check_folder(
         if there and not (run / "config.yaml").exists():
             raise UserError(f"output_dir: {run} holds no run to resume")
         return {}  # killed before its first step: begin it
-    stored = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    stored = stored_in(run)
     differ = [
         said
         for key in dict.fromkeys([*asked, *stored])  # one that is left out has changed too

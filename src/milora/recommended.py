@@ -12,9 +12,11 @@ from typing import Any
 
 import yaml
 
+from milora.errors import UserError
 from milora.progress import Progress
 
 PUBLISHED: dict[str, Any] = {"start": "published", "protect_inputs": 0}
+BEFORE = PUBLISHED | {"text": "sampled"}  # of runs that began when these could not be said
 INPUTS = 64  # directions
 
 
@@ -30,13 +32,28 @@ def as_before(asked: dict[str, Any], resume: bool) -> dict[str, Any]:
     folder, earlier = Path(asked["output_dir"]), asked.get("continue", {})
     if earlier.get("how") == "same" and not resume:
         folder, resume = Path(earlier["run"]), True
-    there, milora = folder / "config.yaml", asked["milora"]
-    if resume and there.is_file():
-        stored = yaml.safe_load(there.read_text(encoding="utf-8")).get("milora", {})
-        milora = _filled(milora, PUBLISHED | stored)
+    milora = asked["milora"]
+    if resume and (folder / "config.yaml").is_file():
+        milora = _filled(milora, stored_in(folder)["milora"])
     if asked["method"] != "milora":
         milora = _filled(milora, PUBLISHED)
     return asked | {"milora": milora}
+
+
+def stored_in(run: Path) -> dict[str, Any]:
+    """The configuration that a run began with, and BEFORE where it says nothing of these.
+
+    Raises UserError where it is gone or damaged.
+    """
+    path = run / "config.yaml"
+    try:
+        stored = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return stored | {"milora": BEFORE | stored.get("milora", {})}
+    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+        why = " ".join(str(error).split())
+        raise UserError(
+            f"{path} cannot be read ({why}): put it back, or begin a new run"
+        ) from error
 
 
 def recommended(
