@@ -222,6 +222,18 @@ def test_more_inputs_than_can_be_spared_are_refused_before_decomposing(
     assert "decomposing" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("tokens", "said"), [(300, "256 are taken: whole pieces"), (512, "")])
+def test_whole_pieces_are_taken_and_that_is_said(
+    tokens: int, said: str, tiny: Tiny, text: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    keep = {"text": str(text), "keep": {"tokens": tokens}}
+    run(settings(tiny("llama"), tmp_path, milora=keep, training={"max_steps": 1}))
+    found = capsys.readouterr().err
+    assert said in found
+    assert ("milora.keep.tokens" in found) == bool(said)
+
+
 def test_a_text_that_nothing_uses_is_said(
     tiny: Tiny, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

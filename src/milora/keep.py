@@ -49,9 +49,14 @@ class Keep(NamedTuple):
     def due(self, step: int) -> bool:
         return step % self.every == 0
 
+    @property
+    def taken(self) -> int:
+        """Whole pieces of each time, one at least."""
+        return max(1, self.tokens // len(self.pieces[0]))
+
     def batch(self, step: int) -> Tensor:
         """(b, t) the pieces of this step; it depends on the step alone, so that a run resumes."""
-        count = max(1, self.tokens // len(self.pieces[0]))
+        count = self.taken
         first = step // self.every * count
         return torch.tensor([self.pieces[(first + i) % len(self.pieces)] for i in range(count)])
 

@@ -108,6 +108,7 @@ def plan(
     # Adam's two moments come with the first step; the anchor is as large as the adapter.
     extra = trainable * (8 + (4 if method in adapter.COMPONENT else 0))
     memory = peak_memory() + extra + beside
+    kept = "; milora.keep: its passes over general text are not counted" if milora["keep"] else ""
     return {
         "samples": [sample(base, e) for e in train.examples[:3]],
         "coverage": covered,
@@ -118,7 +119,7 @@ def plan(
         "training_seconds": batches * seconds,
         "batches": batches,
         "estimate": f"about {duration(decompose)} to decompose, {duration(batches * seconds)} to "
-        f"train ({batches:.0f} batches of {size}), {memory / 1e9:.1f} GB of memory",
+        f"train ({batches:.0f} batches of {size}), {memory / 1e9:.1f} GB of memory{kept}",
     }
 
 

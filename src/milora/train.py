@@ -482,8 +482,16 @@ def _fit(
         callbacks.append(Hold(matrices, begun.holds))
     if asked["milora"]["keep"]:
         keep = Keep(begun.general, **asked["milora"]["keep"])
+        length = len(keep.pieces[0])
+        if keep.taken * length != keep.tokens:
+            progress.say(
+                f"milora.keep.tokens is {keep.tokens}, and {keep.taken * length} are taken: whole "
+                f"pieces of {length}"
+            )
     if processes.sharded and not ready.resumed.get("step0"):
         callbacks.append(StepZero(ready, begun.record, progress))
+    config = ready.material.base.model.config
+    cached = vars(config).get("use_cache")
     trainer = MiloraTrainer(
         model=live,
         args=arguments,
@@ -504,6 +512,9 @@ def _fit(
     except FloatingPointError as error:
         raise DivergedError(str(error)) from error
     seconds = reporter.seconds
+    vars(config).pop("use_cache", None)  # the Trainer's, which turns it off and would be saved
+    if cached is not None:
+        config.use_cache = cached
     # Under bf16 or fp16 accelerate leaves autocast around forward; what follows is without.
     trainer.accelerator.unwrap_model(live, keep_fp32_wrapper=False)
     if not watch or not watch.passed:
