@@ -247,6 +247,28 @@ def test_the_first_loss_is_that_of_the_base(tiny: Tiny, tmp_path: Path) -> None:
     assert answer_loss(model, tokenizer, train) == (pytest.approx(total / count, rel=1e-5), 19)
 
 
+def test_the_held_out_loss_is_the_mean_over_labels(tiny: Tiny, tmp_path: Path) -> None:
+    """However many rows are computed at once, and as the evaluation has it."""
+    lengths, held = (1, 30, 2, 17, 5), tmp_path / "held.jsonl"
+    rows = [{"prompt": "say", "completion": "ab cd" * length} for length in lengths]
+    held.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = []
+    for size in (1, 2, 4, 5):
+        folder = tmp_path / str(size)
+        folder.mkdir()
+        training = {"per_device_eval_batch_size": size, "max_steps": 1, "eval_steps": 1}
+        data = {"eval": str(held), "max_length": 256}
+        run(settings(tiny("llama"), folder, data=data, training=training))
+        lines = map(json.loads, (folder / "run/metrics.jsonl").read_text().splitlines())
+        found += [line["eval_loss"] for line in lines if "eval_loss" in line]
+    assert len(found) == 4
+    assert found == pytest.approx([found[0]] * 4, rel=1e-6)
+    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "1/run/adapter")
+    tokenizer = AutoTokenizer.from_pretrained(tiny("llama"))
+    loss, _ = answer_loss(model, tokenizer, read_rows(held).rows)
+    assert found[0] == pytest.approx(loss, rel=1e-5)
+
+
 def test_weight_decay_is_for_the_factors_alone(tiny: Tiny, tmp_path: Path) -> None:
     found = {}
     for decay in (0.0, 50.0):

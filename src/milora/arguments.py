@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import (  # type: ignore[attr-defined]
     get_available_reporting_integrations,
 )
-from transformers.utils import is_liger_kernel_available
+from transformers.utils import is_liger_kernel_available  # type: ignore[attr-defined]
 
 from milora.errors import UserError
 

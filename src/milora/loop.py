@@ -23,8 +23,10 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import EvalLoopOutput
 
 from milora.adapter import Start, decay
+from milora.data import IGNORED
 from milora.errors import UserError
 from milora.files import read_json, write_bytes, write_text
 from milora.keep import CALIBRATION, Keep, cut, input_directions, kept_loss, sampled
@@ -49,6 +51,7 @@ class MiloraTrainer(Trainer):
     def __init__(self, *args: Any, keep: Keep | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.keep = keep
+        self.heard = torch.zeros(2)  # of an evaluation: the sum of its losses, and of their labels
         self.also: dict[str, float] = {}  # figures that go out with the next line of the log
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
@@ -81,6 +84,38 @@ class MiloraTrainer(Trainer):
         if not isinstance(sampler, LengthGroupedSampler):
             return sampler
         return Grouped(sampler, self.args, lambda: int(self.state.epoch or 0))
+
+    def evaluation_loop(
+        self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
+        """The Trainer's, with the loss per label: its own, the mean of the batches' means, depends
+        on how many rows a batch has.
+        """
+        self.heard = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        kwargs["metric_key_prefix"] = metric_key_prefix
+        found = super().evaluation_loop(dataloader, *args, **kwargs)
+        loss, labels = self.accelerator.reduce(self.heard, "sum").tolist()
+        assert found.metrics is not None
+        found.metrics[f"{metric_key_prefix}_loss"] = loss / labels
+        return found
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any, Any]:
+        ended = self.accelerator.gradient_state
+        if ended.end_of_dataloader and ended.remainder > 0:  # rows that fill up the last batches
+            own = ended.remainder - int(self.args.process_index) * len(inputs["labels"])
+            for key in {"labels", "shift_labels"} & set(inputs):
+                inputs[key][max(0, own) :] = IGNORED
+        count = self._get_num_items_in_batch([inputs], self.args.device)
+        if count is None:  # the loss is the mean of this batch, as a causal model takes it
+            count = (inputs.get("shift_labels", inputs["labels"][..., 1:]) != IGNORED).sum()
+        elif self.args.average_tokens_across_devices:  # the part of one of all that is meant
+            count = count / self.args.world_size
+        found: tuple[Any, Any, Any] = super().prediction_step(model, inputs, *args, **kwargs)
+        if count:
+            self.heard += torch.stack([found[0].double() * count, torch.as_tensor(count)])
+        return found
 
     def _live(self) -> nn.Module:
         assert isinstance(self.model, nn.Module)

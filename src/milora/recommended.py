@@ -47,7 +47,7 @@ def stored_in(run: Path) -> dict[str, Any]:
     """
     path = run / "config.yaml"
     try:
-        stored = yaml.safe_load(path.read_text(encoding="utf-8"))
+        stored: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
         return stored | {"milora": BEFORE | stored.get("milora", {})}
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         why = " ".join(str(error).split())
