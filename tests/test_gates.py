@@ -183,6 +183,17 @@ def test_the_command(
     assert (code, "is no gate: write MEASURE >= BOUND" in err) == (2, True)
     code, out, err = command("train", str(config), "gates=[row.accuracy >= 1]")
     assert (code, "did you mean rows?" in err) == (2, True)
+    for gate, said in (
+        ("rows.acuracy >= 1", "rows has accuracy, format_failures, loss"),
+        ("knowledge.nosuch.kl <= 1", "on knowledge.nosuch, which this run does not measure"),
+        ("interference.maximum <= 1", "interference has max, mean, size"),
+    ):
+        code, out, err = command("train", str(config), f"gates=[{gate}]", "--dry-run")
+        assert (code, said in err) == (2, True)
+    for change in ("method=full", "milora.interference.top=0"):
+        words = "gates=[interference.max <= 1]", change, "--dry-run"
+        code, out, err = command("train", str(config), *words)
+        assert (code, "which this run does not measure (full has none" in err) == (2, True)
     run = tmp_path / "run"
     assert not run.exists()
 

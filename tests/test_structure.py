@@ -64,7 +64,7 @@ SAME_LAYER = {
     ("gates", "card"), ("matrices", "svd"), ("matrices", "quantised"), ("quantised", "errors"),
     ("vision", "errors"), ("vision", "matrices"), ("costs", "errors"), ("costs", "svd"),
     ("processes", "errors"), ("verify", "export"), ("continual", "approximation"),
-    ("recommended", "progress"), ("recommended", "errors"),
+    ("recommended", "progress"), ("recommended", "errors"), ("recommended", "files"),
     ("files", "errors"),
 }  # fmt: skip
 

@@ -59,6 +59,13 @@ OWNED = {
 }
 
 
+# What transformers 5 calls otherwise.
+RENAMED = {
+    "group_by_length": "train_sampling_strategy: group_by_length",
+    "warmup_ratio": "warmup_steps, which below 1 is a share of all steps",
+}
+
+
 class OneDevice(TrainingArguments):
     """A process uses one GPU; more of them need more processes, by `accelerate launch`.
 
@@ -104,6 +111,7 @@ def training_arguments(
         if key not in known:
             near = difflib.get_close_matches(key, sorted(known), 1)
             hint = f": did you mean {near[0]}?" if near else ""
+            hint = f": use {RENAMED[key]}" if key in RENAMED else hint
             raise UserError(f"training.{key} is not a field of TrainingArguments{hint}")
     values: dict[str, Any] = {
         "learning_rate": default_rate(method, begin),
@@ -132,7 +140,7 @@ def training_arguments(
         if training.get(f"{what}_steps") is None:
             continue
         values[f"{what}_strategy"] = "steps"
-        if (given := training.get(f"{what}_strategy")) not in (None, "steps"):
+        if (given := training.get(f"{what}_strategy")) not in (None, "steps", "no"):
             raise UserError(
                 f"training.{what}_steps does nothing with {what}_strategy: {given}: leave one out"
             )

@@ -28,6 +28,7 @@ app = typer.Typer(
 def _to_write(path: Path | None) -> Path | None:
     """Refuse a file that cannot be written before the work for it is done."""
     if path is not None:
+        path = path.expanduser()  # which no shell does after --html=
         there = next(parent for parent in path.absolute().parents if parent.exists())
         if path.is_dir():
             raise UserError(f"{path} is a folder: name a file in it")
@@ -258,9 +259,9 @@ def look(
 
 def _print_interference(run: Path) -> None:
     from milora.compare_page import Table
-    from milora.files import read_json
+    from milora.files import read_record
 
-    found = read_json(run / "run.json").get("interference")
+    found = read_record(run / "run.json").get("interference")
     if not found:
         raise UserError(
             f"{run} has no interference: the run is not finished, has no adapter, or has "

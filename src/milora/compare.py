@@ -27,7 +27,7 @@ from torch import Tensor
 from milora.compare_page import page, plot, tables
 from milora.config import Config, load_config
 from milora.errors import DivergedError, UserError
-from milora.files import read_json, read_lines, write_json, write_text
+from milora.files import read_lines, read_record, write_json, write_text
 from milora.fronts import matched
 from milora.pages import standalone
 from milora.pretrained import dtype_of
@@ -260,7 +260,7 @@ def _outcome(settings: Config, make: Make, progress: Progress) -> Outcome:
     file = folder.with_name(folder.name + ".json")
     asked = settings.model_dump(exclude={"output_dir"})
     if file.exists():
-        found: Outcome = read_json(file)
+        found: Outcome = read_record(file)
         # Through Config, so that a key that is new since then has its default; a run that says
         # nothing of its start was made when there was only the published one.
         before = found["settings"] | {"output_dir": ""}
@@ -305,7 +305,7 @@ def trained(settings: Config, progress: Progress) -> Outcome:
         "interference": {key: record["interference"][key] for key in ("max", "mean", "size")}
         if "interference" in record
         else None,
-        "evaluation": read_json(folder / "evaluation.json"),
+        "evaluation": read_record(folder / "evaluation.json"),
         "right": rows_right(folder / "samples.jsonl"),
     }
 

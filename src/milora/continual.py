@@ -30,6 +30,7 @@ from milora.lineage import Link, chain, check_unchanged, continues, current, rea
 from milora.logits import logits_of, step0_bound
 from milora.loop import STATE
 from milora.matrices import Weights, matrix_in, skeleton_of
+from milora.recommended import stored_in
 from milora.rows import Row, read_rows, split_rows
 from milora.verify import find_adapter, why_whole
 
@@ -127,7 +128,7 @@ def open_earlier(
 
 
 def _check_same(link: Link, asked: Mapping[str, Any]) -> None:
-    there, here = link.asked, asked
+    there, here = stored_in(link.run), asked
     pairs = [(key, there.get(key), here.get(key)) for key in SAME]
     pairs += [
         (f"milora.{key}", there["milora"].get(key), here["milora"].get(key)) for key in SAME_MILORA

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from milora.card import short
 from milora.errors import UserError
-from milora.files import read_json
+from milora.files import read_record
 
 # What transfer.py measures of a chain of updates.
 TRANSFER = ("overall", "backward_transfer", "forward_transfer", "kl", "cut")
@@ -190,13 +190,13 @@ def read_finished(run: Path, *also: str) -> tuple[dict[str, Any], dict[str, Any]
     for name in ("run.json", "evaluation.json", *also):
         if not (run / name).exists():
             raise UserError(f"{run} holds no {name}: it is not the folder of a finished run")
-    record: dict[str, Any] = read_json(run / "run.json")
+    record = read_record(run / "run.json")
     if record["state"] != "done":
         raise UserError(
             f"{run} is not finished, its state is {record['state']}: finish it with "
             "`milora train ... --resume`"
         )
-    return record, read_json(run / "evaluation.json")
+    return record, read_record(run / "evaluation.json")
 
 
 def sentence(verdict: Verdict) -> str:

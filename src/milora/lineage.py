@@ -10,10 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from milora.errors import UserError
-from milora.files import read_json, sha256
+from milora.files import read_record, read_yaml, sha256
 
 WEIGHTS = "adapter/adapter_model.safetensors"
 
@@ -46,9 +44,9 @@ def read_link(run: Path) -> Link:
     for name in ("run.json", "config.yaml"):
         if not (run / name).is_file():
             raise UserError(f"{run} holds no {name}: it is not the folder of a run")
-    asked = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    record, asked = read_record(run / "run.json"), read_yaml(run / "config.yaml")
     file = run / "evaluation.json"
-    return Link(run, read_json(run / "run.json"), asked, read_json(file) if file.exists() else {})
+    return Link(run, record, asked, read_record(file) if file.exists() else {})
 
 
 def chain(run: Path) -> list[Link]:

@@ -16,7 +16,8 @@ from milora.arguments import check_here
 from milora.checkpoint import Original, original_of
 from milora.continual import Earlier, check_material, folded, open_earlier, previous_update
 from milora.errors import UserError
-from milora.files import read_json
+from milora.evaluate import measured
+from milora.files import read_record
 from milora.gates import Gate, check_subjects, parse_gate
 from milora.keep import SAMPLED, check_inputs
 from milora.lineage import Link, chain
@@ -136,7 +137,13 @@ def check(
             f"on, fewer than one batch of {batch}, so that none is left: leave it out"
         )
     gates = [parse_gate(gate) for gate in asked["gates"]]
-    check_subjects(gates, [task.name for task in material.tasks])
+    there = measured(
+        material.tasks,
+        [source for _, source in material.texts],
+        classifies=task_of(material.base.model) == "SEQ_CLS",
+        interference=bool(watched) and method != "full",
+    )
+    check_subjects(gates, [task.name for task in material.tasks], there)
     over_all = [gate.text for gate in gates if gate.subject == "continual"]
     if over_all and not earlier:
         raise UserError(f"gates: {over_all[0]!r} needs earlier tasks: name a run in continue.run")
@@ -299,7 +306,7 @@ def check_folder(
     ]
     if differ:
         raise UserError(f"--resume: the configuration has changed: {'; '.join(differ)}")
-    record: dict[str, Any] = read_json(run / "run.json")
+    record = read_record(run / "run.json")
     rows = rows_per_step(asked["training"], processes)
     trained = (run / "checkpoints" / STATE).exists()
     latest = last_complete_checkpoint(run / "checkpoints")

@@ -10,9 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from milora.errors import UserError
+from milora.files import read_yaml
 from milora.progress import Progress
 
 PUBLISHED: dict[str, Any] = {"start": "published", "protect_inputs": 0}
@@ -46,14 +45,10 @@ def stored_in(run: Path) -> dict[str, Any]:
     Raises UserError where it is gone or damaged.
     """
     path = run / "config.yaml"
-    try:
-        stored: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return stored | {"milora": BEFORE | stored.get("milora", {})}
-    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
-        why = " ".join(str(error).split())
-        raise UserError(
-            f"{path} cannot be read ({why}): put it back, or begin a new run"
-        ) from error
+    if not path.is_file():
+        raise UserError(f"{path} is not there: put it back, or begin a new run")
+    stored = read_yaml(path)
+    return stored | {"milora": BEFORE | (stored.get("milora") or {})}
 
 
 def recommended(

@@ -15,7 +15,7 @@ import yaml
 from milora.card import BASE_NOTE, kept_scores, load_code, short, task_scores, vllm, writes_gguf
 from milora.compare_page import COLOURS, Table
 from milora.errors import UserError
-from milora.files import read_lines
+from milora.files import read_lines, read_yaml
 from milora.gates import read_finished
 from milora.inspect_page import heat, spectra_panels
 from milora.matrices import kind_of
@@ -33,8 +33,8 @@ def report(run: Path, lang: str = "en") -> str:
     if lang not in LANGUAGES:
         raise UserError(f"--lang {lang}: use one of {', '.join(LANGUAGES)}")
     record, evaluation = read_finished(run, "config.yaml")
+    asked = read_yaml(run / "config.yaml")
     config = (run / "config.yaml").read_text(encoding="utf-8")
-    asked = yaml.safe_load(config)
     words = _words(lang)
     samples, metrics = (
         read_lines(run / name) if (run / name).exists() else []

@@ -12,7 +12,6 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from peft import PeftModel
 from peft.helpers import rescale_adapter_scale
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from milora.checkpoint import full_weights, open_checkpoint
 from milora.data import prompt_ids, prompt_text
 from milora.errors import UserError
 from milora.export import ADAPTER_FILE, read_config, scale_of
-from milora.files import read_json, sha256
+from milora.files import read_record, read_yaml, sha256
 from milora.fingerprints import base_sha256, packed_hashes, tensor_sha256
 from milora.forms import first_token
 from milora.logits import Pair, base_only
@@ -91,7 +90,7 @@ def find_adapter(path: Path) -> Path:
     if not (folder / "milora.json").is_file():
         what = "a finished run" if path.is_dir() else "there"
         raise UserError(f"{path} is not {what}: it has no adapter/ made by milora")
-    is_adapter = read_json(folder / "milora.json").get("format") == ADAPTER
+    is_adapter = read_record(folder / "milora.json").get("format") == ADAPTER
     if is_adapter and not (folder / "adapter_config.json").is_file():
         raise UserError(f"{folder} has no adapter_config.json: put the file as written back")
     return folder
@@ -99,7 +98,7 @@ def find_adapter(path: Path) -> Path:
 
 def why_whole(run: Path) -> str:
     """Why the result of a run is in model/ and not in adapter/."""
-    layers = read_json(run / "run.json").get("merged", {}).get("rows_of")
+    layers = read_record(run / "run.json").get("merged", {}).get("rows_of")
     if not layers:
         return "it was trained in full"
     return f"rows of {' and '.join(layers)} were trained, which no plain LoRA can hold"
@@ -114,8 +113,8 @@ def open_run(path: Path, trust_remote_code: bool = False, base: str | None = Non
         opened = open_adapter(path, base, trust_remote_code)
         pair = Pair(opened.model, headless=opened.base.headless)
         return OpenedRun(pair, opened.base.reader, opened.provenance["configuration"])
-    asked = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-    record = read_json(path / "run.json")
+    asked = read_yaml(path / "config.yaml")
+    record = read_record(path / "run.json")
     recorded = record["base"]
     name = base or recorded["model"]
     loaded = load_with_tokens(
@@ -143,7 +142,7 @@ def open_adapter(
     Raises UserError for a wrong base.
     """
     folder = find_adapter(path)
-    provenance = read_json(folder / "milora.json")
+    provenance = read_record(folder / "milora.json")
     if provenance["format"] != ADAPTER:
         raise UserError(f"{folder} holds {provenance['format']}, not an adapter: name its run")
     read_config(folder)
@@ -331,7 +330,7 @@ def verify(path: Path, base: str | None = None, trust_remote_code: bool = False)
     server.verify_server).
     """
     folder = find_adapter(path)
-    stored = read_json(folder / "milora.json")
+    stored = read_record(folder / "milora.json")
     if stored["format"] == GGUF:
         raise UserError(f"{folder} is GGUF: serve it, and use `milora verify {path} --server URL`")
     if stored["format"] == MERGED:
