@@ -31,12 +31,13 @@ from milora.protect import (
     held,
     load_tops,
     measure,
+    moved,
     project,
     save_tops,
     top_vectors,
     worst,
 )
-from milora.spectra import directions, interference
+from milora.spectra import Interference, directions, interference
 from milora.svd import components
 from milora.targeting import lora_config
 
@@ -93,6 +94,15 @@ def test_the_ends_of_the_scale() -> None:
     P, Q = drawn(1, 10, 2), drawn(2, 2, 8)
     both = torch.cat([P, -P], 1), torch.cat([Q, Q])
     assert interference(*both, *top, 1.0, minor) == (0, 0, 0, 0)
+
+
+def test_an_update_that_is_no_number_is_the_worst() -> None:
+    U, _, Vh = torch.linalg.svd(drawn(0, 6, 5), full_matrices=False)
+    broken = interference(torch.full((6, 2), math.nan), drawn(1, 2, 5), U, Vh, 1.0, None)
+    assert all(math.isnan(share) for share in (broken.left, broken.right, broken.size))
+    fine = Interference(0.9, 0.2, None, 0.3)
+    for found in ({"a": broken, "b": fine}, {"b": fine, "a": broken}):
+        assert worst(found)["module"] == "a"
 
 
 def adapted(load: Load, method: str, r: int = 2, **more: Any) -> Any:
@@ -218,6 +228,27 @@ def test_what_is_held_is_fetched_once(load: Load) -> None:
         assert hold.holds[name].Vh is fetched[name].Vh
         A, _ = layer.factors("default")
         torch.testing.assert_close(A.detach().double(), wanted[name][1], rtol=0, atol=1e-5)
+
+
+def test_b_of_zeros_alone_is_no_dead_pair(load: Load) -> None:
+    """`directions` begins there: what of A lies outside of what is held stays."""
+    config = lora_config({"r": 4, "lora_alpha": 4, "target_modules": ["q_proj", "down_proj"]})
+    model, start = add_adapter(load("llama"), config, "milora", begin="directions")
+    layers = adapted_matrices(model)
+    holds, _ = any_holds(layers)
+    for name, (A, B) in moved(start, layers, holds, {}).items():
+        Vh, A0 = holds[name].Vh, start.factors[name].A
+        torch.testing.assert_close(A, A0 - A0 @ Vh.T @ Vh, atol=1e-6, rtol=0)
+        assert not B.any()
+
+
+def test_as_many_inputs_as_the_rank_are_enough(load: Load) -> None:
+    _, _, layers = adapted(load, "milora")
+    layers = {name: layer for name, layer in layers.items() if "q_proj" in name}
+    rows = torch.linalg.qr(drawn(0, 32, 32)).Q.float()
+    assert held(layers, {}, {name: rows[:30] for name in layers})
+    with pytest.raises(UserError, match="hold 31 of the 32 inputs"):
+        held(layers, {}, {name: rows[:31] for name in layers})
 
 
 def test_how_many(load: Load) -> None:

@@ -5,6 +5,7 @@ subspace come from products of size q: ||P Q||² = <PᵀP, Q Qᵀ>, in fp64, so 
 cancel to a thousandth of either and the result still has eight digits.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -70,7 +71,7 @@ def apart(weight: Tensor, U: Tensor, Vh: Tensor) -> Tensor:
 
 
 def _share(value: float) -> float:
-    return min(1.0, max(0.0, value))
+    return value if math.isnan(value) else min(1.0, max(0.0, value))
 
 
 def directions(factors_A: Tensor, factors_B: Tensor) -> tuple[Tensor, Tensor]:
