@@ -40,7 +40,9 @@ EVALUATION: dict[str, Any] = {
     },
     "knowledge": [
         {"text": "build/w.txt", "kl": 0.01, "base_perplexity": 20.0, "tuned_perplexity": 21.0},
-        {"text": "c4.jsonl", "kl": 0.03, "base_perplexity": 30.0, "tuned_perplexity": 30.5},
+        {"text": "c4.jsonl", "kl": 0.03, "base_perplexity": 30.0, "tuned_perplexity": 30.5,
+         "top_token_agreement": 0.9},
+        {"text": "labels.txt", "pieces": 3, "moved": 0.2, "similarities": 0.8},  # a classifier's
     ],
 }  # fmt: skip
 RECORD = {"interference": {"max": 0.02, "mean": 0.01}}
@@ -68,6 +70,10 @@ RECORD = {"interference": {"max": 0.02, "mean": 0.01}}
         ("knowledge.kl <= base + 0.05", True, "it is 0.03, the bound is 0.05"),
         ("knowledge.perplexity <= base * 1.02", False, "it is 21, the bound is 20.4"),
         ("knowledge.perplexity > 20.5", True, "it is 21"),
+        ("knowledge.labels.perplexity <= 100", False, "it was not measured"),
+        ("knowledge.top_token_agreement >= base - 0.2", True, "it is 0.9, the bound is 0.8"),
+        ("knowledge.moved <= base + 0.3", True, "it is 0.2, the bound is 0.3"),
+        ("knowledge.similarities >= base - 0.3", True, "it is 0.8, the bound is 0.7"),
         ("interference.max <= 0.01", False, "it is 0.02"),
         ("interference.size <= 1", False, "it was not measured"),
         ("mail.exactness >= 0", False, "it was not measured"),
@@ -81,6 +87,14 @@ def test_judged(gate: str, holds: bool, said: str) -> None:
     (verdict,) = judge([parse_gate(gate)], EVALUATION, RECORD)
     assert verdict.holds == holds
     assert said in verdict.said
+
+
+def test_a_text_without_a_figure_fails_what_is_asked_of_every_text() -> None:
+    kept = [{"text": "a.txt", "kl": 0.01}, {"text": "b.txt", "kl": None}]
+    for texts in (kept, kept[::-1]):
+        (verdict,) = judge([parse_gate("knowledge.kl <= 0.05")], {"knowledge": texts}, {})
+        assert not verdict.holds
+        assert verdict.said == "it is not finite"
 
 
 @pytest.mark.parametrize(
