@@ -203,11 +203,15 @@ def test_the_gradients_are_those_of_autograd_too(
     torch.testing.assert_close(losses(model, batch), by_hand, atol=1e-12, rtol=1e-12)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    # k_proj and v_proj are of one shape, and stacked together where they have one scale.
+    [*((kind, {}) for kind in KINDS), ("llama", {"alpha_pattern": {"v_proj": 9}})],
+)
 def test_a_model_trains_as_with_two_adapters_of_peft(
-    kind: str, load: Load, batch: dict[str, Tensor]
+    kind: str, options: dict[str, Any], load: Load, batch: dict[str, Tensor]
 ) -> None:
-    model = moved(load, kind)
+    model = moved(load, kind, **options)
     ours = losses(model, batch)
     for matrix in adapted_matrices(model).values():
         del matrix.layer.forward
@@ -238,6 +242,24 @@ def test_stacks_made_ahead_are_those_that_each_layer_makes(
         with torch.no_grad():
             for layer in layers:
                 layer.lora_A[TRAINED].weight.data.mul_(1.5)  # which bumps no version
+
+
+def test_a_forward_that_fails_leaves_no_stacks_behind(load: Load, batch: dict[str, Tensor]) -> None:
+    """They would be taken for the factors of the next one."""
+    model = moved(load, "llama").train()
+    layers = [matrix.layer for matrix in adapted_matrices(model).values()]
+    layers[-1].base_layer.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(**batch)
+    assert not any(AHEAD in vars(layer) for layer in layers)
+
+
+def test_merged_by_peft_the_anchor_is_not_added_twice(load: Load, batch: dict[str, Tensor]) -> None:
+    model = moved(load, "llama").eval()
+    with torch.no_grad():
+        wanted = model(**batch).logits
+        model.merge_adapter([TRAINED, adapter.ANCHOR])
+        torch.testing.assert_close(model(**batch).logits, wanted, atol=1e-10, rtol=1e-9)
 
 
 @pytest.mark.usefixtures("way")
