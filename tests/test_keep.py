@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tiny_run import NOT_SAID, break_off, result_hashes, run, settings
 from transformers import AutoTokenizer, PreTrainedModel
 
+import milora.loop
 from milora import keep
 from milora.adapter import add_adapter, load_start
 from milora.errors import UserError
@@ -73,6 +74,14 @@ def test_the_loss_is_the_divergence_and_zero_at_the_base(load: Load) -> None:
     assert max(float(p.grad.abs().max()) for p in trained) > 1e-3
 
 
+def test_dropout_takes_no_part_in_it(load: Load) -> None:
+    config = lora_config({"r": 4, "lora_dropout": 0.5, "target_modules": TARGETS["llama"]})
+    model, _ = add_adapter(load("llama"), config, "milora")
+    model.train()
+    assert abs(float(kept_loss(model, torch.tensor(pieces(2))).detach())) < 1e-9
+    assert model.training
+
+
 def test_a_step_has_its_own_pieces() -> None:
     soft = Keep(pieces(3), 1.0, every=2, tokens=32)
     assert [step for step in range(5) if soft.due(step)] == [0, 2, 4]
@@ -83,9 +92,11 @@ def test_a_step_has_its_own_pieces() -> None:
 def test_the_directions_are_those_of_the_inputs(kind: str, load: Load) -> None:
     model, _ = adapted(load, kind)
     disturb(model)  # the inputs are the base's
+    model.train(kind == "llama")
     matrices = adapted_matrices(model)
     text, k = pieces(4), 5
     found = input_directions(model, matrices, text, k)
+    assert model.training == (kind == "llama")  # as it was
     assert set(found) == set(matrices)
     base = load(kind)
     for name in matrices:
@@ -121,6 +132,22 @@ def test_inputs_are_held(method: str, tiny: Tiny, text: Path, tmp_path: Path) ->
         assert float(update.norm()) > 1e-4
     assert record["data"]["sha256"][str(text)]
     assert record["interference"]["max"] <= 1 + 1e-9
+
+
+def test_the_divergence_is_added_once_a_step_however_many_its_batches(
+    tiny: Tiny, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, real = [], milora.loop.kept_loss
+
+    def noting(model: Any, ids: torch.Tensor) -> torch.Tensor:
+        seen.append(ids)
+        return real(model, ids)
+
+    monkeypatch.setattr(milora.loop, "kept_loss", noting)
+    asked = {"text": str(text), "keep": {"tokens": 64}}
+    training = {"max_steps": 3, "gradient_accumulation_steps": 2, "eval_strategy": "no"}
+    run(settings(tiny("llama"), tmp_path, milora=asked, training=training))
+    assert len(seen) == 3
 
 
 @pytest.mark.slow
