@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import make_tokenizer
+from conftest import CHAT, make_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, models, processors
@@ -396,6 +396,18 @@ def test_several_turns_and_their_places_in_the_text() -> None:
         found = encoded(tokenizer, Row(turns, "x"))
         assert trained_text(tokenizer, found) == "A</s>B</s>"
         assert "t" in tokenizer.decode(found.input_ids)[-4:]
+
+
+def test_what_a_template_writes_after_the_end_of_a_turn_is_not_trained() -> None:
+    """As ChatML's line end, which in CHAT a block eats."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHAT.replace(
+        "{% endif %}\n{% endfor %}", "{% endif %}{{ '\n' }}{% endfor %}"
+    )
+    turns = [USER, ANSWER, USER, ANSWER | {"content": "B"}]
+    found = encoded(tokenizer, Row(turns, "x"))
+    assert tokenizer.decode(found.input_ids).endswith("B</s>\n")
+    assert trained_text(tokenizer, found) == "A</s>B</s>"
 
 
 PIECES = [

@@ -44,6 +44,8 @@ CHOICE = "answer[1-5]|solution[12]|option[12]|ending[1-4]|true|false"
         ("contains", None, "It is Paris, I think.", "Paris", "right"),
         ("contains", None, "It is Rome.", "Paris", "wrong"),
         ("contains", "It.*", "Paris", "Paris", "format"),
+        ("contains", "<a>.*</a>", "<a>\n7\n</a>", "7", "right"),
+        ("contains", "<a>.*</a>", "<a>\n7\n", "7", "format"),
         ("regex", r"label: (\w+)", "so: label: spam, sure", "spam", "right"),
         ("regex", r"label: (\w+)", "label: ham", "spam", "wrong"),
         ("regex", r"label: (\w+)", "spam", "spam", "format"),
