@@ -10,10 +10,12 @@ from tiny_run import run, settings
 from typer.testing import CliRunner
 
 from milora.cli import app
+from milora.continual import Earlier, replayed
 from milora.errors import UserError
 from milora.gates import judge, parse_gate
-from milora.lineage import Link, chain
+from milora.lineage import Link, chain, read_link
 from milora.report import report
+from milora.rows import read_rows, split_rows
 from milora.transfer import columns, measures, sentences, table
 from milora.verify import open_run
 
@@ -74,6 +76,12 @@ def test_a_task_of_several_runs_is_of_the_first() -> None:
     alone = measures(links[:1], [evaluation(base, {"a": 0.5}, 0.0)])
     assert alone["overall"] == 0.5
     assert alone["backward_transfer"] is alone["forward_transfer"] is None
+
+
+def test_what_moved_is_that_of_the_text_that_moved_most() -> None:
+    found = evaluation({"a": 0.1}, {"a": 0.5}, 0.01)
+    found["knowledge"] += [{"text": "u", "kl": 0.03}, {"text": "v", "kl": None}]
+    assert measures([link("one", "a")], [found])["kl"] == 0.03
 
 
 def test_one_name_for_two_tasks() -> None:
@@ -152,6 +160,18 @@ def test_replayed_rows_are_named_and_never_held_out(home: Path) -> None:
     assert record["data"]["replayed"] == {"plus": 9}
     assert record["data"]["train"]["kept"] == 18 + 9
     assert str(home / "plus.jsonl") in record["data"]["sha256"]
+
+
+def test_replayed_rows_are_those_that_trained_whatever_the_seed(home: Path) -> None:
+    earlier = Earlier(read_link(home / "runs" / "plus"), "fold", {})
+    rows = read_rows(str(home / "plus.jsonl")).rows
+    trained, _ = split_rows(rows, 0.25, earlier.link.asked["seed"])
+
+    def places(share: float, seed: int) -> list[str]:
+        return sorted(row.place for row in replayed(earlier, share, seed, False).rows)
+
+    assert places(1.0, 5) == sorted(row.place for row in trained)
+    assert places(0.5, 5) == places(0.5, 5) != places(0.5, 6)
 
 
 def test_the_command(home: Path) -> None:
