@@ -86,6 +86,7 @@ def test_keys_of_several_forms(override: str, said: str, tmp_path: Path) -> None
         ("learning_rate", -1, "a number of at least 0"),
         ("learning_rate", "abc", "a number of at least 0"),
         ("learning_rate", math.nan, "a number of at least 0"),
+        ("learning_rate", math.inf, "a number of at least 0"),
         ("num_train_epochs", 0, "a number above 0"),
         ("num_train_epochs", "abc", "a number above 0"),
         ("per_device_train_batch_size", 0, "a whole number of at least 1"),

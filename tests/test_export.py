@@ -12,7 +12,7 @@ import torch
 from conftest import KINDS, TARGETS
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from test_adapter import METHODS, config, perturb
 from transformers import PreTrainedModel
@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from milora import adapter
 from milora.adapter import Factors, Start
 from milora.approximation import best_of_rank
-from milora.export import check_loaded, plain_lora, save_plain_lora, target_names
+from milora.export import check_loaded, plain_lora, save_plain_lora, scale_of, target_names
 from milora.matrices import adapted_matrices
 
 Load = Callable[..., PreTrainedModel]
@@ -86,6 +86,16 @@ def test_bf16_base(kind: str, load: Load, tmp_path: Path, batch: dict[str, torch
     loaded = PeftModel.from_pretrained(load(kind, torch.bfloat16), tmp_path)
     # Both round to bf16 (2^-8) after each layer, from values that differ in fp32 rounding.
     assert relative(logits(loaded, batch), logits(model, batch)) <= 0.03
+
+
+def test_what_has_no_single_scale() -> None:
+    plain = {"r": 4, "lora_alpha": 8, "target_modules": ["q"]}
+    both = {"rank_pattern": {"q": 2}, "alpha_pattern": {"q": 4}}
+    for options, scale in (
+        ({}, 2), (both, 2), ({"use_rslora": True}, None), ({"rank_pattern": {"q": 2}}, None),
+        (both | {"alpha_pattern": {"q": 2}}, None),
+    ):  # fmt: skip
+        assert scale_of(LoraConfig(**plain | options)) == scale
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

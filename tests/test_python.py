@@ -215,6 +215,17 @@ def test_what_is_merged_is_rounded_once(begin: str, load: Load) -> None:
     assert not torch.equal(merged, weight)
 
 
+@pytest.mark.parametrize(("options", "balanced"), [({}, True), ({"begin": "published"}, False)])
+def test_factors_begin_balanced_as_those_of_a_run(
+    options: dict[str, Any], balanced: bool, load: Load
+) -> None:
+    for A, B in get_milora_model(
+        load("llama"), LoraConfig(**CONFIG), **options
+    ).start.factors.values():  # type: ignore[union-attr]
+        squares = A.square().sum(1) + B.square().sum(0)
+        assert torch.allclose(squares, torch.full_like(squares, 1 / 3)) == balanced
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_cast_model_saves_what_it_is(
     dtype: torch.dtype, load: Load, tmp_path: Path, batch: dict[str, torch.Tensor]
