@@ -22,6 +22,7 @@ from milora.compare import (
     grid,
     held_out_loss,
     parse_arm,
+    spread,
     summary,
 )
 from milora.compare_page import page, plot, tables
@@ -299,6 +300,23 @@ def test_every_rate_gives_a_table_at_equal_score() -> None:
     assert "| t | 0.500 | milora | 0.0050 | 0.50 |" in tables(result)
     assert "At equal score" in page(result, "")
     assert "equal_score" not in summary({k: v for k, v in outcomes.items() if k[1] == 1e-3}, [7, 8])
+
+
+def test_what_is_said_over_seeds_and_of_pairs() -> None:
+    assert spread([0.5, 0.7]) == {
+        "mean": pytest.approx(0.6), "deviation": pytest.approx(0.02**0.5), "each": [0.5, 0.7],
+    }  # fmt: skip
+    assert spread([0.5])["deviation"] is None
+    outcomes = {
+        (arm, 1e-3, seed): outcome(1.0, 25 * right)
+        for arm, right in (("a", "1110"), ("b", "1000"))
+        for seed in (0, 1)
+    }
+    (pair,) = summary(outcomes, [0, 1])["pairs"]
+    assert (pair["first"], pair["second"], pair["task"]) == ("a", "b", "t")
+    assert pair["difference"] == pytest.approx(0.5)  # of the first less the second
+    low, high = pair["interval"]
+    assert 0.35 < low < 0.45 < 0.55 < high < 0.65
 
 
 def test_runs_of_several_machines_are_said() -> None:

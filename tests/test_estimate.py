@@ -1,5 +1,6 @@
 """What a run will need, from shapes alone, against what tiny runs and the benchmarks took."""
 
+import itertools
 import json
 import shutil
 import statistics
@@ -190,6 +191,9 @@ def test_no_weight_is_read(tiny: Tiny, tmp_path: Path) -> None:
     said = "\n".join(lines(found))
     assert "each of 2 devices" in said
     assert "9 batches" in said
+    steps = {"training": {"max_steps": 6, "gradient_accumulation_steps": 2}}
+    found = estimate(**arguments | steps, rates=RATES, speed=1e9)
+    assert found["training"]["batches"] == 12
     elsewhere = arguments | {"data": arguments["data"] | {"train": "some/data"}}
     found = estimate(**elsewhere, rates=RATES, speed=1e9)
     assert found["training"]["batches"] is None
@@ -239,6 +243,18 @@ def test_gates_on_tasks_and_what_has_no_effect(
     )  # fmt: skip
     estimate(**asked, rates=RATES, speed=1e9)
     assert "milora.text is not used" in capsys.readouterr().err
+
+
+def test_the_rate_of_a_product_and_what_training_reaches_of_it(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        ticks = itertools.count()
+        patch.setattr("time.perf_counter", lambda: float(next(ticks)))
+        assert costs.product_rate(torch.float32, "cpu", (3, 4, 5)) == 2 * 3 * 4 * 5
+    monkeypatch.setattr(costs, "product_rate", lambda *_: 1e12)
+    found = estimate(**settings(tiny("llama"), tmp_path), rates=RATES)
+    assert found["training"]["speed"] == 0.8e12
 
 
 def test_directions_are_counted(

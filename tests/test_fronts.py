@@ -67,6 +67,17 @@ def test_half_of_what_the_reference_forgets() -> None:
     assert arms["weak"]["reached"] == 0
 
 
+def test_the_interval_is_the_middle_95_percent() -> None:
+    """Accuracy is 0.5, drawn with a deviation of 0.0158, and the other's front is straight."""
+    rows = (torch.arange(1000) % 2).double()
+    steep = {1e-4: torch.zeros(1000).double(), 1e-3: torch.ones(1000).double()}
+    moved = {"lora": {1e-3: 1.0}, "other": {1e-4: 1.0, 1e-3: math.e}}
+    found = matched({"lora": {1e-3: rows}, "other": steep}, moved, "lora", 1e-3)["arms"]["other"]
+    assert found["ratio"] == pytest.approx(math.exp(0.5))
+    low, high = map(math.log, found["interval"])
+    assert high - low == pytest.approx(2 * 1.96 * 0.5 / 1000**0.5, rel=0.06)
+
+
 def test_a_reference_that_forgets_nothing() -> None:
     right = {1e-3: torch.ones(10).double()}
     found = matched(

@@ -22,7 +22,7 @@ from milora.compare import summary
 from milora.errors import UserError
 from milora.inspection import inspect_model
 from milora.progress import Progress
-from milora.report import report
+from milora.report import _answers, _words, report
 from milora.store import Store
 
 Tiny = Callable[[str], Path]
@@ -72,6 +72,28 @@ def test_everything_is_on_it(finished: Path) -> None:
     assert f"Made by milora {milora.__version__}" in page
     for digest in record["data"]["sha256"].values():
         assert digest[:16] in page
+
+
+def test_the_figures_in_short(finished: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    found = json.loads((copy / "evaluation.json").read_text())
+    for state, accuracy in (("base", 0.25), ("tuned", 0.75)):
+        found["tasks"]["choices"][state]["accuracy"] = accuracy
+    (copy / "evaluation.json").write_text(json.dumps(found))
+    page = report(copy)
+    assert "0.250 → 0.750" in page
+    assert "1 / 2" in page  # gates that hold
+
+
+def test_what_changed_for_the_better_comes_first() -> None:
+    samples = [
+        {"prompt": f"{base} {tuned}", "reference": "r",
+         "base": {"answer": "a", "verdict": base}, "tuned": {"answer": "a", "verdict": tuned}}
+        for base, tuned in (("right", "right"), ("right", "wrong"), ("format", "right"))
+    ]  # fmt: skip
+    said = [one["question"] for one in _answers(samples, _words("en"))]
+    assert said == ["format right", "right wrong", "right right"]
 
 
 def test_text_stays_text(finished: Path, tmp_path: Path) -> None:
