@@ -137,6 +137,16 @@ def test_a_budget_spread_out_is_as_good_as_any_choice(
             assert error <= at_ranks(exact, parts, other).error * (1 + 1e-9)
 
 
+def test_a_budget_goes_where_a_parameter_gains_most() -> None:
+    """The singular values are equal, and a component of the small weight costs a tenth."""
+    torch.manual_seed(0)
+    factors = {}
+    for name, n, value in (("small", 4, 1.0), ("large", 40, 1.1)):
+        Q = torch.linalg.qr(torch.randn(n, n)).Q[:, :4]
+        factors[name] = Factors(Q.T.contiguous(), value * Q)
+    assert spread(decomposed(PlainLora(factors)), 2) == {"small": 4, "large": 1}
+
+
 def parameters(sizes: list[tuple[int, int]], ranks: dict[str, int]) -> int:
     return sum(rank * sum(size) for rank, size in zip(ranks.values(), sizes, strict=True))
 
@@ -165,6 +175,15 @@ def anchored(plain: PlainLora, moved: float, size: float, seed: int) -> PlainLor
         A, B = torch.cat([A, A0, torch.zeros_like(A0[:1])]), torch.cat([B, -B0, 0 * B0[:, :1]], 1)
         factors[name] = Factors(A, size * B)
     return PlainLora(factors)
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_8_bits_and_a_cut_lose_what_is_stated_together(rank: int) -> None:
+    exact = drawn([(9, 7), (6, 8)], 4, 0, 0.5)
+    parts = decomposed(exact)
+    plain, storage = in_8_bits(exact, parts, dict.fromkeys(parts, rank))
+    assert plain.error == pytest.approx(distance(exact, plain, storage.scale), rel=1e-3)
+    assert plain.error > best_of_rank(exact, rank).error
 
 
 def test_an_update_of_zeros_has_8_bits_too() -> None:
