@@ -96,7 +96,9 @@ def test_another_adapter_is_asked_and_the_base_is_not(
     with torch.no_grad():
         layer.lora_B["default"].weight.add_(1)
     assert who_answers(model, tokenizer) == base
-    assert with_adapter(base, model) != tuned
+    names = {tuned, with_adapter(base, model)}
+    model.peft_config["default"].lora_alpha = 4
+    assert len(names | {with_adapter(base, model)}) == 3
     states = []
     real = milora.evaluate.generate
 
@@ -107,6 +109,23 @@ def test_another_adapter_is_asked_and_the_base_is_not(
     monkeypatch.setattr(milora.evaluate, "generate", noting)
     evaluated(model, [first])
     assert states == ["a, tuned"]
+
+
+def test_knowledge_is_between_two_models(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Pair] = []
+
+    def noting(pair: Pair, *args: Any, **options: Any) -> dict[str, Any]:
+        asked.append(pair)
+        return {"kl": 0.0}
+
+    monkeypatch.setattr(milora.evaluate, "knowledge_kept", noting)
+    tuned, one, other = load("llama"), load("llama"), load("llama")
+    with torch.no_grad():
+        tuned.model.norm.weight[0] += 1
+        other.model.norm.weight[1] += 1
+    for base in (one, other, one):
+        evaluate_all(Pair(tuned, base), make_tokenizer(), [], [TEXT], 1, 4)
+    assert len(asked) == 2
 
 
 def test_what_decides_an_answer(load: Load) -> None:

@@ -132,6 +132,11 @@ def test_an_answer_stops_at_the_end_token(load: Load) -> None:
     assert answer.ended
     first = said.tolist().index(int(said[2]))
     assert answer.text == tokenizer.decode(said[:first], skip_special_tokens=True).strip()
+    # And at the tokenizer's, which it was trained with, though the model's file does not name it.
+    model.generation_config.eos_token_id = 9
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(int(said[2]))
+    (answer,) = generate(model, tokenizer, [prompt], 5)
+    assert answer.ended
 
 
 def test_a_task_end_to_end(load: Load, tmp_path: Path) -> None:
@@ -352,6 +357,12 @@ def test_knowledge_where_logits_are_not_finite(load: Load) -> None:
     assert 0 < wrong < 98
     assert (found["not_finite"], found["tokens"]) == (wrong, 98)
     assert found["kl"] == pytest.approx(0, abs=1e-9)
+    with torch.no_grad():
+        log_p = model(torch.tensor([ids[:50], ids[50:]])).logits.log_softmax(-1).flatten(0, 1)
+    finite = [i for i in range(99) if i != 49 and ids[i] != ids[4]]
+    wanted = math.exp(-sum(float(log_p[i, ids[i + 1]]) for i in finite) / len(finite))
+    for state in ("base", "tuned"):
+        assert found[f"{state}_perplexity"] == pytest.approx(wanted, rel=1e-4)
     tuned.lm_head.weight.data.fill_(math.nan)
     nothing = knowledge_kept(Pair(tuned, model), tokenizer, text, chunks=2, length=50)
     assert nothing["not_finite"] == 98
