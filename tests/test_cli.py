@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from tiny_run import write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama.modeling_llama import LlamaMLP
@@ -105,6 +106,8 @@ def test_a_whole_run_and_what_follows(command: Command) -> None:
     assert "rows: accuracy of 3" in out
     assert json.loads(Path("again.json").read_text())["tasks"]["rows"]["rows"] == 3
     before = json.loads(Path("run/evaluation.json").read_text())
+    assert command("eval", "run", "--limit", "2")[0] == 0  # a trial
+    assert json.loads(Path("run/evaluation.json").read_text()) == before
     Path("other.jsonl").write_text('{"prompt": "9 =", "completion": "9"}\n')
     code, out, _ = command("eval", "run", "--tasks", "other.jsonl")
     assert code == 0
@@ -310,6 +313,10 @@ CONFIGURATIONS = [
     ({"model": "some/model-that-is-not-here"}, "cannot be loaded"),
     ({"model": "weights.gguf"}, "weights.gguf does not exist"),
     ({"evaluate": {"tasks": ["gsm8k.jsonl"]}}, "gsm8k.jsonl does not exist"),
+    (
+        {"evaluate": {"tasks": ["rows.jsonl", {"file": "rows.jsonl"}]}},
+        "evaluate.tasks: two tasks have one name (rows, rows): set name",
+    ),
     ({"evaluate": {"knowledge": "no.txt"}}, "evaluate.knowledge: no.txt does not exist"),
     ({"evaluate": {"knowledge": "."}}, "evaluate.knowledge: . is a folder: name a file in it"),
     ({"evaluate": {"knowledge": "empty.txt"}}, "evaluate.knowledge: empty.txt holds no text"),
@@ -348,13 +355,19 @@ def test_a_nan_in_a_weight(command: Command, tiny: Tiny) -> None:
     assert "model.layers.1.self_attn.v_proj.weight holds NaN or infinite values" in said
 
 
-def test_a_wrong_base_for_an_adapter(command: Command, tiny: Tiny) -> None:
+def test_a_wrong_base_for_an_adapter_and_a_damaged_one(command: Command, tiny: Tiny) -> None:
     command("train", command.config())
     for verb in (("verify", "run", "--base"),):
         said = command.refused(*verb, str(tiny("gpt2")))
         assert said.startswith("milora: wrong base: ")
     assert "not a finished run" in command.refused("verify", str(tiny("llama")))
     assert "is not there" in command.refused("chat", "nowhere")
+    path = Path("run/adapter/adapter_model.safetensors")
+    changed = {name: 3 * tensor for name, tensor in load_file(path).items()}
+    save_file(changed, path, {"format": "pt"})
+    code, out, err = command("verify", "run")
+    assert (code, "FAIL  probes, tuned" in out) == (2, True)
+    assert "is not what it was when it was made: do not use it" in err
 
 
 def test_no_room_on_the_disk(command: Command) -> None:

@@ -23,7 +23,7 @@ from milora.artefacts import export_run
 from milora.errors import UserError
 from milora.export import plain_lora, save_plain_lora
 from milora.files import read_json, write_json
-from milora.merge import Recorded, merge_files
+from milora.merge import Recorded, merge_files, summed
 from milora.pretrained import task_of
 from milora.progress import Progress
 from milora.smaller import Smaller
@@ -167,6 +167,13 @@ def test_rounded_once_and_said(name: str, dtype: torch.dtype, tmp_path: Path) ->
     assert "file" in [check.name for check in verify(tmp_path / "merged") if not check.holds]
 
 
+def test_files_of_fp32_are_summed_in_fp64() -> None:
+    torch.manual_seed(0)
+    W, B, A = torch.randn(40, 30), torch.randn(40, 64), torch.randn(64, 30)
+    rounded, _ = summed("w", W, B, A)
+    assert torch.equal(rounded, (W.double() + B.double() @ A.double()).float())
+
+
 def test_a_run_in_fp32_on_a_checkpoint_in_bf16(tmp_path: Path) -> None:
     """The hash that was recorded is of the weight as the run had it."""
     base = make_base(tmp_path / "base", "llama", torch.bfloat16)
@@ -201,6 +208,7 @@ def test_probes_are_judged_by_what_the_dtype_lets_them_move(
         return [check.name for check in verify(adapter) if not check.holds]
 
     sixteen = dtype == torch.bfloat16
+    assert failed(2e-3, slice(1)) == ([] if sixteen else ["probes, tuned"])  # the worst, not all
     assert failed(0.15, slice(1)) == ([] if sixteen else ["probes, tuned"])  # a single one
     assert failed(0.15, slice(None)) == ["probes, tuned"]
 
@@ -436,6 +444,24 @@ def test_damaged_adapters(pair: tuple[Path, Path], tmp_path: Path) -> None:
     (adapter / "milora.json").write_text('{"format": ')
     with pytest.raises(UserError, match=r"milora.json is damaged"):
         verify(adapter)
+
+
+def test_verify_says_what_record_and_configuration_do_not_bear_out(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    _, adapter = pair
+
+    def failed(name: str, **changes: Any) -> list[str]:
+        written = (adapter / name).read_bytes()
+        write_json(adapter / name, read_json(adapter / name) | changes)
+        found = [check.name for check in verify(adapter) if not check.holds]
+        (adapter / name).write_bytes(written)
+        return found
+
+    assert failed("milora.json") == []
+    assert failed("milora.json", step0={"difference": 2e-5, "bound": 1e-5}) == ["step 0"]
+    assert failed("milora.json", rank=7) == ["format"]
+    assert "format" in failed("adapter_config.json", lora_alpha=1)
 
 
 def test_exporting_what_is_no_adapter(pair: tuple[Path, Path], tmp_path: Path) -> None:

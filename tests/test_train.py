@@ -20,11 +20,13 @@ from tiny_run import result_hashes, run, settings, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+import milora.export
 import milora.pretrained
 import milora.preview
 from milora.artefacts import export_run
 from milora.data import IGNORED, encode
 from milora.errors import UserError
+from milora.export import PlainLora
 from milora.files import locked, sha256
 from milora.generation import answer_loss
 from milora.logits import Pair
@@ -35,6 +37,7 @@ from milora.smaller import Smaller
 from milora.verify import open_adapter, verify
 
 Tiny = Callable[[str], Path]
+FEW = {"max_steps": 2, "eval_strategy": "no"}
 
 
 def files(folder: Path) -> set[str]:
@@ -128,6 +131,46 @@ def test_the_exported_adapter_is_what_was_trained(kind: str, tiny: Tiny, tmp_pat
     assert all(check.holds for check in checks)
 
 
+def test_a_run_that_does_not_start_at_the_base_is_stopped(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("milora.train.step0_difference", lambda *_: 2e-5)
+    with pytest.raises(RuntimeError, match=r"step 0 is not the base: .* 2.0e-05 .* bound 1e-05"):
+        run(settings(tiny("llama"), tmp_path))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_changed_the_base_has_no_result(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_state = milora.train.save_state
+
+    def meddle(path: Path, model: Any, write: bool = True) -> None:
+        with torch.no_grad():
+            model.get_base_model().model.norm.weight[0] += 1
+        save_state(path, model, write=write)
+
+    monkeypatch.setattr(milora.train, "save_state", meddle)
+    with pytest.raises(RuntimeError, match="the base changed during the run"):
+        run(settings(tiny("llama"), tmp_path, training=FEW))
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["state"] != "done"
+
+
+def test_an_export_that_is_not_what_was_trained_is_no_result(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = milora.export.save_plain_lora
+
+    def other(folder: Path, plain: PlainLora, *rest: Any, **options: Any) -> int:
+        factors = {name: one._replace(B=1.001 * one.B) for name, one in plain.factors.items()}
+        return save(folder, plain._replace(factors=factors), *rest, **options)
+
+    monkeypatch.setattr(milora.export, "save_plain_lora", other)
+    with pytest.raises(RuntimeError, match="loaded by PEFT, is not the trained one"):
+        run(settings(tiny("llama"), tmp_path, training=FEW))
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_sixteen_bit_starts_exactly_at_the_base(dtype: str, tiny: Tiny, tmp_path: Path) -> None:
     record = run(settings(tiny("llama"), tmp_path, dtype=dtype, training={"learning_rate": 1e-3}))
@@ -171,9 +214,17 @@ def test_the_other_methods(method: str, tiny: Tiny, tmp_path: Path) -> None:
     assert all(check.holds for check in verify(tmp_path / "run"))
 
 
-def test_full_fine_tuning(tiny: Tiny, tmp_path: Path) -> None:
+def test_full_fine_tuning(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trains, evaluate_all = [], milora.train.evaluate_all
+
+    def noting(pair: Pair, *args: Any) -> Any:
+        trains.append(pair.model.training)
+        return evaluate_all(pair, *args)
+
+    monkeypatch.setattr(milora.train, "evaluate_all", noting)
     arguments = settings(tiny("tied"), tmp_path, method="full", training={"learning_rate": 1e-3})
     record = run(arguments)
+    assert trains == [False]  # evaluated without dropout
     assert record["state"] == "done"
     assert record["parameters"]["trainable"] == record["parameters"]["all"]
     assert not (tmp_path / "run" / "adapter").exists()
@@ -734,6 +785,16 @@ def test_the_held_out_file_is_read_as_carefully(
                 ),
                 dry_run=True,
             )
+
+
+def test_held_out_rows_of_the_hub_are_its_test_split(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"prompt": "1 + 1 =", "completion": "2"}
+    rows = {"train": [row], "test": [row] * 3}
+    monkeypatch.setattr("datasets.load_dataset", lambda source, split: rows[split])
+    run(settings(tiny("llama"), tmp_path, data={"eval": "some/set"}), dry_run=True)
+    assert "eval: 3 rows kept" in capsys.readouterr().err
 
 
 def test_resuming_after_the_last_step_of_early_stopping(
