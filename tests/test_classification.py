@@ -324,6 +324,19 @@ def test_a_head_that_the_base_has(bert: Path, tmp_path: Path) -> None:
     assert load_pretrained(str(tmp_path / "numbered"), labels=["no", "yes"]).headless
 
 
+def test_a_new_head_is_that_of_the_seed(bert: Path, tmp_path: Path) -> None:
+    """Whatever the process has drawn before."""
+    found = []
+    for place in ("a", "b"):
+        (tmp_path / place).mkdir()
+        torch.manual_seed(len(found))
+        short = {"max_steps": 1, "save_strategy": "no", "eval_strategy": "no"}
+        run(asked(bert, tmp_path / place, training=short, evaluate={"tasks": []}))
+        found.append(load_file(tmp_path / place / "run/adapter/adapter_model.safetensors"))
+    one, other = found
+    assert all(torch.equal(one[name], other[name]) for name in one | other)
+
+
 def test_all_linear_leaves_heads_of_several_layers(bert: Path, tmp_path: Path) -> None:
     """DistilBERT's has two, which PEFT counted among the linear layers for the anchor."""
     config = hf.DistilBertConfig(

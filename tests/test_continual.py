@@ -13,7 +13,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_run import break_off, run, settings
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from milora.adapter import Factors, add_adapter, place, trained_factors
 from milora.approximation import best_of_rank, norm
 from milora.cli import app, main
-from milora.continual import _check_same
+from milora.continual import Earlier, _check_same, check_material
 from milora.errors import UserError
 from milora.export import plain_lora
 from milora.files import sha256
@@ -416,6 +416,17 @@ def test_what_cannot_be_continued_is_refused(
     assert not (tmp_path / "second").exists()
 
 
+def test_rows_of_other_classes_are_refused(first: Path) -> None:
+    earlier = Earlier(read_link(first), "same", {})
+    base = earlier.link.record["base"]["sha256"]
+    check_material(earlier, base, "m", [], [])
+    with pytest.raises(UserError, match=r"the rows have the labels a, b, and .*first has none"):
+        check_material(earlier, base, "m", ["a", "b"], [])
+    earlier.link.record["labels"] = ["b", "a"]
+    with pytest.raises(UserError, match=r"labels a, b, and .*first has b, a"):
+        check_material(earlier, base, "m", ["a", "b"], [])
+
+
 def test_without_an_earlier_run(tiny: Tiny, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"needs earlier tasks: name the run with continue.run"):
         run(further(tiny, tmp_path, "run", milora={"protect": {"tasks": "all"}}))
@@ -447,6 +458,20 @@ def test_a_resumed_run_still_continues(
     break_off(asked, 3, monkeypatch)
     with pytest.raises(UserError, match=r"has changed: continue was {.*} and is None"):
         run(asked | {"continue_": {}}, resume=True)
+
+
+def test_a_resumed_run_notices_that_the_earlier_result_changed(
+    first: Path, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(first, copy)
+    asked = further(tiny, tmp_path, "second", copy, training={"save_steps": 1})
+    break_off(asked, 3, monkeypatch)
+    weights = copy / "adapter" / "adapter_model.safetensors"
+    doubled = {name: 2 * tensor for name, tensor in load_file(weights).items()}
+    save_file(doubled, weights, {"format": "pt"})
+    with pytest.raises(UserError, match="put that adapter back"):
+        run(asked, resume=True)
 
 
 def test_an_adapter_whose_state_is_gone_is_not_trained_on(
