@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers as hf
 from conftest import make_tokenizer
-from gguf import GGUFReader
+from gguf import GGUFReader, GGUFWriter
 from safetensors.torch import load_file, save_file
 from test_architectures import ARCHITECTURES, GROUPED
 from test_merge import export, make_adapter
@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from milora.checkpoint import open_checkpoint
 from milora.errors import UserError
 from milora.export import load_plain_lora
-from milora.ggufs import _rope_factors
+from milora.ggufs import _describe, _rope_factors
 
 KINDS = ("llama", "gemma3", *(pytest.param(x, marks=pytest.mark.slow) for x in ("qwen2", "qwen3")))
 
@@ -227,6 +227,13 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(tmp_path: Path) -> No
     refused("llama", "computes llama with silu; this model has hidden_act gelu", hidden_act="gelu")
     refused("gemma3", "with gelu_pytorch_tanh; .* hidden_activation silu",
             hidden_activation="silu", layer_types=["sliding_attention"] * 2)  # fmt: skip
+
+
+@pytest.mark.parametrize("config", [hf.Qwen2Config, hf.Qwen3Config])
+def test_a_sliding_window_of_qwen_is_refused(config: Any, tmp_path: Path) -> None:
+    writer = GGUFWriter(tmp_path / "model.gguf", "qwen")
+    with pytest.raises(UserError, match=r"llama\.cpp has no sliding window for qwen"):
+        _describe(writer, config(use_sliding_window=True), "tiny")
 
 
 def test_llama_3_stretches_as_the_library_does() -> None:
