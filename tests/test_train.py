@@ -222,8 +222,8 @@ def test_full_fine_tuning(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.Monkey
         return evaluate_all(pair, *args)
 
     monkeypatch.setattr(milora.train, "evaluate_all", noting)
-    arguments = settings(tiny("tied"), tmp_path, method="full", training={"learning_rate": 1e-3})
-    record = run(arguments)
+    training = {"learning_rate": 1e-3, "eval_strategy": "no"}
+    record = run(settings(tiny("tied"), tmp_path, method="full", training=training))
     assert trains == [False]  # evaluated without dropout
     assert record["state"] == "done"
     assert record["parameters"]["trainable"] == record["parameters"]["all"]
