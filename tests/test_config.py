@@ -341,6 +341,12 @@ continue: {run: ~/r}
     assert load(tmp_path, MINIMAL, "output_dir=~/y", "data.eval=0.5").output_dir == "/home/u/y"
 
 
+def test_the_metric_by_which_states_are_judged_may_be_named(tmp_path: Path) -> None:
+    named = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
+    found = training_arguments("milora", named | {"greater_is_better": False}, tmp_path, 0, 0)
+    assert found.metric_for_best_model == "eval_loss"
+
+
 def test_one_key_gives_the_published_method(tmp_path: Path) -> None:
     for text, overrides in ((MINIMAL + "milora: published\n", []), (MINIMAL, ["milora=published"])):
         found = load(tmp_path, text, *overrides).milora

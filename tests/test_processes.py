@@ -61,7 +61,12 @@ def start(way: str, *words: str) -> "subprocess.Popen[str]":
 
 
 def finish(process: "subprocess.Popen[str]", code: int = 0) -> str:
-    said, _ = process.communicate(timeout=300)
+    try:
+        said, _ = process.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # and with it what it launched
+        process.wait(60)
+        raise
     assert (process.returncode == 0) == (code == 0), said
     return said
 

@@ -568,7 +568,9 @@ def test_a_configuration_that_is_damaged_or_gone(
     stored.unlink()
     if damage:
         stored.write_text(damage)
-    with pytest.raises(UserError, match=r"run/config\.yaml cannot be read .*: put it back, or beg"):
+    with pytest.raises(
+        UserError, match=r"run/config\.yaml is (damaged \(.*|not there): put .*back"
+    ):
         run(settings(tiny("llama"), tmp_path), resume=True)
 
 

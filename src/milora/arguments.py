@@ -106,6 +106,8 @@ def training_arguments(
     known = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
     for key, value in training.items():
         own = fixed.get(key, known.get(key))
+        if key == "metric_for_best_model" and value == "eval_loss":
+            continue  # as it is
         if key in OWNED and value != own and (value or own):
             raise UserError(f"training.{key} is set by milora: {OWNED[key]}")
         if key not in known:

@@ -161,7 +161,7 @@ def resampled(table: Tensor, count: int) -> Tensor:
 def moved(before: Tensor, after: Tensor) -> dict[str, float | None]:
     """How far embeddings (texts, n) went: mean 1 - cosine, correlation of all similarities.
 
-    None for a figure that is not finite, as the correlation of the one similarity of two texts.
+    None for a figure that is not finite; one similarity, that of two texts, has no correlation.
     """
     cosine = torch.nn.functional.cosine_similarity(before.double(), after.double())
     pairs = torch.triu_indices(len(before), len(before), 1)
@@ -171,7 +171,9 @@ def moved(before: Tensor, after: Tensor) -> dict[str, float | None]:
         similar.append((unit @ unit.T)[*pairs])
     found = {
         "moved": float((1 - cosine).mean()),
-        "similarities": float(torch.corrcoef(torch.stack(similar))[0, 1]),
+        "similarities": float(torch.corrcoef(torch.stack(similar))[0, 1])
+        if len(before) > 2
+        else math.nan,
     }
     return {key: value if math.isfinite(value) else None for key, value in found.items()}
 

@@ -48,7 +48,10 @@ def stored_in(run: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path} is not there: put it back, or begin a new run")
     stored = read_yaml(path)
-    return stored | {"milora": BEFORE | (stored.get("milora") or {})}
+    block = stored.get("milora", {})
+    if not isinstance(block, dict):
+        raise UserError(f"{path} is damaged (milora is {block!r}): put the file as written back")
+    return stored | {"milora": BEFORE | block}
 
 
 def recommended(
