@@ -23,7 +23,7 @@ from milora.pretrained import dtype_of, positions, task_of
 from milora.preview import by_kind, compute_dtype, directions, prepared, size
 from milora.progress import Progress, duration
 from milora.protect import FIRST, check_patterns, check_protect, parts_of
-from milora.ready import _check_general
+from milora.ready import check_general
 from milora.recommended import as_before
 from milora.rows import read_rows, split_rows
 
@@ -77,7 +77,7 @@ def estimate(
     milora = as_before(asked, resume=False)["milora"]
     protect, _ = parts_of(milora["protect"])
     check_protect(protect, method)
-    _check_general(milora, method, Progress())
+    check_general(milora, method, Progress())
     check_subjects([parse_gate(gate) for gate in gates], _task_names(evaluate["tasks"]))
     if (method == "full" or lora.get("modules_to_save")) and dtype == "auto":
         dtype = "float32"

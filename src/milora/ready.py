@@ -103,7 +103,7 @@ def check(
     protect, apart = parts_of(milora["protect"])
     check_protect(protect, method)
     earlier = open_earlier(asked, run, resumed, apart)
-    _check_general(milora, method, progress)
+    check_general(milora, method, progress)
     if method == "full" and (quantization or milora["factors_from"]):
         raise UserError(
             "quantization: full fine-tuning cannot train packed numbers: use an adapter, or leave "
@@ -350,7 +350,7 @@ def rows_per_step(training: Mapping[str, Any], processes: int) -> int:
     return rows * processes
 
 
-def _check_general(milora: Mapping[str, Any], method: str, progress: Progress) -> None:
+def check_general(milora: Mapping[str, Any], method: str, progress: Progress) -> None:
     """What needs milora.text, and what does nothing with this method."""
     asked = [key for key in ("keep", "protect_inputs") if milora[key]]
     if method == "full" and asked:
