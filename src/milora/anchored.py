@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-# Where the gradients are those of `_Update`. A CPU computes all the time, and to take them of 2r
-# rows is a twentieth of a step; a GPU has so few kernels to wait for as autograd alone starts.
+# Where the gradients are those of `_Update`. A CPU computes all the time, and saves the products of
+# the other r rows; a GPU often waits for its host, which starts fewest kernels by autograd alone.
 BY_HAND = ("cpu",)
 
 
