@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from milora.data import IGNORED, Collator, Encoded, encode, prepare, prompt_ids
 from milora.errors import UserError
-from milora.rows import Row, overlap, read_rows, split_rows
+from milora.rows import Row, overlap, question_of, read_rows, split_rows
 
 USER = {"role": "user", "content": "Q"}
 ANSWER = {"role": "assistant", "content": "A"}
@@ -558,8 +558,8 @@ def test_splitting() -> None:
 def test_overlap_ignores_case_and_space() -> None:
     train = [Row([{"role": "user", "content": "Is it  so?"}, ANSWER], "a")]
     held = [Row([{"role": "user", "content": "is it so?"}, {**ANSWER, "content": "B"}], "b")]
-    assert overlap(train, held) == 1
-    assert overlap(train, [Row([USER, ANSWER], "c")]) == 0
+    assert overlap(set(map(question_of, train)), held) == 1
+    assert overlap(set(map(question_of, train)), [Row([USER, ANSWER], "c")]) == 0
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

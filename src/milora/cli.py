@@ -326,7 +326,7 @@ def evaluate(
     evaluation.json, where its report and gates find them, unless --limit makes them a trial.
     """
     _quiet()
-    from milora.evaluate import check_lengths, check_task, evaluate_all, load_task
+    from milora.evaluate import check_lengths, check_task, evaluate_all, load_task, task_name
     from milora.files import read_json
     from milora.forms import answers_apart
     from milora.knowledge import general_texts
@@ -362,11 +362,7 @@ def evaluate(
         pair, reader, configuration = open_run(source, trust_remote_code, base)
         asked = configuration["evaluate"]
     chosen = _parts(tasks) or asked["tasks"]
-    by_name = {
-        str(t.get("name") or t.get("harness") or Path(t["file"]).stem): t
-        for t in asked["tasks"]
-        if isinstance(t, dict)
-    }
+    by_name = {task_name(t): t for t in asked["tasks"] if isinstance(t, dict)}
     loaded_tasks = [
         load_task(by_name.get(t, t) if isinstance(t, str) else t, limit, bool(image_tokens(reader)))
         for t in chosen

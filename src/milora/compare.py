@@ -32,7 +32,7 @@ from milora.fronts import matched
 from milora.pages import standalone
 from milora.pretrained import dtype_of
 from milora.progress import Progress
-from milora.recommended import PUBLISHED
+from milora.recommended import BEFORE
 from milora.train import train
 
 METHODS: tuple[str, ...] = get_args(Config.model_fields["method"].annotation)
@@ -264,10 +264,9 @@ def _outcome(settings: Config, make: Make, progress: Progress) -> Outcome:
         # Through Config, so that a key that is new since then has its default; a run that says
         # nothing of its start was made when there was only the published one.
         before = found["settings"] | {"output_dir": ""}
-        before["milora"] = PUBLISHED | before["milora"]
+        before["milora"] = BEFORE | before["milora"]
         stored = Config.model_validate(before).model_dump()
-        stored, own = _without_unused_text(stored), _without_unused_text(asked)
-        differ = [key for key in own if stored[key] != own[key]]
+        differ = [key for key in asked if stored[key] != asked[key]]
         if differ:
             raise UserError(
                 f"{file} is of other settings ({', '.join(differ)}): choose another output_dir, or "
@@ -281,13 +280,6 @@ def _outcome(settings: Config, make: Make, progress: Progress) -> Outcome:
         outcome = {"settings": asked, "held_out_loss": None, "diverged": str(error)}
     write_json(file, outcome)
     return outcome
-
-
-def _without_unused_text(settings: dict[str, Any]) -> dict[str, Any]:
-    """milora.text had another default once; where nothing reads it that makes no difference."""
-    milora = settings["milora"]
-    used = milora["keep"] or milora["protect_inputs"] != 0
-    return settings if used else settings | {"milora": milora | {"text": None}}
 
 
 def trained(settings: Config, progress: Progress) -> Outcome:

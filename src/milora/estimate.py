@@ -16,6 +16,7 @@ from milora import adapter, costs, targeting
 from milora.arguments import training_arguments
 from milora.checkpoint import open_skeleton
 from milora.errors import UserError
+from milora.evaluate import task_name
 from milora.gates import check_subjects, parse_gate
 from milora.keep import check_inputs
 from milora.matrices import adapted_matrices
@@ -78,7 +79,7 @@ def estimate(
     protect, _ = parts_of(milora["protect"])
     check_protect(protect, method)
     check_general(milora, method, Progress())
-    check_subjects([parse_gate(gate) for gate in gates], _task_names(evaluate["tasks"]))
+    check_subjects([parse_gate(gate) for gate in gates], list(map(task_name, evaluate["tasks"])))
     if (method == "full" or lora.get("modules_to_save")) and dtype == "auto":
         dtype = "float32"
     skeleton = open_skeleton(model, trust_remote_code).to(dtype_of(dtype))  # type: ignore[arg-type]
@@ -184,17 +185,6 @@ def _batches(data: Mapping[str, Any], arguments: TrainingArguments, processes: i
         found, _ = split_rows(found, held, seed=0)
     per_epoch = math.ceil(len(found) / (arguments.per_device_train_batch_size * processes))
     return math.ceil(per_epoch * arguments.num_train_epochs)
-
-
-def _task_names(tasks: Sequence[Any]) -> list[str]:
-    """As evaluate.load_task names them, whose files are not read here."""
-    names = []
-    for task in tasks:
-        given = {"file": task} if isinstance(task, str) else task
-        is_ours = not str(given["file"]).startswith("harness:")
-        name = given.get("name") or given.get("harness")
-        names.append(name or (Path(given["file"]).stem if is_ours else given["file"][8:]))
-    return names
 
 
 def _top(milora: Mapping[str, Any]) -> int:

@@ -89,6 +89,14 @@ class ChoiceTask(NamedTuple):
 AnyTask = Task | ChoiceTask | HarnessTask | ClassTask
 
 
+def task_name(task: str | Mapping[str, Any]) -> str:
+    """What `load_task` calls it, whose file need not be there."""
+    if isinstance(task, str):
+        harness = task.startswith("harness:")
+        return task.removeprefix("harness:") if harness else Path(task).stem
+    return str(task.get("name") or task.get("harness") or Path(task["file"]).stem)
+
+
 def load_task(
     task: str | Mapping[str, Any], limit: int | None = None, pictures: bool = False
 ) -> AnyTask:
@@ -105,7 +113,7 @@ def load_task(
         _check_options(options, options["harness"], ("harness", "include"), "tasks of the harness")
         return harness_task(options["harness"], limit, options.get("include"))
     file = options["file"]
-    name = options.get("name") or Path(file).stem
+    name = task_name(options)
     digest = sha256(Path(file)) if Path(file).is_file() else None
     if options.get("protocol") == "likelihood":
         _check_options(options, name, ("protocol", "prompt"), "options that are scored")

@@ -16,7 +16,7 @@ from milora.keep import SAMPLED, Pieces, cut
 from milora.knowledge import general_texts
 from milora.pretrained import Pretrained, positions, reads_pictures, task_of
 from milora.progress import Progress
-from milora.rows import Rows, overlap, read_rows, split_rows
+from milora.rows import Rows, overlap, question_of, read_rows, split_rows
 from milora.tokens import Named, load_with_tokens
 from milora.vision import pictures_sha256
 
@@ -151,7 +151,8 @@ def read_material(
                 f"model: {base.tokenizer.convert_ids_to_tokens(largest)!r} has id {largest}, but "
                 f"the embedding of {model} has {rows_there} rows: name it in tokenizer.tokens"
             )
-    common = overlap(train_rows, held_rows)
+    in_train, in_held = (set(map(question_of, some)) for some in (train_rows, held_rows))
+    common = overlap(in_train, held_rows)
     for what, part in (("train", prepared), ("eval", prepared_held)):
         progress.say(
             f"{what}: {part.kept} rows kept, {part.shortened} shortened to {data['max_length']} "
@@ -163,7 +164,7 @@ def read_material(
     if common:
         progress.say(f"warning: {common} held-out questions also stand in the training rows")
     test_overlap = {
-        task.name: {"train": overlap(train_rows, task.rows), "eval": overlap(held_rows, task.rows)}
+        task.name: {"train": overlap(in_train, task.rows), "eval": overlap(in_held, task.rows)}
         for task in tasks
         if isinstance(task, Task | ClassTask)
     }

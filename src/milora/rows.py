@@ -413,19 +413,16 @@ def split_rows(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row],
     return train, [rows[i] for i in sorted(held_out)]
 
 
-def overlap(train: Iterable[Row], held_out: Iterable[Row]) -> int:
-    """How many held-out questions also stand in the training rows (case and spaces ignored).
+def overlap(questions: Collection[str], rows: Iterable[Row]) -> int:
+    """How many of the rows ask one of the questions, which are as `question_of` has them."""
+    return sum(question_of(row) in questions for row in rows)
 
-    The same question about another picture is another one.
-    """
 
-    def key(row: Row) -> str:
-        said = [m["content"] for m in row.messages if m["role"] != "assistant"]
-        said += [picture.sha256 for picture in row.pictures]
-        return " ".join(" ".join(said).lower().split())
-
-    seen = {key(row) for row in train}
-    return sum(key(row) in seen for row in held_out)
+def question_of(row: Row) -> str:
+    """What is asked, case and spaces ignored; about another picture it is another question."""
+    said = [m["content"] for m in row.messages if m["role"] != "assistant"]
+    said += [picture.sha256 for picture in row.pictures]
+    return " ".join(" ".join(said).lower().split())
 
 
 def _kind(value: Any) -> str:

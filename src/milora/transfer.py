@@ -26,6 +26,7 @@ from milora.evaluate import (
     load_task,
     merge_evaluations,
     save_evaluation,
+    task_name,
 )
 from milora.forms import answers_apart
 from milora.knowledge import general_texts
@@ -53,7 +54,7 @@ def columns(links: Sequence[Link]) -> list[Column]:
     found: dict[str, Column] = {}
     for place, link in enumerate(links):
         for options in link.asked["evaluate"]["tasks"]:
-            known, name = [one.options for one in found.values()], _name(options)
+            known, name = [one.options for one in found.values()], task_name(options)
             of_harness = isinstance(options, dict) and options.get("harness")
             if options in known or (of_harness and name in found):
                 continue
@@ -61,13 +62,6 @@ def columns(links: Sequence[Link]) -> list[Column]:
                 name = f"{name} of {link.run.name}"
             found[name] = Column(name, place, options)
     return list(found.values())
-
-
-def _name(options: str | Mapping[str, Any]) -> str:
-    if isinstance(options, str):
-        harness = options.startswith("harness:")
-        return options.removeprefix("harness:") if harness else Path(options).stem
-    return str(options.get("name") or options.get("harness") or Path(options["file"]).stem)
 
 
 def load_tasks(links: Sequence[Link], reader: Reader, limit: int | None = None) -> list[AnyTask]:
