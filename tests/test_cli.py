@@ -197,7 +197,8 @@ def test_eval_of_a_plain_model(command: Command) -> None:
 
 
 def test_scores_are_of_the_file_that_the_task_had(command: Command) -> None:
-    assert command("train", command.config())[0] == 0
+    tasks = [{"file": "rows.jsonl", "match": "number", "max_new_tokens": 8}]
+    assert command("train", command.config(evaluate={"tasks": tasks}))[0] == 0
     for folder in ("o", "p"):
         Path(folder).mkdir()
         write_rows(Path(folder) / "rows.jsonl", 3)
@@ -221,6 +222,7 @@ def test_scores_are_of_the_file_that_the_task_had(command: Command) -> None:
     assert (code, "written: run/evaluation.json" in out) == (0, True)
     tasks = json.loads(Path("run/evaluation.json").read_text())["tasks"]
     assert {name: task["rows"] for name, task in tasks.items()} == {"rows": 24, "more": 3}
+    assert [task["match"] for task in tasks.values()] == ["number", "exact"]  # as the run asks it
     assert command("export", "run", "--to", "merged", "--out", "whole")[0] == 0
     code, out, _ = command("eval", "whole", "--tasks", "rows.jsonl", "--limit", "2")  # a model
     assert (code, "rows: accuracy of 2" in out) == (0, True)

@@ -21,6 +21,7 @@ from milora.errors import UserError
 from milora.evaluate import (
     ChoiceTask,
     Task,
+    asked_task,
     check_lengths,
     evaluate_task,
     load_task,
@@ -429,3 +430,23 @@ def test_a_task_from_the_hub_is_its_test_split(monkeypatch: pytest.MonkeyPatch) 
     asked = load_task({"file": "some/set", "protocol": "likelihood"})
     assert isinstance(asked, ChoiceTask)
     assert asked.questions[0].question == "t"
+
+
+def test_a_task_of_the_run_by_its_name_or_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    mail = {"file": "data/mail.jsonl", "name": "post", "match": "number", "harness": None}
+    words = {"file": None, "name": None, "harness": "mine", "include": "here"}
+    tasks = ["other.jsonl", mail, words]
+    for said in (
+        "post",
+        "data/mail.jsonl",
+        "./data/../data/mail.jsonl",
+        str(tmp_path / "data/mail.jsonl"),
+    ):
+        assert asked_task(said, tasks) is mail
+    for said in ("mine", "harness:mine"):
+        assert asked_task(said, tasks) is words
+    for said in ("mail.jsonl", "harness:post", "harness:other"):
+        assert asked_task(said, tasks) is said

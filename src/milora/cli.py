@@ -297,7 +297,10 @@ def evaluate(
         Path, typer.Argument(help="A run folder, an adapter made by milora, or a model.")
     ],
     tasks: Annotated[
-        str, typer.Option(help="Comma-separated data files; default: those of the run.")
+        str,
+        typer.Option(
+            help="Comma-separated data files or names of the run's tasks; default: those."
+        ),
     ] = "",
     knowledge: Annotated[
         str, typer.Option(help="Comma-separated general texts, .txt or .jsonl.")
@@ -326,7 +329,7 @@ def evaluate(
     evaluation.json, where its report and gates find them, unless --limit makes them a trial.
     """
     _quiet()
-    from milora.evaluate import check_lengths, check_task, evaluate_all, load_task, task_name
+    from milora.evaluate import asked_task, check_lengths, check_task, evaluate_all, load_task
     from milora.files import read_json
     from milora.forms import answers_apart
     from milora.knowledge import general_texts
@@ -361,12 +364,9 @@ def evaluate(
     else:
         pair, reader, configuration = open_run(source, trust_remote_code, base)
         asked = configuration["evaluate"]
-    chosen = _parts(tasks) or asked["tasks"]
-    by_name = {task_name(t): t for t in asked["tasks"] if isinstance(t, dict)}
-    loaded_tasks = [
-        load_task(by_name.get(t, t) if isinstance(t, str) else t, limit, bool(image_tokens(reader)))
-        for t in chosen
-    ]
+    of_run = asked["tasks"]
+    chosen = [asked_task(words, of_run) for words in _parts(tasks)] or of_run
+    loaded_tasks = [load_task(task, limit, bool(image_tokens(reader))) for task in chosen]
     names = [task.name for task in loaded_tasks]
     if len(set(names)) < len(names):
         raise UserError(f"--tasks: two tasks have one name ({', '.join(names)}): rename a file")

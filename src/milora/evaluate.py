@@ -7,7 +7,7 @@ is the base, bitwise); only full fine-tuning needs a second model.
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -95,6 +95,18 @@ def task_name(task: str | Mapping[str, Any]) -> str:
         harness = task.startswith("harness:")
         return task.removeprefix("harness:") if harness else Path(task).stem
     return str(task.get("name") or task.get("harness") or Path(task["file"]).stem)
+
+
+def asked_task(words: str, tasks: Iterable[str | Mapping[str, Any]]) -> str | Mapping[str, Any]:
+    """Of a run's tasks the one with this name or file, and its options; else `words` itself."""
+    for task in tasks:
+        if isinstance(task, str):
+            continue  # has no options
+        named = words == task_name(task) or words.removeprefix("harness:") == task.get("harness")
+        file = task.get("file")
+        if named or (file and Path(file).resolve() == Path(words).resolve()):
+            return task
+    return words
 
 
 def load_task(
