@@ -35,8 +35,8 @@ from tables import fill
 
 import milora.anchored
 from milora.adapter import add_adapter
+from milora.callbacks import Hold
 from milora.keep import kept_loss
-from milora.loop import Hold
 from milora.matrices import TRAINED, adapted_layers, adapted_matrices
 from milora.protect import held
 from milora.recommended import INPUTS

@@ -13,13 +13,14 @@ from peft import LoraConfig, get_peft_model
 from transformers import PrinterCallback, set_seed
 
 from milora.arguments import training_arguments
+from milora.callbacks import Reporter
 from milora.compare import Outcome, held_out_loss, rows_right
 from milora.config import Config
 from milora.evaluate import evaluate_all, save_evaluation
 from milora.files import read_json
 from milora.forms import collator_for
 from milora.logits import Pair
-from milora.loop import MiloraTrainer, Reporter
+from milora.loop import MiloraTrainer
 from milora.processes import processes_of
 from milora.progress import Progress
 from milora.ready import check

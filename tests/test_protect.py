@@ -20,10 +20,10 @@ from transformers import (
 )
 
 from milora.adapter import add_adapter, load_start, trained_factors
+from milora.callbacks import Hold
 from milora.config import load_config
 from milora.errors import UserError
 from milora.export import plain_lora
-from milora.loop import Hold
 from milora.matrices import adapted_matrices
 from milora.protect import (
     Held,

@@ -24,13 +24,14 @@ import milora.export
 import milora.pretrained
 import milora.preview
 from milora.artefacts import export_run
+from milora.callbacks import Reporter
 from milora.data import IGNORED, encode
 from milora.errors import UserError
 from milora.export import PlainLora
 from milora.files import locked, sha256
 from milora.generation import answer_loss
 from milora.logits import Pair
-from milora.loop import Grouped, Reporter
+from milora.loop import Grouped
 from milora.progress import Progress
 from milora.rows import read_rows, split_rows
 from milora.smaller import Smaller

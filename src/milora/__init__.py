@@ -17,7 +17,7 @@ _HOME = {
     "base_only": "logits",
     "components": "svd",
     "get_milora_model": "export",
-    "hold_inputs": "loop",
+    "hold_inputs": "callbacks",
     "load_start": "adapter",
     "minor_components": "svd",
     "plain_lora": "export",

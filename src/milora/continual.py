@@ -28,10 +28,10 @@ from milora.export import PlainLora, exact_rank, load_plain_lora
 from milora.files import sha256, write_bytes
 from milora.lineage import Link, chain, check_unchanged, continues, current, read_link
 from milora.logits import logits_of, step0_bound
-from milora.loop import STATE
 from milora.matrices import Weights, matrix_in, skeleton_of
 from milora.recommended import stored_in
 from milora.rows import Row, read_rows, split_rows
+from milora.training_state import STATE
 from milora.verify import find_adapter, why_whole
 
 FORMAT = "milora previous update 1"

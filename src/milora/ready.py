@@ -21,7 +21,6 @@ from milora.files import read_record
 from milora.gates import Gate, check_subjects, parse_gate
 from milora.keep import SAMPLED, check_inputs
 from milora.lineage import Link, chain
-from milora.loop import STATE, last_complete_checkpoint
 from milora.material import Material, read_material
 from milora.matrices import Weights, adapted_matrices, is_suffix, matrix_in, skeleton_of
 from milora.pretrained import Pretrained, dtype_of, labels_of, task_of
@@ -33,6 +32,7 @@ from milora.quantised import loaded_bytes
 from milora.ranks import ranks, with_ranks
 from milora.recommended import not_said, recommended, stored_in
 from milora.store import Store
+from milora.training_state import STATE, last_complete_checkpoint
 from milora.transfer import check_tasks
 
 # What of training: says how many rows a process takes at once, with the defaults.

@@ -40,6 +40,7 @@ from transformers import (
 
 from milora import adapter, export, fingerprints
 from milora.arguments import training_arguments
+from milora.callbacks import Decay, Hold, Reporter, Watch
 from milora.card import model_card
 from milora.continual import FILE, logits_before, save_previous, step0, within
 from milora.errors import DivergedError, UserError
@@ -60,20 +61,7 @@ from milora.keep import (
     save_pieces,
 )
 from milora.logits import Pair, step0_bound, step0_difference
-from milora.loop import (
-    STATE,
-    Decay,
-    Hold,
-    MiloraTrainer,
-    Reporter,
-    Watch,
-    best_or_last,
-    has_ended,
-    last_complete_checkpoint,
-    load_state,
-    save_state,
-    step_of,
-)
+from milora.loop import MiloraTrainer
 from milora.material import data_record
 from milora.matrices import Weights, adapted_matrices
 from milora.pretrained import labels_of, positions, task_of
@@ -103,6 +91,15 @@ from milora.result import (
 from milora.store import Store
 from milora.svd import Decompose, components
 from milora.tokens import load_with_tokens
+from milora.training_state import (
+    STATE,
+    best_or_last,
+    has_ended,
+    last_complete_checkpoint,
+    load_state,
+    save_state,
+    step_of,
+)
 from milora.transfer import extend_evaluation
 from milora.vision import train_in_full
 
