@@ -132,6 +132,7 @@ def test_in_japanese(finished: Path) -> None:
     page = report(finished, "ja")
     assert '<html lang="ja">' in page
     assert "学習レポート" in page
+    assert "学習データにも含まれるもの: 7 件、検証データにも含まれるもの: 1 件" in page
     assert re.findall(r'<h2 id="(\w+)"', page) == list(SECTIONS)
     heads = re.findall(r"<h2[^>]*>([^<]+)</h2>", page)
     assert all(re.search(r"[ぁ-んァ-ン一-龥]", head) for head in heads), heads

@@ -739,6 +739,10 @@ def test_test_rows_that_took_part_are_counted(
 ) -> None:
     found = json.loads((finished / "run.json").read_text())["data"]["test_overlap"]
     assert found == {"rows": {"train": 3, "eval": 1}}
+    card = (finished / "adapter" / "README.md").read_text()
+    assert (
+        "- of the questions of `rows` 3 also stand in the training rows and 1 in the held" in card
+    )
     rows = write_rows(tmp_path / "rows.jsonl").read_text().splitlines(keepends=True)
     rows[0] = '{"prompt": "Sum?", "completion": "1"}\n'
     (tmp_path / "own.jsonl").write_text("".join(rows[:2]))

@@ -82,6 +82,13 @@ def model_card(
         f"held out; {data['train']['shortened']} shortened, "
         f"{sum(data['train']['refused'].values())} refused",
         *(
+            f"- of the questions of `{harmless(task)}` {counts['train']} also stand in the "
+            f"training rows and {counts['eval']} in the held-out rows, so that its scores say less "
+            "of new questions"
+            for task, counts in data.get("test_overlap", {}).items()
+            if any(counts.values())
+        ),
+        *(
             f"- `{harmless(file)}`, sha256 `{digest[:16]}`"
             for file, digest in data["sha256"].items()
         ),

@@ -162,6 +162,10 @@ def _data(data: Mapping[str, Any], words: Mapping[str, str]) -> dict[str, Any]:
                 refused=f"{refused} ({reasons})" if reasons else refused,
             ),
             words["data_overlap"].format(overlap=data["overlap"]),
+            *(
+                words["data_test"].format(task=task, **counts)
+                for task, counts in data.get("test_overlap", {}).items()
+            ),
             words["data_tokens"].format(
                 tokens=f"{train['tokens']:,}", trained=f"{train['trained_tokens']:,}"
             ),
