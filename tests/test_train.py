@@ -193,16 +193,19 @@ def test_autocast(tiny: Tiny, tmp_path: Path) -> None:
     assert all(check.holds for check in verify(tmp_path / "run"))
 
 
+@pytest.mark.parametrize("start", ["published", "balanced"])
 def test_zero_singular_values_are_reported(
-    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    start: str, tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny("llama"))
     with torch.no_grad():
         model.model.layers[0].self_attn.q_proj.weight[5:] = 0
     model.save_pretrained(tmp_path / "base")
     AutoTokenizer.from_pretrained(tiny("llama")).save_pretrained(tmp_path / "base")
-    run(settings(tmp_path / "base", tmp_path))
-    assert "4 singular values are zero" in capsys.readouterr().err
+    run(settings(tmp_path / "base", tmp_path, milora={"start": start}))
+    said = capsys.readouterr().err
+    assert "4 singular values are zero" in said
+    assert ("those pairs start with B = 0" in said) == (start == "published")
     trained = load_file(tmp_path / "run/checkpoints/trained.safetensors")
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.default.weight"
     assert (trained[name].abs().amax(dim=0) > 0).all()  # every rank has learned

@@ -77,8 +77,9 @@ training:                      # handed to transformers.TrainingArguments as it 
   per_device_train_batch_size: 16
 evaluate:
   tasks: []                    # files like data.train, or {file, name, match: exact | json |
-                               # contains | regex | number | math | choice, pattern,
-                               # protocol: generate | likelihood, prompt, max_new_tokens, limit}
+                               # contains | regex | number | math | choice | none, pattern,
+                               # protocol: generate | likelihood, prompt, max_new_tokens, limit},
+                               # or {harness: NAME, include: FOLDER, limit}
   knowledge: default           # text file(s), .txt or .jsonl; default: Python's help topics
   chunks: 16                   # pieces of 512 tokens of it
   batch_size: 16

@@ -10,7 +10,8 @@ weight or its transpose, m >= n, in fp64):
     square        LU of A; block Krylov on (AᵀA)⁻¹ = A⁻¹A⁻ᵀ, which never squares the condition
     rectangular   G = AᵀA in fp32; Cholesky of G - shift, which succeeds only below the smallest
                   eigenvalue; block Krylov on its inverse; corrections against A itself in fp64
-    r above n/16  all eigenvectors of AᵀA, in fp32 and corrected, or in fp64
+    any other     (r above n/16, square n/6; n below 512) all eigenvectors of AᵀA, in fp32 and
+                  corrected, or in fp64
     the largest   block Krylov on AᵀA
 
 Each ends in a Rayleigh-Ritz step on A in fp64 and is judged by its residual; what does not reach

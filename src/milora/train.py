@@ -247,8 +247,9 @@ def _begin(ready: Ready, processes: Processes, progress: Progress) -> Begun:
     zero = sum(found["zero"] for found in start.spectra.values()) if start else 0
     if zero:
         progress.say(
-            f"{zero} singular values are zero: those pairs start with B = 0 and an A of ordinary "
-            "size, so that they can learn (init/spectra.json)"
+            f"{zero} singular values are zero (init/spectra.json)"
+            + ": those pairs start with B = 0 and an A of ordinary size, so that they can learn"
+            * (milora["start"] == "published")
         )
     tops: dict[str, Top] = {}
     inputs: dict[str, Tensor] = {}
