@@ -366,6 +366,24 @@ def test_each_logical_matrix_gives_its_own_components(
     assert seen
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["milora", "lora"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_experts_are_built_upon(
+    dtype: str, method: str, folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    _, _, targets, parameters, _ = ARCHITECTURES["mixtral"]
+    lora = {"target_modules": targets, "target_parameters": parameters, "lora_dropout": 0.0}
+    same: dict[str, Any] = {"lora": lora, "method": method, "dtype": dtype, "training": TRAINING}
+    run(asked_of("mixtral", folder, tmp_path, output_dir=str(tmp_path / "first"), **same))
+    same["continue"] = {"run": str(tmp_path / "first"), "how": "fold"}
+    record = run(asked_of("mixtral", folder, tmp_path, **same))
+    first = record["step0"]
+    assert first["difference"] <= first["bound"]
+    assert first.get("of", "logits") == ("logits" if dtype == "float32" else "factors")
+    assert all(check.holds for check in verify(tmp_path / "run"))
+
+
 @pytest.mark.parametrize(
     "name",
     ["gpt2", "phi3", *slow("mixtral", "t5", "bert")],

@@ -31,6 +31,7 @@ from milora.lineage import chain, current, read_link
 from milora.logits import base_only, logits_of
 from milora.matrices import adapted_matrices, matrix_in
 from milora.protect import held, moved, project, used_by_tasks
+from milora.quantised import SHORT
 from milora.spectra import apart, span
 from milora.svd import components
 from milora.targeting import lora_config
@@ -253,13 +254,17 @@ def test_a_new_adapter_on_the_earlier_result(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_in_sixteen_bit_it_starts_at_the_very_bits(dtype: str, tiny: Tiny, tmp_path: Path) -> None:
-    run(further(tiny, tmp_path, "first", dtype=dtype, evaluate={"tasks": []}))
-    arguments = further(
-        tiny, tmp_path, "second", tmp_path / "first", dtype=dtype, evaluate={"tasks": []}
-    )
-    record = run(arguments)
+@pytest.mark.parametrize(
+    ("dtype", "packed"), [("bfloat16", None), ("float16", None), *(("bfloat16", p) for p in SHORT)]
+)
+def test_in_sixteen_bit_it_starts_at_the_very_bits(
+    dtype: str, packed: str | None, tiny: Tiny, tmp_path: Path
+) -> None:
+    if packed:
+        pytest.importorskip("bitsandbytes")
+    asked: dict[str, Any] = {"dtype": dtype, "quantization": packed, "evaluate": {"tasks": []}}
+    run(further(tiny, tmp_path, "first", **asked))
+    record = run(further(tiny, tmp_path, "second", tmp_path / "first", **asked))
     assert record["step0"] == {"difference": 0.0, "bound": 0.0, "from": "first"}
     assert all(check.holds for check in verify(tmp_path / "second"))
 

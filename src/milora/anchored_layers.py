@@ -14,6 +14,8 @@ from milora.errors import UserError
 from milora.matrices import ANCHOR, PREVIOUS, TRAINED
 
 AT_ONCE = 2**24  # numbers: 64 MB of fp32
+# PEFT's layers, of bitsandbytes' and AWQ's weights, that round an update before they add it.
+ROUND_FIRST = ("Linear4bit", "Linear8bitLt", "AwqLoraLinear")
 AHEAD = "_stacks_ahead"  # in a layer while a forward runs that trains
 
 
@@ -51,7 +53,10 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             return anchored(result, x, ahead.by, ahead.dropout)
     if PREVIOUS in layer.lora_A:
         A, B = layer.lora_A[PREVIOUS], layer.lora_B[PREVIOUS]
-        result = (result + B(A(x.to(A.weight.dtype)))).to(result.dtype)
+        earlier: Tensor = B(A(x.to(A.weight.dtype)))
+        if type(layer).__name__ in ROUND_FIRST:
+            earlier = earlier.to(result.dtype)
+        result = (result + earlier).to(result.dtype)
     # Usually TRAINED; a copy of it, where TRL keeps one as the reference.
     others = ANCHOR, PREVIOUS
     names = [name for name in layer.active_adapters if name in layer.lora_A and name not in others]

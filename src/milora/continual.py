@@ -10,7 +10,7 @@ to the last bit, and what leaves the run is one plain LoRA for it, dW' included.
 
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from milora.adapter import Factors, take_off
@@ -28,7 +29,16 @@ from milora.export import PlainLora, exact_rank, load_plain_lora
 from milora.files import sha256, write_bytes
 from milora.lineage import Link, chain, check_unchanged, continues, current, read_link
 from milora.logits import logits_of, step0_bound
-from milora.matrices import Weights, matrix_in, skeleton_of
+from milora.matrices import (
+    ANCHOR,
+    PREVIOUS,
+    TRAINED,
+    Matrix,
+    Weights,
+    adapted_matrices,
+    matrix_in,
+    skeleton_of,
+)
 from milora.recommended import stored_in
 from milora.rows import Row, read_rows, split_rows
 from milora.training_state import STATE
@@ -254,26 +264,51 @@ def step0(
 ) -> dict[str, Any]:  # fmt: skip
     """How far the run starts from the earlier result, and the bound on it.
 
-    Of a new adapter in the logits, which are summed in the same order. Of the same one in the
-    factors that it would export now (`plain`), since the logits of that export are summed otherwise
-    than those of the pair that trains.
+    Of a new adapter in the logits, which are summed in the same order; on experts in 16 bit, where
+    PEFT rounds one adapter otherwise than several, in the factors. Of the same one in the factors
+    that it would export now (`plain`), since the logits of that export are summed otherwise than
+    those of the pair that trains.
     """
     if earlier.how == "same":
         stored = _released(earlier, base)
-        difference = max(
-            float((x - y[tuple(map(slice, x.shape))]).abs().max())
+        off = (
+            x - y[tuple(map(slice, x.shape))]
             for name, own in plain.factors.items()
             for x, y in zip(own, stored[name], strict=True)
         )
-        return {"difference": difference, "bound": 0.0, "of": "factors", "from": earlier.run.name}
+        return _of_factors(off, earlier)
+    bound, matrices = step0_bound(base.dtype), adapted_matrices(live)
+    if bound == 0 and any(matrix.expert is not None for matrix in matrices.values()):
+        return _of_factors(_at_start(matrices, _released(earlier, base)), earlier)
     training = live.training
     live.eval()
     with torch.no_grad():
         after = logits_of(live, batch)
     live.train(training)
     difference = float((after - before).abs().max() / before.abs().max())
-    bound = step0_bound(base.dtype)
     return {"difference": difference, "bound": bound, "from": earlier.run.name}
+
+
+def _of_factors(off: Iterable[Tensor], earlier: Earlier) -> dict[str, Any]:
+    difference = max(float(one.detach().abs().max()) for one in off)
+    return {"difference": difference, "bound": 0.0, "of": "factors", "from": earlier.run.name}
+
+
+def _at_start(matrices: Mapping[str, Matrix], stored: Mapping[str, Factors]) -> Iterator[Tensor]:
+    """How far the earlier update in the model is from the `stored` one, the new from nothing."""
+    for name, matrix in matrices.items():
+        A, B = (factor.cpu() for factor in matrix.factors(PREVIOUS))
+        earlier = stored.get(name, Factors(A[:0], B[:, :0]))
+        more = len(A) - len(earlier.A)
+        yield A - pad(earlier.A, (0, 0, 0, more))
+        yield B - pad(earlier.B, (0, more))
+        A, B = matrix.factors(TRAINED)
+        if ANCHOR in matrix.layer.lora_A:
+            A0, minus_B0 = matrix.factors(ANCHOR)
+            yield A - A0
+            yield B + minus_B0
+        else:  # PEFT's own start
+            yield B
 
 
 def within(plain: PlainLora, rank: int | None, earlier: Earlier) -> tuple[PlainLora, Any]:
