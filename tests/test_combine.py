@@ -109,6 +109,43 @@ def test_the_sum_is_exact(
     assert "-0.5 × `two` (milora)" in card
 
 
+def test_what_a_chain_was_cut_by_is_said_of_all_that_is_made_of_it(
+    runs: list[Path], tiny: Tiny, tmp_path: Path
+) -> None:
+    """Of an approximation too, whose own part in a sum is not to be called exact later."""
+    about: dict[str, Any] = {
+        "lora": {"r": 4, "target_modules": ["q_proj", "down_proj"]}, "evaluate": {"tasks": []},
+        "training": {"max_steps": 3, "eval_strategy": "no"}, "output_dir": str(tmp_path / "chain"),
+        "continue": {"run": str(runs[0]), "rank": 6},
+    }  # fmt: skip
+    cut = run(settings(tiny("llama"), tmp_path, **about))["adapter"]["cut"]
+    lost = f"cut by continue.rank, by at most {cut['summed_error']:.2e} of it in all"
+    out = tmp_path / "chain-lora"
+    assert export_run(tmp_path / "chain", out, "lora").said.endswith(f"rank 6, as it is, {lost}")
+    for to in ("gguf", "merged"):
+        out = tmp_path / f"chain-{to}"
+        assert lost in export_run(tmp_path / "chain", out, to).said
+        assert json.loads((out / "milora.json").read_text())["cut"] == cut
+        assert lost in (out / "README.md").read_text()
+    done = export_run(tmp_path / "chain", tmp_path / "small", "lora", Smaller(3))
+    error = json.loads((tmp_path / "small" / "milora.json").read_text())["approximation_error"]
+    both = f"an approximation of relative error {error:.2e}; {lost}"
+    assert lost in done.said
+    assert f"at most {cut['summed_error']:.1e}" in (tmp_path / "small" / "README.md").read_text()
+    assert both in export_run(tmp_path / "small", tmp_path / "small-gguf", "gguf").said
+    for name, said in (("chain", lost), ("small", both)):
+        out = tmp_path / f"{name}-two"
+        made = combine([tmp_path / name, runs[1]], out)
+        assert made.endswith(f"of which no longer as trained: {name} ({said})")
+        assert f"; no longer as trained: {said}" in (out / "README.md").read_text()
+        again = export_run(out, tmp_path / f"{name}-two-gguf", "gguf")
+        assert again.said.endswith(f"as it is, with {name} in it: {said}")
+        assert (
+            f"with {name} in it: {said}"
+            in (tmp_path / f"{name}-two-gguf" / "README.md").read_text()
+        )
+
+
 @pytest.mark.parametrize("how", ["ties", "dare"])
 def test_it_is_what_peft_makes(how: str, runs: list[Path], tiny: Tiny) -> None:
     """add_weighted_adapter at full rank, module by module; DARE where both drop the same."""

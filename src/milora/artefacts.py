@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from milora.adapter import take_off
-from milora.card import artefact_card
+from milora.card import artefact_card, losses
 from milora.checkpoint import open_checkpoint, open_shards
 from milora.errors import UserError
 from milora.export import copy_tokenizer, load_plain_lora, merge
@@ -32,6 +32,8 @@ from milora.verify import (
 )
 
 KINDS = ("lora", "merged", "gguf", "gguf-merged")
+# Of an adapter's milora.json in that of what is made of it.
+CARRIED = ("base", "method", "versions", "probes", "approximation_error", "cut", "combined")
 LORA, MODEL = "adapter.gguf", "model.gguf"
 
 
@@ -78,11 +80,11 @@ def export_run(
     provenance = read_json(source / "milora.json")
     if provenance["format"] != ADAPTER:
         raise UserError(f"{source} holds {provenance['format']}, not an adapter: name its run")
-    lost = provenance.get("approximation_error", 0.0)
-    if smaller != EXACT and lost:
+    lost, error = losses(provenance), provenance.get("approximation_error", 0.0)
+    if smaller != EXACT and error:
         raise UserError(
-            f"{source} is an approximation already, of relative error {lost:.2e}: make the smaller "
-            "one of what that was made from, so that all that is lost is said"
+            f"{source} is an approximation already, of relative error {error:.2e}: make the "
+            "smaller one of what that was made from, so that all that is lost is said"
         )
     check_smaller(smaller, provenance)
     if to == "lora" and smaller == EXACT:
@@ -112,7 +114,9 @@ def export_run(
             f"base (--base {original}), or serve {source}, a plain LoRA, on the quantised base"
         )
     if to == "lora":
-        return write_smaller(source, out, smaller, base, trust_remote_code, progress)
+        done = write_smaller(source, out, smaller, base, trust_remote_code, progress)
+        before = f" What it was made of was no longer as trained: {lost}." if lost else ""
+        return done._replace(said=done.said + before)
     model = base or recorded["model"]
     if "quantization" in recorded and base is None:
         model = recorded["original"]
@@ -132,11 +136,7 @@ def export_run(
         name: Recorded(digest, None if name in packed else dtype)
         for name, digest in provenance["weights_sha256"].items()
     }
-    record: dict[str, Any] = {
-        key: provenance[key]
-        for key in ("base", "method", "versions", "probes", "approximation_error")
-        if key in provenance
-    }
+    record: dict[str, Any] = {key: provenance[key] for key in CARRIED if key in provenance}
     if into_original:  # the probes were measured on the quantised base
         opened = open_adapter(source, base, trust_remote_code, packed=False)
         record["probes"] = make_probes(opened.model, opened.base.reader)
@@ -174,13 +174,19 @@ def export_run(
             said = f"{out / MODEL}: merged GGUF, {rounding.sentence()}"
         if into_original:
             said += f", on the full-precision base; the update was trained on {recorded['label']}"
+        if to != "gguf":
+            said += _also(lost)
         write_json(folder / "milora.json", record)
         write_text(folder / "README.md", artefact_card(record))
     return Exported(said)
 
 
-def _exactly(lost: float) -> str:
-    return f"as it is, an approximation of relative error {lost:.2e}" if lost else "exact"
+def _exactly(lost: str) -> str:
+    return f"as it is, {lost}" if lost else "exact"
+
+
+def _also(lost: str) -> str:
+    return f"; the update is no longer as trained: {lost}" if lost else ""
 
 
 def _replace_tokenizer(
@@ -215,4 +221,5 @@ def _classifier(
     with new_folder(out) as folder:
         model.save_pretrained(folder)
         copy_tokenizer(source, folder)
-    return Exported(f"{out}: merged weights with the head, {opened.provenance['base']['dtype']}")
+    dtype, lost = opened.provenance["base"]["dtype"], losses(opened.provenance)
+    return Exported(f"{out}: merged weights with the head, {dtype}{_also(lost)}")

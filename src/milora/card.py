@@ -310,6 +310,8 @@ def artefact_card(record: Mapping[str, Any]) -> str:
     ]
     if _task(base) == "SEQ_2_SEQ_LM":  # which neither server takes
         commands = ["milora verify this/folder"]
+    if lost := losses(record):
+        what += f" The update is no longer as trained: {harmless(lost)}."
     return "\n".join(
         [
             *_front(head, base["license"]),
@@ -375,6 +377,20 @@ def smaller_card(card: str, base: Mapping[str, Any], exact: int, rank: int, abou
     return f"{card.rstrip()}\n\n## Approximation\n\n{note}\n"
 
 
+def losses(record: Mapping[str, Any]) -> str:
+    """What an update lost since it was trained, by the milora.json of its adapter or of what was
+    made of that; nothing where it is exact."""
+    found = []
+    if error := record.get("approximation_error"):
+        found.append(f"an approximation of relative error {error:.2e}")
+    if error := record.get("cut", {}).get("summed_error"):
+        found.append(f"cut by continue.rank, by at most {error:.2e} of it in all")
+    for part in record.get("combined", {}).get("of", ()):
+        if lost := losses(part):
+            found.append(f"with {part['name']} in it: {lost}")
+    return "; ".join(found)
+
+
 def combined_card(record: Mapping[str, Any]) -> str:
     """README.md of a combination of adapters, from its milora.json."""
     base, about = record["base"], record["combined"]
@@ -399,6 +415,7 @@ def combined_card(record: Mapping[str, Any]) -> str:
         *(
             f"- {weight:g} × `{harmless(one['name'])}` ({harmless(one['method'])}), adapter sha256 "
             f"`{one['adapter_sha256'][:16]}`"
+            + (f"; no longer as trained: {harmless(lost)}" if (lost := losses(one)) else "")
             for one, weight in zip(about["of"], about["weights"], strict=True)
         ),
         "",

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from milora.adapter import Factors, module_seed, take_off
 from milora.approximation import Decomposed, approximate, best_of_rank
-from milora.card import combined_card
+from milora.card import combined_card, losses
 from milora.errors import UserError
 from milora.export import (
     ADAPTER_FILE,
@@ -194,7 +194,8 @@ def combine(
             **({} if how == "sum" else {"density": density}),
             "of": [
                 {"name": run.name, "method": one["method"], "adapter_sha256": digest,
-                 "approximation_error": one.get("approximation_error", 0.0)}
+                 "approximation_error": one.get("approximation_error", 0.0),
+                 **{key: one[key] for key in ("cut", "combined") if key in one}}
                 for run, digest, one in zip(runs, digests, stored, strict=True)
             ],
             "in_common": common,
@@ -213,10 +214,9 @@ def combine(
         write_json(folder / "milora.json", record)
         write_text(folder / "README.md", combined_card(record))
     said = f"{out}: plain LoRA of rank {record['rank']}, {how} of {len(runs)} adapters"
-    parts = [f"{one['name']} ({one['approximation_error']:.2e})"
-             for one in record["combined"]["of"] if one["approximation_error"]]  # fmt: skip
+    parts = [f"{one['name']} ({lost})" for one in record["combined"]["of"] if (lost := losses(one))]
     if parts:
-        said += f", of approximations as they are, with their errors: {', '.join(parts)}"
+        said += f", of which no longer as trained: {', '.join(parts)}"
     if plain.error == 0:
         return said if parts else f"{said}, exact"
     return (
