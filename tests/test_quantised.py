@@ -1,6 +1,7 @@
 """Quantised bases: factors of full precision, packed numbers that stay, where the result fits."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -227,6 +228,34 @@ def test_from_python(
     assert relative(next_logits(stock), next_logits(live)) <= 1e-5
     with stock.disable_adapter():
         assert relative(next_logits(stock), next_logits(live)) > 1e-3
+
+
+@pytest.mark.parametrize("asked", ["nf4", "int8"])
+def test_what_is_merged_into_packed_numbers_is_rounded_once(
+    asked: str, tiny: Tiny, tmp_path: Path, bitsandbytes: Any
+) -> None:
+    def base() -> Any:
+        return load_pretrained(str(tiny("llama")), "float32", quantization=asked).model
+
+    live = get_milora_model(base(), LoraConfig(**LORA))
+    assert relative(next_logits(live.merge_and_unload()), next_logits(base())) <= 1e-3
+    live = get_milora_model(base(), LoraConfig(**LORA))
+    with torch.no_grad():
+        for _, B in (m.factors(adapter.TRAINED) for m in adapted_matrices(live).values()):
+            B.add_(0.02 * torch.randn(B.shape, generator=torch.Generator().manual_seed(0)))
+    live.save_pretrained(tmp_path)
+    stock = PeftModel.from_pretrained(base(), tmp_path).merge_and_unload()
+    merged = live.merge_and_unload()
+    assert torch.equal(next_logits(merged), next_logits(stock))
+    assert relative(next_logits(merged), next_logits(base())) > 1e-2
+    live = get_milora_model(base(), LoraConfig(**LORA))
+    with torch.no_grad():
+        next(iter(adapted_matrices(live).values())).factors(adapter.TRAINED)[0].fill_(math.nan)
+    with pytest.raises(ValueError, match="NaN"):
+        live.merge_and_unload(safe_merge=True)
+    live.config.quantization_config.quant_method = "gptq"
+    with pytest.raises(UserError, match=r"base is packed by gptq, .* save_pretrained"):
+        live.merge_and_unload()
 
 
 @pytest.mark.parametrize("asked", ["nf4", "int8", {"load_in_4bit": True}])

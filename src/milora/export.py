@@ -9,6 +9,7 @@ never from the live model, so that exporting cannot disturb a run.
 import copy
 import re
 import shutil
+import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, MethodType
@@ -46,7 +47,7 @@ from milora.matrices import (
     without_expert,
 )
 from milora.pretrained import opened, task_of
-from milora.quantised import is_packed, linear_shape
+from milora.quantised import ON_LOAD, is_packed, linear_shape, method_of
 from milora.targeting import check_plain
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -425,18 +426,36 @@ def _merge_plain(
     live: Any, progressbar: bool = False, safe_merge: bool = False,
     adapter_names: Sequence[str] | None = None,
 ) -> PreTrainedModel:  # fmt: skip
-    """As PEFT's, which adds trained and frozen half one after the other and rounds each time."""
+    """As PEFT's, which adds trained and frozen half one after the other and rounds each time.
+
+    Packed weights are PEFT's to merge into, but as one plain LoRA: rounded once too.
+    """
     if adapter_names not in (None, [TRAINED]):
         raise UserError(f"adapter_names={adapter_names}: {TRAINED!r} alone can be merged here")
-    if any(matrix.packed for matrix in adapted_matrices(live).values()):
-        merged: PreTrainedModel = live.base_model.merge_and_unload(progressbar, safe_merge)
-        return merged
+    packed = any(matrix.packed for matrix in adapted_matrices(live).values())
+    if packed and (method := method_of(live.base_model.model.config)) not in ON_LOAD:
+        raise UserError(
+            f"the base is packed by {method}, into which PEFT merges nothing: save_pretrained "
+            "writes a plain LoRA, which goes on that base as it is"
+        )
     plain = _plain_of(live)
     if safe_merge and not all(x.isfinite().all() for pair in plain.factors.values() for x in pair):
         raise ValueError("the trained factors hold NaN or infinite values")  # as PEFT's
     base = take_off(live)
+    if packed:
+        return _merged_by_peft(base, plain, progressbar, safe_merge)
     merge(base, plain)
     return base
+
+
+def _merged_by_peft(
+    base: PreTrainedModel, plain: PlainLora, progressbar: bool, safe_merge: bool
+) -> PreTrainedModel:
+    with tempfile.TemporaryDirectory() as folder:
+        save_plain_lora(Path(folder), plain, base, str(base.name_or_path))
+        model: Any = PeftModel.from_pretrained(base, folder)
+    merged: PreTrainedModel = model.merge_and_unload(progressbar, safe_merge)
+    return merged
 
 
 def _plain_of(live: Any) -> PlainLora:
