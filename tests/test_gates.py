@@ -104,6 +104,7 @@ def test_a_text_without_a_figure_fails_what_is_asked_of_every_text() -> None:
         "mail.accuracy >= base + base", "mail.accuracy >= base / 2", "mail.accuracy >= 1 + 1",
         "__import__('os').system('true') >= 1; x.y >= 1", "mail.accuracy >= 1e999",
         "mail.accuracy >= nan", "interference.max <= base", "a.b >= 1 and c.d >= 1",
+        "mail triage >= 1", "mail triage.accuracy => 1", "mail.accuracy of triage >= 1",
     ],
 )  # fmt: skip
 def test_what_is_no_gate(gate: str) -> None:
@@ -120,6 +121,7 @@ def test_any_text_is_a_gate_or_one_sentence(text: str) -> None:
 def test_a_task_that_the_run_does_not_have() -> None:
     names = ["mail", "arc.easy"]
     check_subjects([parse_gate("arc.easy.accuracy > 0"), parse_gate("knowledge.w.kl < 1")], names)
+    check_subjects([parse_gate(" mail triage.v2.accuracy>=base + 0.1 ")], ["mail triage.v2"])
     with pytest.raises(UserError, match=r"no task of this run: did you mean mail\?"):
         check_subjects([parse_gate("mial.accuracy > 0")], names)
 

@@ -2,7 +2,8 @@
 
     gate     =  measure  (">=" | "<=" | ">" | "<")  bound
     bound    =  number  |  "base"  |  "base" ("+" | "-" | "*") number
-    measure  =  TASK "." KEY            of evaluation.json, for example mail.accuracy
+    measure  =  TASK "." KEY            of evaluation.json, for example mail.accuracy; a name with
+                                        spaces is written as it is
              |  "knowledge." KEY        of every general text, or of one: "knowledge." TEXT "." KEY
              |  "interference." KEY     max, mean or size, of run.json
              |  "continual." KEY        of a run that continues another: backward_transfer and the
@@ -34,7 +35,7 @@ COMBINE: dict[str, Callable[[float, float], float]] = {
 }  # fmt: skip
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 _GATE = re.compile(
-    rf"\s*(?P<measure>\S+)\.(?P<key>[\w,-]+)\s*(?P<relation>>=|<=|>|<)\s*"
+    rf"\s*(?P<measure>\S+|[^\s<>][^\n<>]*)\.(?P<key>[\w,-]+)\s*(?P<relation>>=|<=|>|<)\s*"
     rf"(?:(?P<number>{_NUMBER})|base(?:\s*(?P<sign>[-+*])\s*(?P<by>{_NUMBER}))?)\s*"
 )
 
