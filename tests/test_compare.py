@@ -451,6 +451,8 @@ def test_full_and_an_adapter_of_16_bit_bases_are_not_compared(
 
 def test_arms() -> None:
     assert parse_arm("lora:a=1:b=2") == Arm("lora:a=1:b=2", ["method=lora", "a=1", "b=2"])
+    held = "milora.protect={q_proj: 4, v_proj: {energy: 0.1}}"
+    assert parse_arm(f"milora:{held}:lora.r=2").overrides == ["method=milora", held, "lora.r=2"]
     for text, said in (
         ("dora", "'dora' is none of"), ("lora:x", "'x' is not key=value"),
         ("lora:method=pissa", "method is the same for all arms"),

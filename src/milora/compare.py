@@ -60,7 +60,8 @@ def parse_arm(text: str) -> Arm:
 
     `lora:training.weight_decay=0.1` is LoRA with weight decay. Raises UserError.
     """
-    method, *others = text.split(":")
+    method, more, rest = text.partition(":")
+    others = re.split(r":(?=[\w.]+=)", rest) if more else []  # a value may hold a colon too
     if method not in METHODS:
         raise UserError(f"--methods: {method!r} is none of {', '.join(METHODS)}")
     for other in others:
