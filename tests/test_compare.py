@@ -221,6 +221,11 @@ def test_rates_beyond_those_given() -> None:
     assert "full: the chosen rate 2.4e-06 is at the edge" in " ".join(result["notes"])
     with pytest.raises(UserError, match="--widen"):
         grid(arms("lora"), [0], [1e-3], landscape(best, tried), Progress(), widen=True)
+    one = arms("lora")[0]._replace(rates=(1e-3,))
+    with pytest.raises(UserError, match=r"--widen: lora has one rate, 0\.001"):
+        grid([one], [0], [1e-3, 3e-3], landscape(best, tried), Progress(), widen=True)
+    two = one._replace(rates=(1e-3, 3e-3))
+    assert len(grid([two], [0], [1e-3], landscape(best, tried), Progress(), widen=True)) == 3
 
 
 def test_rates_of_an_arm_alone(capsys: pytest.CaptureFixture[str]) -> None:

@@ -138,8 +138,12 @@ def grid(
     for rate in (*rates, *(rate for arm in arms for rate in arm.rates)):
         if not 0 < rate < math.inf:
             raise UserError(f"--learning-rates: {rate:g}: a number above 0 is needed")
-    if widen and len(rates) < 2:
-        raise UserError("--widen: the distance to the next rate comes from two --learning-rates")
+    for arm, (rate, *more) in ((arm, arm.rates or rates) for arm in arms):
+        if widen and not more:
+            raise UserError(
+                f"--widen: {arm.name} has one rate, {rate:g}, and the distance to the next comes "
+                "from two: give another, for all by --learning-rates"
+            )
     outcomes: Outcomes = {}
     first = seeds[0]
     tried = [len(arm.rates or rates) for arm in arms]
