@@ -419,12 +419,25 @@ def test_rows_are_paired() -> None:
         ({"training": {"eval_strategy": "no"}}, ["lora"], [0], [1e-3], "eval_strategy is no"),
         (
             {},
-            ["lora", "milora:lora.r=2"],
+            ["lora", "lora:lora.r=2:lora.lora_alpha=2"],  # whose scale is 1 as well
             [0],
             [1e-3],
-            "scale of their updates, which must be equal",
+            "differ in lora.r, lora.lora_alpha, which must be equal: lora.r 2, .* and lora.r ",
         ),
-        ({}, ["lora", "milora:lora.use_rslora=true"], [0], [1e-3], "use_rslora True"),
+        (
+            {},
+            ["lora", "lora:lora.lora_alpha=3"],
+            [0],
+            [1e-3],
+            "differ in lora.lora_alpha, which must be equal: lora.lora_alpha 3 and lora.lora_alpha",
+        ),
+        (
+            {},
+            ["lora", "milora:lora.use_rslora=true"],
+            [0],
+            [1e-3],
+            "lora.use_rslora False and lora.use_rslora True",
+        ),
         ({}, ["lora"], [0, 0], [1e-3], "--seeds: each must be given once"),
         ({}, ["lora"], [0], [], "--learning-rates: each must be given once, and one at least"),
         ({}, ["lora"], [0], [1e-3, -1.0], "--learning-rates: -1: a number above 0 is needed"),

@@ -48,6 +48,11 @@ SAME_FOR_ALL = (
     "method", "seed", "output_dir", "training.learning_rate", "model", "data", "evaluate"
 )  # fmt: skip
 
+# What must be equal, since it says how large an update is and how many numbers it has.
+SCALE: dict[str, Any] = {
+    "lora.r": None, "lora.lora_alpha": None, "lora.use_rslora": False, "lora.alpha_pattern": {}
+}  # fmt: skip
+
 
 class Arm(NamedTuple):
     name: str  # as it was asked for
@@ -234,11 +239,12 @@ def _check(settings: Sequence[Config]) -> None:
             raise UserError("compare chooses rates by held-out loss: training.eval_strategy is no")
         if not one.evaluate.tasks:
             raise UserError("compare reports on test tasks: name some under evaluate.tasks")
-    scale = {_scale(one) for one in settings if one.method != "full"}
-    if len(scale) > 1:
+    scales = [_scale(one) for one in settings if one.method != "full"]
+    if differ := [key for key in SCALE if any(one[key] != scales[0][key] for one in scales)]:
+        said = {", ".join(f"{key} {one[key]}" for key in differ) for one in scales}
         raise UserError(
-            "the arms differ in the scale of their updates, which must be equal: "
-            f"{' and '.join(sorted(scale))}"
+            f"the arms differ in {', '.join(differ)}, which must be equal: "
+            f"{' and '.join(sorted(said))}"
         )
     in_full = {
         one.method == "full" or bool(one.lora.model_dump().get("modules_to_save"))
@@ -252,11 +258,9 @@ def _check(settings: Sequence[Config]) -> None:
         )
 
 
-def _scale(settings: Config) -> str:
-    lora = settings.lora.model_dump()
-    others = [key for key in ("use_rslora", "alpha_pattern") if lora.get(key)]
-    keys = ["r", "lora_alpha", *others]
-    return ", ".join(f"lora.{key} {lora[key]}" for key in keys)
+def _scale(settings: Config) -> dict[str, Any]:
+    lora = {f"lora.{key}": value for key, value in settings.lora.model_dump().items()}
+    return {key: lora.get(key) or default for key, default in SCALE.items()}
 
 
 def _outcome(settings: Config, make: Make, progress: Progress) -> Outcome:
