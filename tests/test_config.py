@@ -277,6 +277,22 @@ def test_missing_and_nested_keys(tmp_path: Path) -> None:
     assert said.count(";") == 0  # nothing about what else a task could have been
 
 
+@pytest.mark.parametrize(
+    ("protect", "said"),
+    [
+        ("0", "limit needs top above 0"),
+        ("{tasks: all}", "limit needs top above 0"),
+        ("{q_proj: 0, v_proj: 0}", "milora.protect is {'q_proj': 0, 'v_proj': 0}, which holds"),
+        ("{tasks: all, weights: {q_proj: 0}}", "milora.protect is {'q_proj': 0}, which holds"),
+    ],
+)
+def test_a_limit_on_what_is_not_measured(protect: str, said: str, tmp_path: Path) -> None:
+    watch = "milora.interference={top: 0, limit: 0.1}"
+    assert said in refused(tmp_path, MINIMAL, watch, f"milora.protect={protect}")
+    measured = protect.replace("0", "1").replace("all}", "all, weights: 1}")
+    assert load(tmp_path, MINIMAL, watch, f"milora.protect={measured}").milora.protect != 0
+
+
 @pytest.mark.parametrize("share", ["0", "1", "1.5", "-0.1", "0.0"])
 def test_the_share_held_out(share: str, tmp_path: Path) -> None:
     assert "a share between 0 and 1, or a file" in refused(tmp_path, MINIMAL, f"data.eval={share}")

@@ -321,7 +321,11 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     watch = config.milora.interference
     if watch.stop and watch.limit is None:
         raise UserError(f"{path}: milora.interference.stop needs milora.interference.limit")
-    if watch.limit is not None and not watch.top and config.milora.protect == 0:
+    protect = config.milora.protect
+    held = protect.weights if isinstance(protect, Tasks) else protect
+    if isinstance(held, dict) and not any(held.values()):
+        raise UserError(f"{path}: milora.protect is {held}, which holds nothing: write 0")
+    if watch.limit is not None and not watch.top and held == 0:
         raise UserError(f"{path}: milora.interference.limit needs top above 0 to measure by")
     if config.continue_.run is None and config.continue_ != Continue():
         raise UserError(
