@@ -107,6 +107,10 @@ def test_the_card_of_a_smaller_one() -> None:
         served = "task" not in base
         assert ("--max-lora-rank 8 " in card) == ("llama.cpp" in card) == served
         assert "--rank 512" not in card
+        assert "The scores above" not in card
+    exact = model_card(RECORD, ASKED, EVALUATION)
+    card = smaller_card(exact, RECORD["base"], 40, 8, "plain LoRA of rank 8.")
+    assert "(rank 40): plain LoRA of rank 8. The scores above are of that update, not of" in card
 
 
 HOSTILE = "a`</code><script>alert(1)</script>\n# x\n---\n[go](javascript:1)|<img src=x onerror=1>"

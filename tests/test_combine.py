@@ -105,6 +105,7 @@ def test_the_sum_is_exact(
     assert (found - logits).abs().max() <= 1e-5 * logits.abs().max()
     record = json.loads((tmp_path / "both" / "milora.json").read_text())
     assert [one["name"] for one in record["combined"]["of"]] == ["one", "two"]
+    assert "exported_against_trained" not in record  # which was measured on the first
     card = (tmp_path / "both" / "README.md").read_text()
     assert "-0.5 × `two` (milora)" in card
 

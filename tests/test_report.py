@@ -84,6 +84,13 @@ def test_the_figures_in_short(finished: Path, tmp_path: Path) -> None:
     page = report(copy)
     assert "0.250 → 0.750" in page
     assert "1 / 2" in page  # gates that hold
+    assert "continue.rank" not in page
+    record = json.loads((copy / "run.json").read_text())
+    for error, said in ((0.0123, "which took at most 1.2e-02 of the update"), (0.0, "")):
+        cut = record["adapter"] | {"cut": {"summed_error": error}}
+        (copy / "run.json").write_text(json.dumps(record | {"adapter": cut}))
+        assert said in report(copy)
+        assert ("was cut" in report(copy)) == bool(error)
 
 
 def test_what_changed_for_the_better_comes_first() -> None:

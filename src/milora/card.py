@@ -365,8 +365,9 @@ def smaller_card(card: str, base: Mapping[str, Any], exact: int, rank: int, abou
     card = re.sub(rf"\*\*Why rank {exact}:\*\*[^\n]*\n\n", "", card)
     card = card.replace(f"plain LoRA of rank {exact} for", f"plain LoRA of rank {rank} for")
     card = card.replace("\n".join(serving(exact, base)), "\n".join(serving(rank, base)))
-    note = f"Of the trained update (rank {exact}): {about} The scores above are those of the full "
-    note += "update."
+    note = f"Of the update that is described above (rank {exact}): {about}"
+    if "## Learned and kept" in card:
+        note += " The scores above are of that update, not of this one."
     if writes_gguf(base):
         note += (
             " For llama.cpp use `milora export this/folder --to gguf`: its own converter knows one "

@@ -201,7 +201,7 @@ def combine(
             "in_common": common,
         },
     }  # fmt: skip
-    for key in ("cut", "approximation"):  # of the first alone
+    for key in ("cut", "approximation", "exported_against_trained"):  # of the first alone
         record.pop(key, None)
     earlier = [*(digest for one in stored for digest in _came_from(one)), *digests]
     record["lineage"] = list(dict.fromkeys(earlier))

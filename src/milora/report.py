@@ -83,6 +83,8 @@ def _lead(record: Mapping[str, Any], rank: int | None, words: Mapping[str, str])
     if merged := record.get("merged"):
         key, values["layers"] = "lead_merged", ", ".join(merged["rows_of"])
     lead = [words[key].format(**values)]
+    if error := record.get("adapter", {}).get("cut", {}).get("summed_error"):
+        lead.append(words["lead_cut"].format(error=f"{error:.1e}"))
     if "stopped" in record:
         stopped = record["stopped"]
         lead.append(
