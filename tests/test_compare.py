@@ -16,6 +16,7 @@ import milora.compare
 from milora.cli import main
 from milora.compare import (
     Arm,
+    arms_of,
     bootstrap,
     chosen_rate,
     compare,
@@ -468,6 +469,10 @@ def test_full_and_an_adapter_of_16_bit_bases_are_not_compared(
 
 
 def test_arms() -> None:
+    assert arms_of("lora, milora:a=[1,2]:b={c: 3, d: lora},pissa,") == [
+        "lora", "milora:a=[1,2]:b={c: 3, d: lora}", "pissa"
+    ]  # fmt: skip
+    assert arms_of("lora,mica") == ["lora,mica"]  # which parse_arm refuses
     assert parse_arm("lora:a=1:b=2") == Arm("lora:a=1:b=2", ["method=lora", "a=1", "b=2"])
     held = "milora.protect={q_proj: 4, v_proj: {energy: 0.1}}"
     assert parse_arm(f"milora:{held}:lora.r=2").overrides == ["method=milora", held, "lora.r=2"]

@@ -149,7 +149,8 @@ def test_what_will_not_be_measured(gate: str, said: str) -> None:
     with pytest.raises(UserError, match=re.escape(said)):
         check_subjects([parse_gate(gate)], names, there)
     held = ("mail.accuracy > 0", "gsm.exact_match,none > 0", "knowledge.w.kl < 1", "judged.loss<9",
-            "interference.size < 1", "continual.cut <= 0", "knowledge.perplexity < 9")  # fmt: skip
+            "interference.size < 1", "continual.cut <= 0", "knowledge.perplexity < 9",
+            "knowledge.the help topics.kl < 1")  # fmt: skip
     check_subjects([parse_gate(one) for one in held], names, there)
     classes = measured([ClassTask("c", [])], texts, classifies=True, interference=False)
     check_subjects([parse_gate(x) for x in ("c.f1 > 0", "knowledge.moved < 1")], ["c"], classes)

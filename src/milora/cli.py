@@ -468,12 +468,12 @@ def compare(
 ) -> None:
     """Methods at their best rates over seeds: one table; continues by itself."""
     _quiet()
+    from milora.compare import arms_of, parse_arm
     from milora.compare import compare as run_comparison
-    from milora.compare import parse_arm
     from milora.compare_page import tables
     from milora.progress import Progress
 
-    arms = [parse_arm(text) for text in methods.split(",") if text]
+    arms = [parse_arm(text) for text in arms_of(methods)]
     numbers = _numbers("--seeds", seeds, int), _numbers("--learning-rates", learning_rates, float)
     with Progress() as progress:
         result = run_comparison(

@@ -60,6 +60,13 @@ class Arm(NamedTuple):
     rates: Sequence[float] = ()  # of its own, in place of those of all
 
 
+def arms_of(text: str) -> list[str]:
+    """What stands between commas that a method follows: those in a value of an override stay."""
+    methods = "|".join(METHODS)
+    found = re.split(rf",\s*(?=(?:{methods})\s*(?:[:,]|$)|$)", text)
+    return [arm.strip() for arm in found if arm.strip()]
+
+
 def parse_arm(text: str) -> Arm:
     """METHOD, or METHOD:key=value[:key=value ...] for a variant of it.
 

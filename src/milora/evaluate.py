@@ -582,7 +582,7 @@ def measured(
     kept = OF_CLASSIFIER if classifies else OF_TEXT
     found: dict[str, Sequence[str] | None] = {task.name: _keys(task) for task in tasks}
     found |= {"knowledge": kept}
-    found |= {f"knowledge.{name}": kept for name in map(short, texts) if " " not in name}
+    found |= {f"knowledge.{name}": kept for name in map(short, texts)}
     return found | ({"interference": ("max", "mean", "size")} if interference else {})
 
 
