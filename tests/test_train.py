@@ -26,7 +26,7 @@ import milora.preview
 from milora.artefacts import export_run
 from milora.callbacks import Reporter
 from milora.data import IGNORED, encode
-from milora.errors import UserError
+from milora.errors import DivergedError, UserError
 from milora.export import PlainLora
 from milora.files import locked, sha256
 from milora.generation import answer_loss
@@ -489,8 +489,33 @@ def test_a_loss_that_is_no_number_stops_the_run(tiny: Tiny, tmp_path: Path) -> N
         run(settings(tiny("llama"), tmp_path, training=training))
     (tmp_path / "training").mkdir()  # and where no held-out row tells
     training |= {"eval_strategy": "no", "logging_steps": 50}
-    with pytest.raises(UserError, match=r"train_loss is nan .* diverged"):
-        run(settings(tiny("llama"), tmp_path / "training", training=training))
+    arguments = settings(tiny("llama"), tmp_path / "training", training=training)
+    with pytest.raises(DivergedError, match=r"train_loss is nan .* diverged"):
+        run(arguments)
+    with pytest.raises(DivergedError, match=r"lora_A.* holds NaN .* at step 6: .* diverged"):
+        run(arguments, resume=True)  # no step is left to do
+    assert not (tmp_path / "training/run/checkpoints/trained.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("rate", "said", "changes"),
+    [
+        (1e39, "lora_A.* holds NaN or infinite values at step 1", {}),
+        (1e39, "weight holds NaN or infinite values at step 1", {"method": "full"}),
+        (1e30, "logits that are no numbers", {}),
+        (1e30, "logits that are no numbers", {"lora": {"modules_to_save": ["lm_head"]}}),
+    ],
+)
+def test_a_last_step_that_leads_to_no_numbers_has_no_result(
+    rate: float, said: str, changes: dict[str, Any], tiny: Tiny, tmp_path: Path
+) -> None:
+    """Of it there is no loss."""
+    training = FEW | {"max_steps": 1, "learning_rate": rate, "warmup_steps": 0}
+    arguments = settings(tiny("llama"), tmp_path, training=training, **changes)
+    for resume in (False, True):
+        with pytest.raises(DivergedError, match=rf"{said}.*: the run has diverged; use a lower"):
+            run(arguments, resume=resume)
+    assert not {"adapter", "model"} & {path.name for path in (tmp_path / "run").iterdir()}
 
 
 def test_resume_goes_on_where_the_run_stood(

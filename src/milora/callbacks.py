@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from milora.adapter import Start, decay
-from milora.errors import UserError
+from milora.errors import DivergedError, UserError
 from milora.files import write_text
 from milora.keep import CALIBRATION, cut, input_directions, sampled
 from milora.loop import MiloraTrainer
@@ -243,16 +243,22 @@ class Reporter(TrainerCallback):
                 handle.write(json.dumps(line) + "\n")
         for key in ("loss", "eval_loss", "train_loss"):
             if not math.isfinite(logs.get(key, 0.0)):
-                raise FloatingPointError(
-                    f"{key} is {logs[key]} at step {state.global_step}: the run has diverged; use "
-                    f"a lower training.learning_rate (now {args.learning_rate}) and a new "
-                    "output_dir"
+                raise DivergedError(
+                    diverged(f"{key} is {logs[key]} at step {state.global_step}", args)
                 )
         if "eval_loss" in logs:
             self.progress.say(f"step {state.global_step}: eval loss {logs['eval_loss']:.4f}")
 
     def _rate(self, state: TrainerState) -> float:
         return (int(state.num_input_tokens_seen) - self.tokens) / max(self._here(), 1e-9)
+
+
+def diverged(what: str, args: TrainingArguments) -> str:
+    """The sentence for a run with `what`, which is no number."""
+    return (
+        f"{what}: the run has diverged; use a lower training.learning_rate (now "
+        f"{args.learning_rate}) and a new output_dir"
+    )
 
 
 def _parsed(line: str) -> dict[str, Any]:

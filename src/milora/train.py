@@ -40,7 +40,7 @@ from transformers import (
 
 from milora import adapter, export, fingerprints
 from milora.arguments import training_arguments
-from milora.callbacks import Decay, Hold, Reporter, Watch
+from milora.callbacks import Decay, Hold, Reporter, Watch, diverged
 from milora.card import model_card
 from milora.continual import FILE, logits_before, save_previous, step0, within
 from milora.errors import DivergedError, UserError
@@ -60,7 +60,7 @@ from milora.keep import (
     sampled_name,
     save_pieces,
 )
-from milora.logits import Pair, step0_bound, step0_difference
+from milora.logits import Pair, logits_of, step0_bound, step0_difference
 from milora.loop import MiloraTrainer
 from milora.material import data_record
 from milora.matrices import Weights, adapted_matrices
@@ -97,6 +97,7 @@ from milora.training_state import (
     has_ended,
     last_complete_checkpoint,
     load_state,
+    not_finite,
     save_state,
     step_of,
 )
@@ -199,6 +200,8 @@ def _run(ready: Ready, processes: Processes, progress: Progress) -> dict[str, An
     final = run / "checkpoints" / STATE
     if not final.exists():
         ended, seconds = _fit(ready, begun, collate, processes, progress)
+        with processes.agree():
+            _check_numbers(live, ended["result_step"], arguments)
         if processes.main:  # before the state, which says that training is over
             record |= {"peak_memory_bytes": peak_memory()} | ended
             record["seconds"]["training"] = seconds
@@ -387,11 +390,30 @@ def _together(ready: Ready, begun: Begun | None, processes: Processes) -> Begun:
     return begun
 
 
+def _check_numbers(model: nn.Module, step: int, arguments: TrainingArguments) -> None:
+    """Raise DivergedError where a tensor that trained holds no numbers. The log says that of losses
+    alone, and there is none after the last step.
+    """
+    if name := not_finite(model):
+        what = f"{name} holds NaN or infinite values at step {step}"
+        raise DivergedError(diverged(what, arguments))
+
+
+def _check_logits(model: nn.Module, probe: Mapping[str, Tensor], args: TrainingArguments) -> None:
+    """The same of what comes of numbers that are too large."""
+    model.eval()
+    with torch.no_grad():
+        logits = logits_of(model, probe)
+    if not torch.isfinite(logits).all():
+        raise DivergedError(diverged("the trained model gives logits that are no numbers", args))
+
+
 def _finish(ready: Ready, begun: Begun, progress: Progress) -> dict[str, Any]:
     """The result: export, evaluation, gates and the model card."""
     asked, run, material = ready.asked, ready.run, ready.material
     live, start, record, evaluate = begun.live, begun.start, begun.record, asked["evaluate"]
     base, probe = material.base, _probe(ready)
+    _check_logits(live, probe, ready.arguments)
     began = time.monotonic()
     if begun.tops and isinstance(live, PeftModel) and start is not None:
         record["interference"] = interference_by_layer(live, start, begun.tops)
@@ -505,10 +527,7 @@ def _fit(
         watch.trainer = trainer
     if checkpoint:
         progress.say(f"continuing from {checkpoint.name}")
-    try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except FloatingPointError as error:
-        raise DivergedError(str(error)) from error
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = reporter.seconds
     vars(config).pop("use_cache", None)  # the Trainer's, which turns it off and would be saved
     if cached is not None:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers import TrainingArguments
@@ -31,6 +32,15 @@ def load_state(path: Path, model: nn.Module) -> None:
         raise UserError(f"{path} is of another model or configuration than this run")
     for name, parameter in wanted.items():
         put(parameter, tensors[name])
+
+
+def not_finite(model: nn.Module) -> str | None:
+    """The first tensor that trains and holds a NaN or an infinity, if there is one.
+
+    Of shared-out weights all processes must call it, and get the same.
+    """
+    found = (name for name, p in _trained(model).items() if not torch.isfinite(whole(p)).all())
+    return next(found, None)
 
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
