@@ -114,7 +114,7 @@ def test_numbers_of_training(key: str, value: Any, said: str, tmp_path: Path) ->
         ("seed", 0), ("disable_tqdm", False), ("prediction_loss_only", False),
         ("ignore_data_skip", True), ("metric_for_best_model", "accuracy"),
         ("greater_is_better", True), ("label_smoothing_factor", 0.1),
-        ("include_num_input_tokens_seen", "all"),
+        ("include_num_input_tokens_seen", "all"), ("dataloader_persistent_workers", True),
     ],
 )  # fmt: skip
 def test_what_milora_sets_itself(key: str, value: Any, tmp_path: Path) -> None:
@@ -135,6 +135,8 @@ def test_what_milora_sets_itself(key: str, value: Any, tmp_path: Path) -> None:
         ({"train_sampling_strategy": "length"}, 0, "is 'length': it is one of random, sequential"),
         ({"accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}}}, 0,
          r"accelerator_config\.gradient_accumulation_kwargs does nothing"),
+        ({"accelerator_config": {"use_seedable_sampler": False}}, 0,
+         r"use_seedable_sampler is off: a run that is resumed would train other rows"),
     ],
 )  # fmt: skip
 def test_what_would_be_passed_over(

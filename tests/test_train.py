@@ -471,6 +471,22 @@ def test_rows_grouped_by_length_resume_as_unbroken(again: int, tiny: Tiny, tmp_p
     assert sha256(checkpoints / "trained.safetensors") == wanted
 
 
+def test_an_evaluation_at_the_start_is_not_done_again(tiny: Tiny, tmp_path: Path) -> None:
+    """It would count against the patience: the best state is no better than itself."""
+    training = {"eval_on_start": True, "save_steps": 1, "eval_steps": 1, "save_total_limit": 50}
+    arguments = settings(tiny("llama"), tmp_path, early_stopping_patience=1, training=training)
+    run(arguments)
+    checkpoints, log = tmp_path / "run/checkpoints", tmp_path / "run/metrics.jsonl"
+    wanted = sha256(checkpoints / "trained.safetensors")
+    lines = len(log.read_text().splitlines())
+    (checkpoints / "trained.safetensors").unlink()
+    for step in range(3, 7):
+        shutil.rmtree(checkpoints / f"checkpoint-{step}")
+    run(arguments, resume=True)
+    assert sha256(checkpoints / "trained.safetensors") == wanted
+    assert len(log.read_text().splitlines()) == lines
+
+
 def test_groups_are_of_the_rows_of_a_step_of_all_processes() -> None:
     lengths = [(7 * i) % 30 for i in range(60)]
 

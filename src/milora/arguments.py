@@ -51,6 +51,7 @@ OWNED = {
     "fsdp": "use accelerate launch --config_file examples/accelerate/fsdp2.yaml",
     "fsdp_config": "use accelerate launch --config_file examples/accelerate/fsdp2.yaml",
     "ignore_data_skip": "a run that is resumed would train other rows: leave it out",
+    "dataloader_persistent_workers": "a run that is resumed would draw other masks: leave it out",
     "metric_for_best_model": "the best state is that of the lowest eval_loss: leave it out",
     "greater_is_better": "the best state is that of the lowest eval_loss: leave it out",
     "label_smoothing_factor": "the loss is that of the labels as they are: leave it out",
@@ -188,9 +189,15 @@ def _check_effect(arguments: TrainingArguments) -> None:
             f"training.train_sampling_strategy is {arguments.train_sampling_strategy!r}: it is "
             f"one of {', '.join(ORDERS)}"
         )
-    if arguments.accelerator_config.gradient_accumulation_kwargs:  # type: ignore[union-attr]
+    own: Any = arguments.accelerator_config
+    if own.gradient_accumulation_kwargs:
         raise UserError(
             "training.accelerator_config.gradient_accumulation_kwargs does nothing: leave it out"
+        )
+    if not own.use_seedable_sampler:
+        raise UserError(
+            "training.accelerator_config.use_seedable_sampler is off: a run that is resumed would "
+            "train other rows: leave it out"
         )
 
 

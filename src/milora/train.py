@@ -527,6 +527,7 @@ def _fit(
         watch.trainer = trainer
     if checkpoint:
         progress.say(f"continuing from {checkpoint.name}")
+        arguments.eval_on_start = False  # where it started, not where it goes on
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = reporter.seconds
     vars(config).pop("use_cache", None)  # the Trainer's, which turns it off and would be saved
