@@ -115,6 +115,7 @@ def test_numbers_of_training(key: str, value: Any, said: str, tmp_path: Path) ->
         ("ignore_data_skip", True), ("metric_for_best_model", "accuracy"),
         ("greater_is_better", True), ("label_smoothing_factor", 0.1),
         ("include_num_input_tokens_seen", "all"), ("dataloader_persistent_workers", True),
+        ("auto_find_batch_size", True),
     ],
 )  # fmt: skip
 def test_what_milora_sets_itself(key: str, value: Any, tmp_path: Path) -> None:

@@ -46,6 +46,8 @@ OWNED = {
     "logging_nan_inf_filter": "a run that diverges is stopped, not hidden: leave it out",
     "restore_callback_states_from_checkpoint": "leave it out",
     "save_only_model": "it would make a run that cannot be resumed: leave it out",
+    "auto_find_batch_size": "where memory runs out it would begin again from weights that have "
+    "moved, with smaller steps: use a lower per_device_train_batch_size",
     "push_to_hub": "upload the adapter folder when it is done",
     "deepspeed": "use accelerate launch --config_file examples/accelerate/zero3.yaml",
     "fsdp": "use accelerate launch --config_file examples/accelerate/fsdp2.yaml",
