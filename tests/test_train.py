@@ -303,21 +303,25 @@ def test_the_first_loss_is_that_of_the_base(tiny: Tiny, tmp_path: Path) -> None:
 
 
 def test_the_held_out_loss_is_the_mean_over_labels(tiny: Tiny, tmp_path: Path) -> None:
-    """However many rows are computed at once, and as the evaluation has it."""
+    """However many rows are computed at once, and as the evaluation has it.
+
+    A last batch that is not full is dropped in training alone.
+    """
     lengths, held = (1, 30, 2, 17, 5), tmp_path / "held.jsonl"
     rows = [{"prompt": "say", "completion": "ab cd" * length} for length in lengths]
     held.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = []
-    for size in (1, 2, 4, 5):
+    for size in (1, 2, 4, 5, 8):
         folder = tmp_path / str(size)
         folder.mkdir()
         training = {"per_device_eval_batch_size": size, "max_steps": 1, "eval_steps": 1}
+        training["dataloader_drop_last"] = size in (4, 8)
         data = {"eval": str(held), "max_length": 256}
         run(settings(tiny("llama"), folder, data=data, training=training))
         lines = map(json.loads, (folder / "run/metrics.jsonl").read_text().splitlines())
         found += [line["eval_loss"] for line in lines if "eval_loss" in line]
-    assert len(found) == 4
-    assert found == pytest.approx([found[0]] * 4, rel=1e-6)
+    assert len(found) == 5
+    assert found == pytest.approx([found[0]] * 5, rel=1e-6)
     model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "1/run/adapter")
     tokenizer = AutoTokenizer.from_pretrained(tiny("llama"))
     loss, _ = answer_loss(model, tokenizer, read_rows(held).rows)
