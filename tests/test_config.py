@@ -138,6 +138,8 @@ def test_what_milora_sets_itself(key: str, value: Any, tmp_path: Path) -> None:
          r"accelerator_config\.gradient_accumulation_kwargs does nothing"),
         ({"accelerator_config": {"use_seedable_sampler": False}}, 0,
          r"use_seedable_sampler is off: a run that is resumed would train other rows"),
+        ({"save_strategy": "best", "eval_strategy": False}, 0,
+         r"training\.save_strategy: best needs evaluations"),
     ],
 )  # fmt: skip
 def test_what_would_be_passed_over(
@@ -364,6 +366,8 @@ def test_the_metric_by_which_states_are_judged_may_be_named(tmp_path: Path) -> N
     named = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
     found = training_arguments("milora", named | {"greater_is_better": False}, tmp_path, 0, 0)
     assert found.metric_for_best_model == "eval_loss"
+    found = training_arguments("milora", {"save_strategy": "best"}, tmp_path, 0, 0)
+    assert (found.metric_for_best_model, found.greater_is_better) == ("eval_loss", False)
 
 
 def test_one_key_gives_the_published_method(tmp_path: Path) -> None:

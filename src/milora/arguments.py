@@ -136,7 +136,7 @@ def training_arguments(
         "ddp_broadcast_buffers": False,
     }
     if patience:
-        values |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
+        values["load_best_model_at_end"] = True
     training = {  # YAML makes false of no
         key: "no" if key in STRATEGIES and value is False else value
         for key, value in training.items()
@@ -156,9 +156,15 @@ def training_arguments(
             "training.load_best_model_at_end is off, and early_stopping_patience keeps the best "
             "state: leave one out"
         )
-    if values.get("load_best_model_at_end") and values["eval_strategy"] == "no":
-        what = "early_stopping_patience" if patience else "training.load_best_model_at_end"
-        raise UserError(f"{what} needs evaluations: leave training.eval_strategy: no out")
+    judged = {
+        "early_stopping_patience": bool(patience),
+        "training.load_best_model_at_end": values.get("load_best_model_at_end"),
+        "training.save_strategy: best": values["save_strategy"] == "best",
+    }
+    if by := next((key for key, there in judged.items() if there), None):
+        if values["eval_strategy"] == "no":
+            raise UserError(f"{by} needs evaluations: leave training.eval_strategy: no out")
+        values["metric_for_best_model"] = "eval_loss"
     try:
         arguments = OneDevice(**values)
     except (TypeError, ValueError, ImportError) as error:
