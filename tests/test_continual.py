@@ -298,6 +298,34 @@ def test_the_same_adapter_is_trained_on(
     assert not all(torch.equal(one[name], three[name]) for name in one)
 
 
+def test_killed_before_all_of_the_start_is_written(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The inputs that are held are those of the earlier run, whatever text it has of its own."""
+    held_inputs = {"protect_inputs": 8}
+    run(further(tiny, tmp_path, "first", milora=held_inputs, evaluate={"tasks": []}))
+    text = tmp_path / "general.txt"
+    text.write_text("".join(f"Of {n} apples {n // 3} were green. " for n in range(200)))
+    found = []
+    for name in ("whole", "broken"):
+        arguments = further(
+            tiny, tmp_path, name, tmp_path / "first", "same", evaluate={"tasks": []},
+            milora=held_inputs | {"text": str(text), "keep": {}},
+        )  # fmt: skip
+        if name == "broken":
+            with monkeypatch.context() as context:
+                context.setattr("milora.train.save_tops", killed)
+                with pytest.raises(KeyboardInterrupt):
+                    run(arguments)
+        run(arguments, resume=name == "broken")
+        found.append(sha256(tmp_path / name / "checkpoints/trained.safetensors"))
+    assert found[0] == found[1]
+
+
+def killed(*args: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def test_a_fold_that_cut_nothing_is_trained_on(first: Path) -> None:
     """Its record has a cut where an earlier run of the chain had one."""
     link = read_link(first)

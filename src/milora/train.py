@@ -315,11 +315,12 @@ def _begin(ready: Ready, processes: Processes, progress: Progress) -> Begun:
         if origin != init:
             start = start._replace(spectra=read_json(origin.with_name("spectra.json")))
         write_json(run / "init" / "spectra.json", start.spectra)
-        adapter.save_start(init, start)
     if (tops or inputs) and start and not (init.parent / "top.safetensors").exists():
         save_tops(init.parent / "top.safetensors", tops, inputs, start.sha256)
     if general and milora["text"] == SAMPLED and not ready.written.exists():
         save_pieces(ready.written, general)
+    if start is not None and not init.exists():
+        adapter.save_start(init, start)  # the last: where it is, all that goes with it is too
     return Begun(live, start, tops, holds, general, record, live_sha)
 
 
