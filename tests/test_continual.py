@@ -299,8 +299,9 @@ def test_the_same_adapter_is_trained_on(
 
 
 def test_killed_before_all_of_the_start_is_written(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     """The inputs that are held are those of the earlier run, whatever text it has of its own."""
     held_inputs = {"protect_inputs": 8}
     run(further(tiny, tmp_path, "first", milora=held_inputs, evaluate={"tasks": []}))
@@ -320,10 +321,30 @@ def test_killed_before_all_of_the_start_is_written(
         run(arguments, resume=name == "broken")
         found.append(sha256(tmp_path / name / "checkpoints/trained.safetensors"))
     assert found[0] == found[1]
+    assert "inputs: the directions that are held are those of first" in capsys.readouterr().err
 
 
 def killed(*args: Any) -> None:
     raise KeyboardInterrupt
+
+
+def test_the_text_of_inputs_is_that_of_the_earlier_run(first: Path, tmp_path: Path) -> None:
+    """Their directions are its own, whatever is said here."""
+    shutil.copytree(first, tmp_path / "first")
+    stored = tmp_path / "first/config.yaml"
+    asked = yaml.safe_load(stored.read_text())
+    asked["milora"]["protect_inputs"] = 8
+    stored.write_text(yaml.safe_dump(asked))
+    link = read_link(tmp_path / "first")
+    _check_same(link, asked)
+    asked["milora"]["text"] = "general.txt"
+    with pytest.raises(UserError, match=r"whose milora\.text is 'sampled', .* 'general.txt'"):
+        _check_same(link, asked)
+    asked["milora"]["keep"] = {"weight": 1.0}
+    _check_same(link, asked)
+    (tmp_path / "first/init/top.safetensors").unlink()
+    with pytest.raises(UserError, match=r"top\.safetensors is gone"):
+        _check_same(link, asked)
 
 
 def test_a_fold_that_cut_nothing_is_trained_on(first: Path) -> None:

@@ -143,6 +143,9 @@ def _check_same(link: Link, asked: Mapping[str, Any]) -> None:
     pairs += [
         (f"milora.{key}", there["milora"].get(key), here["milora"].get(key)) for key in SAME_MILORA
     ]
+    inputs, keep = (here["milora"].get(key) for key in ("protect_inputs", "keep"))
+    if inputs and not keep:  # it is read for their directions alone, which are there already
+        pairs.append(("milora.text", *(one["milora"]["text"] for one in (there, here))))
     watched = [one["milora"]["interference"]["top"] for one in (there, here)]
     pairs.append(("milora.interference.top", *watched))
     for key, before, now in pairs:
@@ -151,7 +154,9 @@ def _check_same(link: Link, asked: Mapping[str, Any]) -> None:
                 f"continue.how: same trains the adapter of {link.run} on, whose {key} is "
                 f"{before!r}, and here it is {now!r}: use the same, or how: fold"
             )
-    for file in (link.run / "checkpoints" / STATE, link.run / "init" / "factors.safetensors"):
+    init = link.run / "init"
+    files = [link.run / "checkpoints" / STATE, init / "factors.safetensors"]
+    for file in (*files, *([init / "top.safetensors"] if inputs else ())):
         if not file.exists():
             raise UserError(
                 f"continue.how: same trains the adapter of {link.run} on, and {file} is gone: put "

@@ -262,6 +262,8 @@ def _begin(ready: Ready, processes: Processes, progress: Progress) -> Begun:
         tops, inputs = _tops(
             live, ready.weights, start, milora, general, origin, seed, take, progress
         )
+        if inputs and earlier and earlier.how == "same":
+            progress.say(f"inputs: the directions that are held are those of {earlier.run.name}")
         holds = _hold(live, start, tops, inputs, ready.apart, origin, progress)
     if earlier and earlier.how == "same":
         load_state(earlier.run / "checkpoints" / STATE, live)
