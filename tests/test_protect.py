@@ -362,6 +362,29 @@ def test_a_run_holds_it(method: str, training: dict[str, Any], tiny: Tiny, tmp_p
             )
 
 
+@pytest.mark.parametrize(
+    ("method", "rank", "said"),
+    [
+        ("milora", 14, ["the top 2 to 2 directions of 4 weights",
+                        "in 4 weights fewer than asked for, since the initial factors begin"]),
+        ("milora", 16, ["in 4 weights fewer than asked for, in 4 of them none"]),
+        ("random", 8, ["directions of 2 weights", "in 4 weights fewer than asked for, in 2 of"]),
+    ],
+)  # fmt: skip
+def test_what_the_start_leaves_no_room_for_is_said(
+    method: str, rank: int, said: list[str], tiny: Tiny, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Of weights of 16 x 32."""
+    lora, held = {"r": rank, "target_modules": ["k_proj", "v_proj"]}, {"protect": 4}
+    training = {"max_steps": 1, "eval_strategy": "no"}
+    run(settings(tiny("llama"), tmp_path, method=method, lora=lora, milora=held, training=training,
+                 evaluate={"tasks": []}))  # fmt: skip
+    err = capsys.readouterr().err
+    assert [one for one in said if one not in err] == []
+    assert ("protected: " in err) == (len(said) > 1)
+
+
 def test_without_it_the_top_is_touched(tiny: Tiny, tmp_path: Path) -> None:
     record = run(settings(tiny("llama"), tmp_path))
     assert record["interference"]["max"] > 1e-3

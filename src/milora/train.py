@@ -666,11 +666,14 @@ def _hold(
             f"protected: the top {counts[0]} to {counts[-1]} directions of {len(protected)} "
             f"weights, {min(energies):.0%} to {max(energies):.0%} of their energy"
         )
-        limited = sum(top.limited for top in protected)
-        if limited:
-            progress.say(
-                f"in {limited} of them fewer than asked for, since the initial factors begin there"
-            )
+    limited = [top for top in tops.values() if top.limited]
+    if limited:
+        none = sum(not top.protected for top in limited)
+        progress.say(
+            f"milora.protect: in {len(limited)} weights fewer than asked for"
+            + f", in {none} of them none" * bool(none)
+            + ", since the initial factors begin there"
+        )
     if used:
         counts = sorted(len(one.Vh) for one in used.values())
         progress.say(
