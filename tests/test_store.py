@@ -398,6 +398,32 @@ def test_a_pattern_of_no_weight_is_refused_before_anything_is_decomposed(
         call()
 
 
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ({"rank_pattern": {"q_proj": 2}}, "sets the ranks: leave lora.rank_pattern out"),
+        ({"target_parameters": ["experts.up"]}, "experts have no .* leave lora.target_parameters"),
+    ],
+)
+@pytest.mark.parametrize("command", ["init", "train"])
+def test_ranks_that_cannot_be_are_refused_before_any_spectrum(
+    command: str, option: dict[str, Any], said: str, tmp_path: Path, tiny: Tiny,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(Store, "spectrum", no_computing)
+    ranked, lora = {"energy": 0.1}, {"r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]} | option
+    call: Callable[[], Any] = {
+        "init": lambda: decompose(tiny("llama"), tmp_path / "store", lora=lora, ranked=ranked),
+        "train": lambda: run(
+            settings(
+                tiny("llama"), tmp_path, milora={"rank": ranked}, lora=lora | {"lora_dropout": 0}
+            )
+        ),
+    }[command]
+    with pytest.raises(UserError, match=rf"milora\.rank:? {said}"):
+        call()
+
+
 def test_what_is_no_model(tmp_path: Path) -> None:
     for model, said in (
         (f"{tmp_path}/none", "is not a folder, a .gguf file or a hub id"),

@@ -43,14 +43,26 @@ def ranks(
     return at(low)
 
 
-def with_ranks(lora: Mapping[str, Any], found: Mapping[str, int]) -> dict[str, Any]:
-    """The options of peft.LoraConfig with those ranks, at the scale s = lora_alpha / r of `lora`.
-
-    Raises UserError for an option that says the same in another way.
+def check_ranked(lora: Mapping[str, Any]) -> None:
+    """Raise UserError for an option of peft.LoraConfig that says the ranks in another way, and for
+    experts, to which PEFT gives one rank.
     """
     for key in ("rank_pattern", "alpha_pattern", "use_rslora"):
         if lora.get(key):
             raise UserError(f"milora.rank sets the ranks: leave lora.{key} out")
+    if lora.get("target_parameters"):
+        raise UserError(
+            "milora.rank: experts have no ranks of their own: leave lora.target_parameters out, or "
+            "milora.rank, for lora.r everywhere"
+        )
+
+
+def with_ranks(lora: Mapping[str, Any], found: Mapping[str, int]) -> dict[str, Any]:
+    """The options of peft.LoraConfig with those ranks, at the scale s = lora_alpha / r of `lora`.
+
+    Raises UserError as check_ranked does.
+    """
+    check_ranked(lora)
     scale = lora["lora_alpha"] / lora["r"]
     return {
         **lora,

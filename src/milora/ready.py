@@ -29,7 +29,7 @@ from milora.processes import Processes
 from milora.progress import Progress
 from milora.protect import check_patterns, check_protect, parts_of
 from milora.quantised import loaded_bytes
-from milora.ranks import ranks, with_ranks
+from milora.ranks import check_ranked, ranks, with_ranks
 from milora.recommended import not_said, recommended, stored_in
 from milora.store import Store
 from milora.training_state import STATE, last_complete_checkpoint
@@ -100,6 +100,8 @@ def check(
         ):  # fmt: skip
             if there is not None:
                 raise UserError(f"milora.{key}: full fine-tuning has no factors: use an adapter")
+    if milora["rank"]:
+        check_ranked(lora)
     protect, apart = parts_of(milora["protect"])
     check_protect(protect, method)
     earlier = open_earlier(asked, run, resumed, apart)

@@ -31,7 +31,7 @@ from milora.matrices import components_of_parts
 from milora.pretrained import dtype_of, task_of
 from milora.progress import Progress
 from milora.protect import Protect, check_patterns, check_protect, top_of
-from milora.ranks import ranks
+from milora.ranks import check_ranked, ranks
 from milora.svd import SOLVER, Component, Components, components, positions
 from milora.targeting import lora_config, targets
 
@@ -239,6 +239,8 @@ def decompose_checkpoint(
     """
     if method not in COMPONENT:
         raise UserError(f"method {method} starts from no components: there is nothing to decompose")
+    if ranked:
+        check_ranked(lora)
     config: LoraConfig = lora_config(lora)
     checkpoint = open_checkpoint(model, trust_remote_code)
     read = full_weights(checkpoint, model)
