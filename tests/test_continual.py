@@ -470,6 +470,30 @@ def test_what_cannot_be_continued_is_refused(
     assert not (tmp_path / "second").exists()
 
 
+def test_too_little_room_is_refused_before_decomposing(
+    first: Path, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the earlier update spans counts, and not the rank that its adapter has."""
+    monkeypatch.setattr("milora.train._begin", lambda *args: pytest.fail("begun"))
+    apart = {"milora": {"protect": {"tasks": "all"}}}
+    for rank in (8, 9):
+        asked = further(tiny, tmp_path, "second", first, lora={"r": rank}, **apart)
+        if rank == 8:
+            run(asked, dry_run=True)
+            continue
+        for dry_run in (True, False):
+            with pytest.raises(UserError, match=r"hold 8 of the 16 outputs of .* has rank 9"):
+                run(asked, dry_run=dry_run)
+    shutil.copytree(first, tmp_path / "first")
+    weights = tmp_path / "first/adapter/adapter_model.safetensors"
+    tensors = load_file(weights)
+    for name, tensor in tensors.items():
+        if "lora_A" in name:
+            tensor[4:] = tensor[:4]  # of rank 4 in all but name
+    save_file(tensors, weights, {"format": "pt"})
+    run(further(tiny, tmp_path, "third", tmp_path / "first", lora={"r": 9}, **apart), dry_run=True)
+
+
 def test_rows_of_other_classes_are_refused(first: Path) -> None:
     earlier = Earlier(read_link(first), "same", {})
     base = earlier.link.record["base"]["sha256"]

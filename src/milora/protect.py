@@ -213,18 +213,31 @@ def held(
             Vh = _joint(Vh, inputs[name])
         if name in used:
             U, Vh = _joint(U.T, used[name].U.T).T, _joint(Vh, used[name].Vh)
-        for what, count, size in (
-            ("inputs", len(Vh), A.shape[1]), ("outputs", U.shape[1], len(B))
-        ):  # fmt: skip
-            if size - count < len(A) and (name in inputs or name in used):
-                tasks = ", or continue.rank of the run that this one continues" * (name in used)
-                raise UserError(
-                    f"milora.protect and protect_inputs hold {count} of the {size} {what} of "
-                    f"{name}, whose adapter has rank {len(A)}: lower one of them{tasks}"
-                )
+        if name in inputs or name in used:
+            _check_left(name, len(A), Held(U, Vh), tasks=name in used)
         if len(Vh):
             found[name] = Held(U, Vh)
     return found
+
+
+def _check_left(name: str, rank: int, own: Held, tasks: bool) -> None:
+    for what, vectors in (("inputs", own.Vh), ("outputs", own.U.mT)):
+        count, size = vectors.shape
+        if size - count < rank:
+            further = ", or continue.rank of the run that this one continues" * tasks
+            raise UserError(
+                f"milora.protect and protect_inputs hold {count} of the {size} {what} of {name}, "
+                f"whose adapter has rank {rank}: lower one of them{further}"
+            )
+
+
+def check_room(matrices: Mapping[str, Matrix], previous: Mapping[str, Factors]) -> None:
+    """Raise UserError where `previous`, which `{tasks: all}` holds, leaves less of a weight than
+    the rank of its adapter. `matrices` may be on the meta device.
+    """
+    for name, matrix in matrices.items():
+        if name in previous:
+            _check_left(name, matrix.rank(TRAINED), Held(*span(*previous[name])), tasks=True)
 
 
 def _joint(one: Tensor, other: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from milora.pretrained import Pretrained, dtype_of, labels_of, task_of
 from milora.preview import size
 from milora.processes import Processes
 from milora.progress import Progress
-from milora.protect import check_patterns, check_protect, parts_of
+from milora.protect import check_patterns, check_protect, check_room, parts_of
 from milora.quantised import loaded_bytes
 from milora.ranks import check_ranked, ranks, with_ranks
 from milora.recommended import not_said, recommended, stored_in
@@ -191,8 +191,9 @@ def check(
             read = folded(base.model, weights, previous) if previous else weights
             options = with_ranks(lora, _ranks(base, names, ranked, start, read, progress))
         lora_config = targeting.lora_config(options, task, base.in_full)
-        if asked["milora"]["protect_inputs"]:  # before any decomposition
-            _check_inputs(base, lora_config, asked["milora"]["protect_inputs"])
+        inputs = asked["milora"]["protect_inputs"]
+        if inputs or apart:  # before any decomposition
+            _check_room(base, lora_config, inputs, previous if apart else {})
     if lora_config is not None:
         whole = lora_config.modules_to_save or ()
         lora_config.trainable_token_indices = {
@@ -380,10 +381,15 @@ def _targets(base: Pretrained, lora: Mapping[str, Any]) -> dict[str, targeting.T
     return targeting.targets(skeleton_of(base.model), config)
 
 
-def _check_inputs(base: Pretrained, config: LoraConfig, count: int) -> None:
+def _check_room(
+    base: Pretrained, config: LoraConfig, inputs: int, previous: Mapping[str, adapter.Factors]
+) -> None:
+    """Raise UserError where what is to be held leaves less of a weight than the adapter's rank."""
     own = deepcopy(config)  # PEFT writes into it
-    shapes = adapter.without_values(skeleton_of(base.model), own, "lora")
-    check_inputs(adapted_matrices(shapes), count)
+    matrices = adapted_matrices(adapter.without_values(skeleton_of(base.model), own, "lora"))
+    if inputs:
+        check_inputs(matrices, inputs)
+    check_room(matrices, previous)
 
 
 def _ranks(
