@@ -126,6 +126,16 @@ def test_two_give_what_one_gives(way: str, tiny: Tiny, tmp_path: Path) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+@pytest.mark.parametrize("way", ["ddp", "fsdp2", "zero3"])
+def test_a_last_step_that_leads_to_no_numbers_ends_all(
+    way: str, tiny: Tiny, tmp_path: Path
+) -> None:
+    training = {"max_steps": 1, "learning_rate": 1e39, "warmup_steps": 0, "eval_strategy": "no"}
+    said = finish(start(way, "train", str(config(tiny, tmp_path, "run", 4, training=training))), 2)
+    assert said.count("holds NaN or infinite values at step 1: the run has diverged") == 1
+    assert not (tmp_path / "run/checkpoints/trained.safetensors").exists()
+
+
 @pytest.mark.parametrize("how", ["fold", "same"])
 def test_two_go_on_from_a_run_as_one_does(how: str, tiny: Tiny, tmp_path: Path) -> None:
     alone(config(tiny, tmp_path, "first", 8))
