@@ -88,6 +88,7 @@ def test_the_base_is_untouched_and_comes_back_bitwise(
     assert fingerprints.base_sha256(model.unload()) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_autocast_starts_exactly_at_the_base(
@@ -219,6 +220,7 @@ class Rewritten(nn.Module):
         return self.base(x) + self.s * (x @ self.A.T @ self.B.T)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_twenty_steps_equal_the_rewritten_base(
     kind: str, load: Load, batch: dict[str, torch.Tensor]

@@ -201,6 +201,7 @@ def test_a_number_that_is_none_is_not_taken_for_no_error() -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "smaller",
     [

@@ -154,6 +154,7 @@ def asked_of(name: str, folder: Callable[[str], Path], home: Path, **changes: An
     return settings(folder(name), home, **changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EACH)
 def test_from_the_base_to_the_artefacts(
     name: str, folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -197,6 +198,7 @@ def test_from_the_base_to_the_artefacts(
     assert float((found - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", *slow("phi3", "mixtral")])
 @pytest.mark.parametrize("protect", [0, {"tasks": "all"}])
 def test_a_run_goes_on_from_another(
@@ -227,6 +229,7 @@ def test_a_run_goes_on_from_another(
             assert (dW @ earlier.T).norm() < 1e-4 * earlier.norm() * dW.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_wrong_targets_name_the_eligible(
     name: str, folder: Callable[[str], Path], tmp_path: Path
@@ -384,6 +387,7 @@ def test_experts_are_built_upon(
     assert all(check.holds for check in verify(tmp_path / "run"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     ["gpt2", "phi3", *slow("mixtral", "t5", "bert")],
@@ -439,6 +443,7 @@ def test_experts_that_are_not_covered_are_said(
         run(settings(folder("mixtral"), tmp_path, lora=whole))
 
 
+@pytest.mark.slow
 def test_weights_out_of_the_ordinary(folder: Callable[[str], Path], tmp_path: Path) -> None:
     """A stack with an expert of zeros, a weight of one row, a rank that is all there is."""
     model = AutoModelForCausalLM.from_pretrained(folder("qwen2-moe"))
@@ -568,6 +573,7 @@ def test_every_matrix_is_counted_once(name: str, folder: Callable[[str], Path]) 
     assert len(rows) == len({*found["adapted"], *found["not_adapted"]})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [name for name, one in ARCHITECTURES.items() if not one.parameters]
 )

@@ -193,6 +193,7 @@ def test_two_texts_have_no_correlation_of_similarities() -> None:
     assert moved(before[:2], after[:2])["moved"] is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["milora", pytest.param("full", marks=pytest.mark.slow)])
 def test_a_run_and_its_commands(
     method: str, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

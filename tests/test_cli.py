@@ -80,6 +80,7 @@ def command(
     return Command(tmp_path, tiny("llama"), capsys)
 
 
+@pytest.mark.slow
 def test_a_whole_run_and_what_follows(command: Command) -> None:
     config = command.config()
     code, out, err = command("train", config, "--dry-run")
@@ -162,6 +163,7 @@ def test_what_is_said_when_it_is_stopped(
     assert capsys.readouterr().err.strip() == said
 
 
+@pytest.mark.slow
 def test_a_dry_run_takes_a_step_as_training_does(
     command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,6 +198,7 @@ def test_eval_of_a_plain_model(command: Command) -> None:
     assert "rows: accuracy of 2" in out
 
 
+@pytest.mark.slow
 def test_scores_are_of_the_file_that_the_task_had(command: Command) -> None:
     tasks = [{"file": "rows.jsonl", "match": "number", "max_new_tokens": 8}]
     assert command("train", command.config(evaluate={"tasks": tasks}))[0] == 0
@@ -234,6 +237,7 @@ def test_scores_are_of_the_file_that_the_task_had(command: Command) -> None:
     assert "the model has 512 positions" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["milora", "full"])
 def test_a_base_that_has_moved(
     method: str, command: Command, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
@@ -254,6 +258,7 @@ def test_a_base_that_has_moved(
     assert "--base: moved is a model, with nothing beneath it: leave it out" in said
 
 
+@pytest.mark.slow
 def test_chat_reads_lines(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     command("train", command.config())
     monkeypatch.setattr(sys, "stdin", io.StringIO("1 + 1 =\n\n"))

@@ -80,6 +80,7 @@ def updates(runs: list[Path], tiny: Tiny) -> list[dict[str, Factors]]:
     ]
 
 
+@pytest.mark.slow
 def test_the_sum_is_exact(
     runs: list[Path], tiny: Tiny, tmp_path: Path, batch: dict[str, Tensor]
 ) -> None:

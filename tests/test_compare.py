@@ -57,6 +57,7 @@ def run(config: Path, names: list[str], seeds: list[int], rates: list[float]) ->
     return compare(config, [], arms(*names), seeds, rates, Progress())
 
 
+@pytest.mark.slow
 def test_a_grid(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ["lora", "lora:training.weight_decay=0.5", "milora"]
     result = run(config, names, [0, 1], [1e-4, 1e-2])
@@ -489,6 +490,7 @@ def test_arms() -> None:
             parse_arm(text)
 
 
+@pytest.mark.slow
 def test_the_command(
     config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -113,6 +113,7 @@ def test_nothing_is_smaller_at_nearly_all_energy(tiny: Tiny, text: Path) -> None
     assert "no layer is smaller as two factors" in sentence(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "bits"), [("llama", 4), ("llama", 8), ("gpt2", 4)])
 def test_a_packed_folder_loads_and_trains(
     kind: str, bits: int, tiny: Tiny, text: Path, tmp_path: Path

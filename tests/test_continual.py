@@ -54,6 +54,7 @@ def shaken(model: PeftModel, size: float, seed: int = 0) -> None:
                 factor.add_(size * (factor.abs().mean() + 0.02) * torch.randn_like(factor))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["milora", "lora", "middle"])
 @pytest.mark.parametrize("keep_apart", [False, True])
 def test_five_foldings_without_a_step_are_one_function(
@@ -218,6 +219,7 @@ def first_is_untouched(request: pytest.FixtureRequest) -> Iterator[None]:
     assert hashes(folder) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["milora", "lora"])
 @pytest.mark.parametrize("protect", [0, 2, {"tasks": "all"}, {"tasks": "all", "weights": 2}])
 def test_a_new_adapter_on_the_earlier_result(
@@ -415,6 +417,7 @@ def test_a_failed_gate_leaves_the_earlier_release(first: Path, tiny: Tiny, tmp_p
     assert done.stdout.splitlines()[-1].endswith("first/adapter")
 
 
+@pytest.mark.slow
 def test_the_command_goes_on_and_a_failed_gate_ends_it_with_3(
     first: Path, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

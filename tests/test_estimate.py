@@ -51,6 +51,7 @@ def of_shapes(model: str, method: str, dtype: torch.dtype = torch.float32, **opt
     return costs.step(live, ROWS, TOKENS, 258, autocast=compute_dtype(arguments))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["milora", "lora", "full"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_of_shapes_is_a_step(kind: str, method: str) -> None:
@@ -176,6 +177,7 @@ def test_disk(tiny: Tiny, tmp_path: Path) -> None:
         assert sum(f.stat().st_size for f in files) == pytest.approx(found[place], rel=0.2)
 
 
+@pytest.mark.slow
 def test_no_weight_is_read(tiny: Tiny, tmp_path: Path) -> None:
     """A folder with a config alone is enough; nothing is written."""
     (tmp_path / "bare").mkdir()
@@ -200,6 +202,7 @@ def test_no_weight_is_read(tiny: Tiny, tmp_path: Path) -> None:
     assert "set training.max_steps" in "\n".join(lines(found))
 
 
+@pytest.mark.slow
 def test_as_many_batches_as_the_run_has(tiny: Tiny, tmp_path: Path) -> None:
     """A share of less than one row holds out one, and one of 7.7 of them 8."""
     for share, batches in ((0.01, 23), (0.32, 16)):
@@ -257,6 +260,7 @@ def test_the_rate_of_a_product_and_what_training_reaches_of_it(
     assert found["training"]["speed"] == 0.8e12
 
 
+@pytest.mark.slow
 def test_directions_are_counted(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -50,6 +50,7 @@ def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found - wanted).abs().max() / wanted.abs().max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_stock_peft_gives_the_trained_logits(
@@ -151,6 +152,7 @@ def test_the_files_are_what_servers_read(load: Load, tmp_path: Path) -> None:
         torch.testing.assert_close(seen * written["lora_alpha"] / written["r"], update)
 
 
+@pytest.mark.slow
 def test_the_adapter_loads_where_milora_cannot_be_imported(
     tiny: Callable[[str], Path], load: Load, tmp_path: Path, batch: dict[str, torch.Tensor]
 ) -> None:

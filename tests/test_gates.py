@@ -188,6 +188,7 @@ class Run:
         return int(end.value.code or 0), out, err
 
 
+@pytest.mark.slow
 def test_the_command(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

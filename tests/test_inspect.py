@@ -205,6 +205,7 @@ def test_a_damaged_spectrum_is_computed_again(tmp_path: Path) -> None:
     assert (store.made, store.found) == (2, 0)
 
 
+@pytest.mark.slow
 def test_the_command(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -115,6 +115,7 @@ def test_the_directions_are_those_of_the_inputs(kind: str, load: Load) -> None:
         torch.testing.assert_close(mine @ mine.T, torch.eye(k).double(), atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["milora", "lora"])
 def test_inputs_are_held(method: str, tiny: Tiny, text: Path, tmp_path: Path) -> None:
     asked = {"text": str(text), "protect_inputs": 20, "protect": 3}
@@ -268,6 +269,7 @@ def test_a_text_that_nothing_uses_is_said(
     assert "milora.text is not used" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_base_writes_as_it_predicts(load: Load, tiny: Tiny) -> None:
     model, tokenizer = load("llama"), AutoTokenizer.from_pretrained(tiny("llama"))
     torch.manual_seed(3)
@@ -298,6 +300,7 @@ def test_the_directions_of_many_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert float((X @ near.T).norm()) == pytest.approx(float((X @ exact.T).norm()), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_what_is_recommended(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -41,6 +41,7 @@ def check_resumed(
     assert not [p for p in (folder / "adapter").iterdir() if p.name.endswith(".tmp")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "at_write",
     [24]
@@ -71,6 +72,7 @@ def test_killed_at_the_nth_write(
     check_resumed(children, arguments, wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "share", [0.5, *(pytest.param(s, marks=pytest.mark.slow) for s in (0.3, 0.7, 0.9))]
 )

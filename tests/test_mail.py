@@ -28,6 +28,7 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_train_and_test_have_nothing_in_common() -> None:
     for table in (generate.FIRST, generate.LAST, generate.PRODUCT, generate.GREETING):
         assert not set(table["train"]) & set(table["test"])

@@ -387,6 +387,7 @@ def test_answers_end_where_they_did_in_training(pair: tuple[Path, Path], tmp_pat
     assert ends == {"eos_token_id": [tokenizer.eos_token_id, 1], "max_length": 99}
 
 
+@pytest.mark.slow
 def test_what_else_lies_in_the_folders(pair: tuple[Path, Path], tmp_path: Path) -> None:
     """A download's cache beside the adapter; weights in other formats beside the base."""
     base, adapter = pair

@@ -324,6 +324,7 @@ def test_they_are_stored_with_their_base(load: Load, tmp_path: Path) -> None:
 HELD: dict[str, Any] = {"milora": {"protect": 5, "interference": {"every": 2, "top": 0}}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "training",
     [
@@ -411,6 +412,7 @@ def test_resumed_as_unbroken(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.Mon
     assert files["whole"] == files["broken"]
 
 
+@pytest.mark.slow
 def test_a_limit_warns_and_stops(
     tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -81,6 +81,7 @@ def anchors(model: PeftModel) -> dict[str, torch.Tensor]:
     return {n: x.clone() for n, x in model.state_dict().items() if f".{ANCHOR}." in n}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", [own_loop, trainer, sft, dpo])
 @pytest.mark.parametrize("method", ["milora", "lora"])
 def test_loops_of_others(

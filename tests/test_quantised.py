@@ -106,6 +106,7 @@ def test_the_factors_are_of_the_full_precision_file(finished: Path, tiny: Tiny) 
             assert first == pytest.approx(float(torch.linalg.norm(W.double(), 2)), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_the_result_fits_both_bases(finished: Path, tiny: Tiny, tmp_path: Path) -> None:
     opened = open_adapter(finished)
     assert is_packed(opened.model.base_model.model.get_submodule(NAME).get_base_layer())

@@ -18,6 +18,7 @@ SHAPE = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe(recipe: Path, tmp_path: Path) -> None:
     text = recipe.read_text(encoding="utf-8")

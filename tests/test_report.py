@@ -59,6 +59,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home / "run"
 
 
+@pytest.mark.slow
 def test_everything_is_on_it(finished: Path) -> None:
     page = report(finished)
     assert re.findall(r'<h2 id="(\w+)"', page) == list(SECTIONS)
@@ -163,6 +164,7 @@ def test_both_languages_say_the_same() -> None:
         assert used or key in ("training", "export", "evaluation", "right", "wrong"), key
 
 
+@pytest.mark.slow
 def test_the_command_and_every_run(
     finished: Path, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

@@ -193,6 +193,7 @@ def test_leftovers_of_killed_writers_are_removed_in_time(tmp_path: Path) -> None
     assert [path.name for path in folder.iterdir()] == [".new.tmp"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_init_leaves_nothing_for_train_to_compute(

@@ -125,6 +125,7 @@ def check_triplets(W: Tensor, found: object, wanted: Tensor, size: float) -> Non
     assert float((S - wanted).abs().max()) <= max(1e-3 * cut, 1e-13) * unit
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(
     st.sampled_from(KINDS),

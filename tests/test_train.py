@@ -53,6 +53,7 @@ def finished(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+@pytest.mark.slow
 def test_the_run_folder(finished: Path, tiny: Tiny) -> None:
     assert files(finished) >= {
         "config.yaml",
@@ -116,6 +117,7 @@ def test_one_artefact(finished: Path, tiny: Tiny) -> None:
     assert not list(finished.rglob("training_args*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["qwen2", "gpt2", "tied"])
 def test_the_exported_adapter_is_what_was_trained(kind: str, tiny: Tiny, tmp_path: Path) -> None:
     run(settings(tiny(kind), tmp_path, lora={"lora_alpha": 6, "use_rslora": True}))
@@ -172,6 +174,7 @@ def test_an_export_that_is_not_what_was_trained_is_no_result(
     assert not (tmp_path / "run" / "adapter").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_sixteen_bit_starts_exactly_at_the_base(dtype: str, tiny: Tiny, tmp_path: Path) -> None:
     record = run(settings(tiny("llama"), tmp_path, dtype=dtype, training={"learning_rate": 1e-3}))
@@ -211,6 +214,7 @@ def test_zero_singular_values_are_reported(
     assert (trained[name].abs().amax(dim=0) > 0).all()  # every rank has learned
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["pissa", "middle", "random", "lora"])
 def test_the_other_methods(method: str, tiny: Tiny, tmp_path: Path) -> None:
     record = run(settings(tiny("llama"), tmp_path, method=method))
@@ -302,6 +306,7 @@ def test_the_first_loss_is_that_of_the_base(tiny: Tiny, tmp_path: Path) -> None:
     assert answer_loss(model, tokenizer, train) == (pytest.approx(total / count, rel=1e-5), 19)
 
 
+@pytest.mark.slow
 def test_the_held_out_loss_is_the_mean_over_labels(tiny: Tiny, tmp_path: Path) -> None:
     """However many rows are computed at once, and as the evaluation has it.
 
@@ -344,6 +349,7 @@ def test_weight_decay_is_for_the_factors_alone(tiny: Tiny, tmp_path: Path) -> No
     assert found["lm_head", 50.0] > 0.95 * found["lm_head", 0.0]
 
 
+@pytest.mark.slow
 def test_weight_decay_reaches_the_optimizer(tiny: Tiny, tmp_path: Path) -> None:
     size = {}
     for decay in (0.0, 0.5):
@@ -355,6 +361,7 @@ def test_weight_decay_reaches_the_optimizer(tiny: Tiny, tmp_path: Path) -> None:
     assert size[0.5] < 0.99 * size[0.0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method", ["milora", *(pytest.param(m, marks=pytest.mark.slow) for m in ("pissa", "random"))]
 )
@@ -383,6 +390,7 @@ def test_a_tracker_gets_the_figures(tiny: Tiny, tmp_path: Path) -> None:
     assert list((tmp_path / "run").rglob("events.out.tfevents*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["run.v1", "min-max", "with space", "slash/"])
 def test_folder_names_that_broke_other_tools(name: str, tiny: Tiny, tmp_path: Path) -> None:
     arguments = settings(tiny("llama"), tmp_path) | {"output_dir": f"{tmp_path}/{name}"}
@@ -457,6 +465,7 @@ def test_what_would_train_nothing_is_refused_before_decomposing(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("again", [6, 7, 8])
 def test_rows_grouped_by_length_resume_as_unbroken(again: int, tiny: Tiny, tmp_path: Path) -> None:
     """In the second epoch, of five steps each: at its beginning, and within it."""
@@ -538,6 +547,7 @@ def test_a_last_step_that_leads_to_no_numbers_has_no_result(
     assert not {"adapter", "model"} & {path.name for path in (tmp_path / "run").iterdir()}
 
 
+@pytest.mark.slow
 def test_resume_goes_on_where_the_run_stood(
     finished: Path, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -589,6 +599,7 @@ def test_resume_goes_on_where_the_run_stood(
     assert result_hashes(tmp_path / "run") == ours
 
 
+@pytest.mark.slow
 def test_a_run_of_an_earlier_version_is_resumed(tiny: Tiny, tmp_path: Path) -> None:
     """Before milora.start, protect_inputs and text could be said."""
     arguments = settings(tiny("llama"), tmp_path)
@@ -744,6 +755,7 @@ def test_chat_answers_from_both(finished: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_dry_run_counts_all_that_is_decomposed(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -766,6 +778,7 @@ def test_a_dry_run_counts_all_that_is_decomposed(
         assert taken == wanted
 
 
+@pytest.mark.slow
 def test_a_dry_run_writes_nothing_and_shows_what_is_trained(tiny: Tiny, tmp_path: Path) -> None:
     plan = run(settings(tiny("llama"), tmp_path), dry_run=True)
     assert not (tmp_path / "run").exists()

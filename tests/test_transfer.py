@@ -128,6 +128,7 @@ def home(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_gate_has_all_tasks_evaluated(home: Path) -> None:
     run_folder = home / "runs" / "minus"
     record = json.loads((run_folder / "run.json").read_text())
