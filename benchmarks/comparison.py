@@ -315,7 +315,7 @@ def docs() -> None:
     fronts = {name: result for name, result in found.items() if _of_fronts(name)}
     others = {name: result for name, result in found.items() if name not in fronts}
     parts["comparison"] = markdown(against_lora(others))
-    shown = ("lora", "milora", RECOMMENDED, f"milora:{BALANCED}:{KEEP}=1")
+    shown = ("lora", DORA, MICA, "milora", RECOMMENDED, f"milora:{BALANCED}:{KEEP}=1")
     parts["by rate"] = markdown(by_rate("smollm2fronts", shown))
     parts["larger"] = markdown(by_rate("smollm2large", LARGE))
     parts["fronts"] = markdown(at_own_rates(fronts))
