@@ -532,6 +532,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tiny: Tiny, tmp_path: Path) -> N
         (1e39, "lora_A.* holds NaN or infinite values at step 1", {}),
         (1e39, "weight holds NaN or infinite values at step 1", {"method": "full"}),
         (1e30, "logits that are no numbers", {}),
+        (1e4, "logits that are all zero", {}),
         (1e30, "logits that are no numbers", {"lora": {"modules_to_save": ["lm_head"]}}),
     ],
 )

@@ -406,9 +406,10 @@ def _check_logits(model: nn.Module, probe: Mapping[str, Tensor], args: TrainingA
     """The same of what comes of numbers that are too large."""
     model.eval()
     with torch.no_grad():
-        logits = logits_of(model, probe)
-    if not torch.isfinite(logits).all():
-        raise DivergedError(diverged("the trained model gives logits that are no numbers", args))
+        largest = float(logits_of(model, probe).abs().max())
+    if not 0 < largest < math.inf:  # a norm whose squares are too large gives zeros
+        what = "no numbers" if largest else "all zero"
+        raise DivergedError(diverged(f"the trained model gives logits that are {what}", args))
 
 
 def _finish(ready: Ready, begun: Begun, progress: Progress) -> dict[str, Any]:
