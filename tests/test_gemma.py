@@ -47,7 +47,8 @@ def test_from_the_base_to_the_result(tokens: list[str], gguf: Path, tmp_path: Pa
     text.write_text("What goes up must come down. 降りるだけ。\n" * 20, encoding="utf-8")
     asked = settings(
         gguf, tmp_path, lora=LORA, data={"train": str(rows), "eval": 0.2, "max_length": 128},
-        tokenizer={"tokens": tokens}, training={"max_steps": 2, "learning_rate": 1e-3},
+        tokenizer={"tokens": tokens},
+        training={"max_steps": 1, "learning_rate": 1e-3, "per_device_train_batch_size": 2},
         evaluate={"tasks": [], "knowledge": str(text)},
     )  # fmt: skip
     record = run(asked)
