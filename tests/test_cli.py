@@ -362,6 +362,7 @@ def test_a_nan_in_a_weight(command: Command, tiny: Tiny) -> None:
     assert "model.layers.1.self_attn.v_proj.weight holds NaN or infinite values" in said
 
 
+@pytest.mark.slow
 def test_a_wrong_base_for_an_adapter_and_a_damaged_one(command: Command, tiny: Tiny) -> None:
     command("train", command.config())
     for verb in (("verify", "run", "--base"),):
@@ -377,6 +378,7 @@ def test_a_wrong_base_for_an_adapter_and_a_damaged_one(command: Command, tiny: T
     assert "is not what it was when it was made: do not use it" in err
 
 
+@pytest.mark.slow
 def test_no_room_on_the_disk(command: Command) -> None:
     """The largest file that may be written is smaller than the adapter: the kernel says no."""
     config = command.config()

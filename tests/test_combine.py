@@ -111,6 +111,7 @@ def test_the_sum_is_exact(
     assert "-0.5 × `two` (milora)" in card
 
 
+@pytest.mark.slow
 def test_what_a_chain_was_cut_by_is_said_of_all_that_is_made_of_it(
     runs: list[Path], tiny: Tiny, tmp_path: Path
 ) -> None:

@@ -160,6 +160,7 @@ def test_without_matplotlib_the_figures_are_there(
     assert "<h2>The trade" not in (tmp_path / "grid" / "compare.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_of_other_settings_is_not_taken(config: Path) -> None:
     run(config, ["lora"], [0], [1e-3])
     values = yaml.safe_load(config.read_text())

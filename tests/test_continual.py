@@ -300,6 +300,7 @@ def test_the_same_adapter_is_trained_on(
     assert not all(torch.equal(one[name], three[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_killed_before_all_of_the_start_is_written(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -473,6 +474,7 @@ def test_what_cannot_be_continued_is_refused(
     assert not (tmp_path / "second").exists()
 
 
+@pytest.mark.slow
 def test_too_little_room_is_refused_before_decomposing(
     first: Path, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -124,6 +124,7 @@ def test_a_line_ends_at_a_line_end_alone(tmp_path: Path) -> None:
     assert read_lines(tmp_path / "a.jsonl") == lines
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", ["", "[1]", "a: [", "a: 2026-13-45", "[" * 3000])
 def test_a_damaged_file_of_ours_is_named(content: str, tmp_path: Path) -> None:
     for name, read in (("config.yaml", read_yaml), ("run.json", read_record)):

@@ -130,6 +130,7 @@ def test_a_run_with_ranks_by_layer(tiny: Tiny, tmp_path: Path) -> None:
         run(arguments | {"method": "full", "output_dir": str(tmp_path / "full")})
 
 
+@pytest.mark.slow
 def test_init_decomposes_what_train_then_finds(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -144,6 +145,7 @@ def test_init_decomposes_what_train_then_finds(
     assert "14 of 14 weights were in the store" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_init_leaves_no_largest_components_to_train(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -72,6 +72,7 @@ def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found - wanted).abs().max() / wanted.abs().max())
 
 
+@pytest.mark.slow
 def test_a_run_on_nf4(finished: Path, tiny: Tiny) -> None:
     record = json.loads((finished / "run.json").read_text())
     base = record["base"]

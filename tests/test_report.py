@@ -121,6 +121,7 @@ def test_text_stays_text(finished: Path, tmp_path: Path) -> None:
         assert "://" not in page.replace("http://www.w3.org/", "")
 
 
+@pytest.mark.slow
 def test_what_cannot_be_loaded_by_its_name(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "run")
     record = json.loads((finished / "run.json").read_text())

@@ -151,6 +151,7 @@ def test_each_fault_is_named(
     assert "another base, another adapter or other weights" in failed(wrong)
 
 
+@pytest.mark.slow
 def test_a_server_that_cannot_be_asked(pair: tuple[Path, Path], tmp_path: Path) -> None:
     def refused(said: str, url: str, model: str | None = None) -> None:
         with pytest.raises(UserError, match=said):

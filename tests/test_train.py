@@ -93,6 +93,7 @@ def test_the_run_folder(finished: Path, tiny: Tiny) -> None:
     assert len((finished / "samples.jsonl").read_text().splitlines()) == 4
 
 
+@pytest.mark.slow
 def test_the_base_on_disk_is_untouched(tiny: Tiny, tmp_path: Path) -> None:
     base = tiny("tied")
     before = {name: sha256(base / name) for name in files(base)}
@@ -280,6 +281,7 @@ def test_gradient_checkpointing_gives_the_same_adapter(tiny: Tiny, tmp_path: Pat
         torch.testing.assert_close(tensor, found[1][name], atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_first_loss_is_that_of_the_base(tiny: Tiny, tmp_path: Path) -> None:
     """An independent forward over the same rows: mask, normalisation and step 0 in one figure."""
     arguments = settings(
@@ -484,6 +486,7 @@ def test_rows_grouped_by_length_resume_as_unbroken(again: int, tiny: Tiny, tmp_p
     assert sha256(checkpoints / "trained.safetensors") == wanted
 
 
+@pytest.mark.slow
 def test_an_evaluation_at_the_start_is_not_done_again(tiny: Tiny, tmp_path: Path) -> None:
     """It would count against the patience: the best state is no better than itself."""
     training = {"eval_on_start": True, "save_steps": 1, "eval_steps": 1, "save_total_limit": 50}
@@ -902,6 +905,7 @@ def test_lengths_that_the_model_cannot_take_are_refused(tiny: Tiny, tmp_path: Pa
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_auto_is_what_it_was_when_the_run_is_resumed(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
