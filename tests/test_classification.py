@@ -194,7 +194,7 @@ def test_two_texts_have_no_correlation_of_similarities() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["milora", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", ["milora", "full"])
 def test_a_run_and_its_commands(
     method: str, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

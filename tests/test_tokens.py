@@ -30,10 +30,6 @@ TOKENS = ["<tool>", "検索"]
 TARGETS = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "c_fc"], "tied": ["q_proj"]}
 
 
-def slow(*values: Any) -> Any:
-    return pytest.param(*values, marks=pytest.mark.slow)
-
-
 def marked_rows(path: Path) -> Path:
     """Rows in which the new tokens are the answer."""
     rows = [
@@ -260,13 +256,14 @@ def test_tokens_without_a_row_are_said(tiny: Callable[[str], Path], tmp_path: Pa
     assert len(embedding(AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model"))) == 260
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "entries", "trained"),
     [
-        slow("llama", ["embed_tokens", "lm_head"], {"model.embed_tokens", "lm_head"}),
-        slow("llama", ["lm_head"], {"lm_head"}),
-        slow("tied", ["embed_tokens", "lm_head"], {"model.embed_tokens", "lm_head"}),
-        slow("tied", ["embed_tokens"], {"model.embed_tokens", "lm_head"}),
+        ("llama", ["embed_tokens", "lm_head"], {"model.embed_tokens", "lm_head"}),
+        ("llama", ["lm_head"], {"lm_head"}),
+        ("tied", ["embed_tokens", "lm_head"], {"model.embed_tokens", "lm_head"}),
+        ("tied", ["embed_tokens"], {"model.embed_tokens", "lm_head"}),
     ],
 )
 def test_modules_to_save(

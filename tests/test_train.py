@@ -364,9 +364,7 @@ def test_weight_decay_reaches_the_optimizer(tiny: Tiny, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "method", ["milora", *(pytest.param(m, marks=pytest.mark.slow) for m in ("pissa", "random"))]
-)
+@pytest.mark.parametrize("method", ["milora", "pissa", "random"])
 def test_weight_decay_shrinks_the_update(method: str, tiny: Tiny, tmp_path: Path) -> None:
     """And not B A, which would take the components that it starts from out of the model."""
     size, kept = {}, {}

@@ -243,9 +243,7 @@ class Reporter(TrainerCallback):
                 handle.write(json.dumps(line) + "\n")
         for key in ("loss", "eval_loss", "train_loss"):
             if not math.isfinite(logs.get(key, 0.0)):
-                raise DivergedError(
-                    diverged(f"{key} is {logs[key]} at step {state.global_step}", args)
-                )
+                raise diverged(f"{key} is {logs[key]} at step {state.global_step}", args)
         if "eval_loss" in logs:
             self.progress.say(f"step {state.global_step}: eval loss {logs['eval_loss']:.4f}")
 
@@ -253,9 +251,9 @@ class Reporter(TrainerCallback):
         return (int(state.num_input_tokens_seen) - self.tokens) / max(self._here(), 1e-9)
 
 
-def diverged(what: str, args: TrainingArguments) -> str:
-    """The sentence for a run with `what`, which is no number."""
-    return (
+def diverged(what: str, args: TrainingArguments) -> DivergedError:
+    """The error of a run with `what`, which is no number."""
+    return DivergedError(
         f"{what}: the run has diverged; use a lower training.learning_rate (now "
         f"{args.learning_rate}) and a new output_dir"
     )

@@ -156,7 +156,9 @@ def _check_same(link: Link, asked: Mapping[str, Any]) -> None:
             )
     init = link.run / "init"
     files = [link.run / "checkpoints" / STATE, init / "factors.safetensors"]
-    for file in (*files, *([init / "top.safetensors"] if inputs else ())):
+    if inputs:
+        files.append(init / "top.safetensors")
+    for file in files:
         if not file.exists():
             raise UserError(
                 f"continue.how: same trains the adapter of {link.run} on, and {file} is gone: put "

@@ -43,7 +43,7 @@ from milora.arguments import training_arguments
 from milora.callbacks import Decay, Hold, Reporter, Watch, diverged
 from milora.card import model_card
 from milora.continual import FILE, logits_before, save_previous, step0, within
-from milora.errors import DivergedError, UserError
+from milora.errors import UserError
 from milora.evaluate import evaluate_all, save_evaluation
 from milora.files import locked, new_folder, read_json, write_json, write_text
 from milora.forms import Collate, collator_for, mean_loss, read_only
@@ -398,8 +398,7 @@ def _check_numbers(model: nn.Module, step: int, arguments: TrainingArguments) ->
     alone, and there is none after the last step.
     """
     if name := not_finite(model):
-        what = f"{name} holds NaN or infinite values at step {step}"
-        raise DivergedError(diverged(what, arguments))
+        raise diverged(f"{name} holds NaN or infinite values at step {step}", arguments)
 
 
 def _check_logits(model: nn.Module, probe: Mapping[str, Tensor], args: TrainingArguments) -> None:
@@ -409,7 +408,7 @@ def _check_logits(model: nn.Module, probe: Mapping[str, Tensor], args: TrainingA
         largest = float(logits_of(model, probe).abs().max())
     if not 0 < largest < math.inf:  # a norm whose squares are too large gives zeros
         what = "no numbers" if largest else "all zero"
-        raise DivergedError(diverged(f"the trained model gives logits that are {what}", args))
+        raise diverged(f"the trained model gives logits that are {what}", args)
 
 
 def _finish(ready: Ready, begun: Begun, progress: Progress) -> dict[str, Any]:
