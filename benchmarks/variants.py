@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import PrinterCallback, set_seed
 
 from milora.arguments import training_arguments
+from milora.begin import versions
 from milora.callbacks import Reporter
 from milora.compare import Outcome, held_out_loss, rows_right
 from milora.config import Config
@@ -24,7 +25,6 @@ from milora.loop import MiloraTrainer
 from milora.processes import processes_of
 from milora.progress import Progress
 from milora.ready import check
-from milora.train import versions
 
 VARIANTS = ("use_dora", "init_lora_weights")
 

@@ -318,7 +318,7 @@ def test_killed_before_all_of_the_start_is_written(
         )  # fmt: skip
         if name == "broken":
             with monkeypatch.context() as context:
-                context.setattr("milora.train.save_tops", killed)
+                context.setattr("milora.begin.save_tops", killed)
                 with pytest.raises(KeyboardInterrupt):
                     run(arguments)
         run(arguments, resume=name == "broken")
@@ -479,7 +479,7 @@ def test_too_little_room_is_refused_before_decomposing(
     first: Path, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the earlier update spans counts, and not the rank that its adapter has."""
-    monkeypatch.setattr("milora.train._begin", lambda *args: pytest.fail("begun"))
+    monkeypatch.setattr("milora.train.begin", lambda *args: pytest.fail("begun"))
     apart = {"milora": {"protect": {"tasks": "all"}}}
     for rank in (8, 9):
         asked = further(tiny, tmp_path, "second", first, lora={"r": rank}, **apart)

@@ -275,7 +275,7 @@ def test_directions_are_counted(
         seen.append(sum(sizes.values()))
         return found
 
-    monkeypatch.setattr("milora.train.held", noting)
+    monkeypatch.setattr("milora.begin.held", noting)
     text = tmp_path / "general.txt"
     text.write_text("of this and that " * 400)
     for place, (protect, inputs, top) in enumerate(

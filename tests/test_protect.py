@@ -394,7 +394,7 @@ def test_without_it_the_top_is_touched(tiny: Tiny, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_resumed_as_unbroken(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import milora.train
+    import milora.begin
 
     files = {}
     for name in ("whole", "broken"):
@@ -403,7 +403,7 @@ def test_resumed_as_unbroken(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.Mon
         if name == "broken":
             break_off(arguments, 6, monkeypatch)
             forbidden = lambda *args, **kwargs: pytest.fail("decomposed again")  # noqa: E731
-            monkeypatch.setattr(milora.train, "top_vectors", forbidden)
+            monkeypatch.setattr(milora.begin, "top_vectors", forbidden)
         run(arguments, resume=name == "broken")
         adapter = tmp_path / name / "run" / "adapter" / "adapter_model.safetensors"
         lines = (tmp_path / name / "run" / "metrics.jsonl").read_text().splitlines()

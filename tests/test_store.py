@@ -26,8 +26,8 @@ from transformers import (
     PreTrainedModel,
 )
 
+import milora.begin
 import milora.store
-import milora.train
 from milora.adapter import add_adapter
 from milora.checkpoint import open_checkpoint
 from milora.errors import UserError
@@ -388,7 +388,7 @@ def test_a_damaged_gguf_file(length: int, tmp_path: Path) -> None:
 def test_a_pattern_of_no_weight_is_refused_before_anything_is_decomposed(
     command: str, tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (milora.store, milora.train):
+    for module in (milora.store, milora.begin):
         monkeypatch.setattr(module, "components", no_computing)
     protect = {"q_proj": 2, "gate": 4}
     call: Callable[[], Any] = {

@@ -138,7 +138,7 @@ def test_the_exported_adapter_is_what_was_trained(kind: str, tiny: Tiny, tmp_pat
 def test_a_run_that_does_not_start_at_the_base_is_stopped(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("milora.train.step0_difference", lambda *_: 2e-5)
+    monkeypatch.setattr("milora.begin.step0_difference", lambda *_: 2e-5)
     with pytest.raises(RuntimeError, match=r"step 0 is not the base: .* 2.0e-05 .* bound 1e-05"):
         run(settings(tiny("llama"), tmp_path))
     assert not (tmp_path / "run").exists()
