@@ -53,9 +53,9 @@ def test_the_same_as_one_pass_for_each_option(kind: str, load: Load) -> None:
 
 def test_scores(load: Load) -> None:
     asked = [
-        Question("a, row 1", "2 + 2 = ?", ["4", "five"], 0),
-        Question("a, row 2", "Is it?", ["yes", "no", "maybe so"], 2),
-        Question("a, row 3", "Why?", ["because", "not"], 0),
+        Question("a, row 1", "2 + 2 = ?", ["4", "five"], 0, ""),
+        Question("a, row 2", "Is it?", ["yes", "no", "maybe so"], 2, ""),
+        Question("a, row 3", "Why?", ["because", "not"], 0, ""),
     ]
     model, tokenizer = load("llama"), make_tokenizer()
     scores, samples = evaluate_task(
@@ -78,7 +78,9 @@ def test_scores(load: Load) -> None:
 
 def test_an_option_begins_after_a_space() -> None:
     tokenizer = make_tokenizer()
-    found = encode_question(tokenizer, Question("p", "Why? {odd}", ["so", "ü"], 0), "{question} A:")
+    found = encode_question(
+        tokenizer, Question("p", "Why? {odd}", ["so", "ü"], 0, ""), "{question} A:"
+    )
     assert tokenizer.decode(found.prompt) == "Why? {odd} A:"
     assert [tokenizer.decode(option) for option in found.options] == [" so", " ü"]
 
@@ -198,7 +200,7 @@ def test_an_option_whose_logits_are_not_finite_is_wrong_and_counted(load: Load) 
         assert len(found) == len(before)
     model.lm_head.weight.data.fill_(torch.nan)
     assert log_probabilities(model, questions())[0] == [None, None]
-    asked = [Question("a, row 1", "2 + 2 = ?", ["4", "five"], 0)]
+    asked = [Question("a, row 1", "2 + 2 = ?", ["4", "five"], 0, "")]
     scores, samples = evaluate_task(Pair(model), tokenizer, ChoiceTask("t", asked, "{question}"))
     assert (scores["tuned"]["accuracy"], scores["tuned"]["not_finite"]) == (0.0, 1.0)
     assert samples[0]["tuned"] == {"log_p": [None, None], "likeliest": None}

@@ -818,6 +818,37 @@ def test_test_rows_that_took_part_are_counted(
     assert "warning: 1 questions of the task own also stand in the held-out rows" in said
 
 
+def test_questions_by_likelihood_that_took_part_are_counted(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Asked in the words of their own files, and in those of the prompt."""
+    likely: dict[str, Any] = {"protocol": "likelihood", "prompt": "Q: {question} A:"}
+    instruction = (
+        "Please choose: What  is it?\n\nAnswer1: a Answer2: b\n\nAnswer format: answer1/answer2"
+    )
+    files = {
+        "plain": {"question": "How many?", "choices": ["1", "2"], "answer": 0},
+        "shown": {"question": "How much?", "choices": ["1", "2"], "answer": 1},
+        "lists": {"instruction": instruction, "answer": "answer2"},
+        "other": {"question": "Where?", "choices": ["1", "2"], "answer": 0},
+    }
+    for name, record in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps([record]))
+    asked = ("how many?", "Q: How much? A:", instruction.replace("  ", " "), "Q: Who? A:")
+    train = [{"prompt": prompt, "completion": "1"} for prompt in asked]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in train))
+    write_rows(tmp_path / "held.jsonl")
+    data: dict[str, Any] = {"train": str(tmp_path / "train.jsonl"), "max_length": 256}
+    data["eval"] = str(tmp_path / "held.jsonl")
+    tasks = [likely | {"file": str(tmp_path / f"{name}.json")} for name in files]
+    run(settings(tiny("llama"), tmp_path, data=data, evaluate={"tasks": tasks}), dry_run=True)
+    said = capsys.readouterr().err
+    for name in files:
+        warned = f"warning: 1 questions of the task {name} also stand in the training rows" in said
+        assert warned == (name != "other"), name
+    assert "held-out rows" not in said
+
+
 @pytest.mark.parametrize("name", ["knowledge", "interference", "continual", "knowledge.own"])
 def test_a_task_cannot_have_the_name_of_another_measure(
     name: str, tiny: Tiny, tmp_path: Path

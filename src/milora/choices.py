@@ -29,6 +29,7 @@ class Question(NamedTuple):
     question: str
     options: list[str]
     right: int  # index of the right option
+    asked: str  # all that the record asks, as a row of training would
 
 
 class Encoded(NamedTuple):
@@ -63,6 +64,7 @@ def _question(record: Mapping[str, Any], place: str) -> Question:
         question, options, answer = record.get("question"), record["choices"], record.get("answer")
         if not isinstance(question, str) or not question.strip():
             raise UserError(f"{place}: question must be a text, it is {question!r}")
+        asked = question
         if not isinstance(options, list) or not all(isinstance(o, str) and o for o in options):
             raise UserError(f"{place}: choices must be a list of texts, it is {options!r}")
         if isinstance(answer, str) and answer in options:
@@ -72,7 +74,8 @@ def _question(record: Mapping[str, Any], place: str) -> Question:
         else:
             raise UserError(f"{place}: answer must be a choice or its index, it is {answer!r}")
     elif isinstance(record.get("instruction"), str) and isinstance(record.get("answer"), str):
-        question, options, right = _llm_adapters(record["instruction"], record["answer"], place)
+        asked = record["instruction"]
+        question, options, right = _llm_adapters(asked, record["answer"], place)
     else:
         raise UserError(
             f"{place}: the likelihood protocol needs question, choices and answer, or "
@@ -82,7 +85,7 @@ def _question(record: Mapping[str, Any], place: str) -> Question:
         raise UserError(f"{place}: at least two choices are needed")
     if not 0 <= right < len(options):
         raise UserError(f"{place}: answer is {right}, but there are {len(options)} choices")
-    return Question(place, question.strip(), options, right)
+    return Question(place, question.strip(), options, right, asked)
 
 
 def _llm_adapters(instruction: str, answer: str, place: str) -> tuple[str, list[str], int]:
@@ -109,17 +112,20 @@ def _llm_adapters(instruction: str, answer: str, place: str) -> tuple[str, list[
     return text[:end], options, labels.index(answer)
 
 
+def render(prompt: str, question: Question) -> str:
+    """The prompt with the question in it; no other brace means anything."""
+    return prompt.replace("{question}", question.question)
+
+
 def encode_question(
     tokenizer: PreTrainedTokenizerBase, question: Question, prompt: str = PROMPT
 ) -> Encoded:
     """Token ids of the prompt, and of each option after it (with the space that parts them).
 
-    In `prompt` {question} is replaced, and no other brace means anything.
-
     As in lm-evaluation-harness: prompt and option are tokenised as one text and cut where the
     prompt alone ends.
     """
-    text = prompt.replace("{question}", question.question)
+    text = render(prompt, question)
     known = tokenizer(text)["input_ids"]
     options = [
         tokenizer(f"{text} {option}")["input_ids"][len(known) :] for option in question.options

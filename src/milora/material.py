@@ -5,18 +5,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from milora.choices import render
 from milora.classification import ClassTask, check_labels, label, label_names
 from milora.continual import Earlier, replayed
 from milora.data import Prepared, prepare
 from milora.errors import UserError
-from milora.evaluate import AnyTask, Task, check_lengths, check_task, load_task
+from milora.evaluate import (
+    AnyTask,
+    ChoiceTask,
+    Task,
+    check_lengths,
+    check_task,
+    load_task,
+)
 from milora.files import sha256
 from milora.forms import answers_apart, encoder_for
+from milora.harness import HarnessTask
 from milora.keep import SAMPLED, Pieces, cut
 from milora.knowledge import general_texts
 from milora.pretrained import Pretrained, positions, reads_pictures, task_of
 from milora.progress import Progress
-from milora.rows import Rows, overlap, question_of, read_rows, split_rows
+from milora.rows import Rows, overlap, plainly, question_of, read_rows, split_rows
 from milora.tokens import Named, load_with_tokens
 from milora.vision import pictures_sha256
 
@@ -164,9 +173,9 @@ def read_material(
     if common:
         progress.say(f"warning: {common} held-out questions also stand in the training rows")
     test_overlap = {
-        task.name: {"train": overlap(in_train, task.rows), "eval": overlap(in_held, task.rows)}
+        task.name: {"train": _asked_in(in_train, task), "eval": _asked_in(in_held, task)}
         for task in tasks
-        if isinstance(task, Task | ClassTask)
+        if not isinstance(task, HarnessTask)
     }
     for task_name, in_rows in test_overlap.items():
         for where, count in zip(("training", "held-out"), in_rows.values(), strict=True):
@@ -180,6 +189,16 @@ def read_material(
         base, rows, held_skipped, prepared, prepared_held, common, test_overlap, tasks, texts,
         pieces, files, base_sha, named, again.counts if again else {},
     )  # fmt: skip
+
+
+def _asked_in(questions: set[str], task: Task | ClassTask | ChoiceTask) -> int:
+    """How many rows of `task` ask one of the questions; of options by likelihood in the words of
+    their file or in those of the prompt.
+    """
+    if not isinstance(task, ChoiceTask):
+        return overlap(questions, task.rows)
+    words = ({plainly(q.asked), plainly(render(task.prompt, q))} for q in task.questions)
+    return sum(not questions.isdisjoint(either) for either in words)
 
 
 def _say_read(source: str, read: Rows, progress: Progress) -> None:

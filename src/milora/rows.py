@@ -422,7 +422,12 @@ def question_of(row: Row) -> str:
     """What is asked, case and spaces ignored; about another picture it is another question."""
     said = [m["content"] for m in row.messages if m["role"] != "assistant"]
     said += [picture.sha256 for picture in row.pictures]
-    return " ".join(" ".join(said).lower().split())
+    return plainly(" ".join(said))
+
+
+def plainly(text: str) -> str:
+    """Without case, and with single spaces."""
+    return " ".join(text.lower().split())
 
 
 def _kind(value: Any) -> str:
