@@ -136,6 +136,7 @@ def test_what_milora_sets_itself(key: str, value: Any, tmp_path: Path) -> None:
         ({"train_sampling_strategy": "length"}, 0, "is 'length': it is one of random, sequential"),
         ({"accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}}}, 0,
          r"accelerator_config\.gradient_accumulation_kwargs does nothing"),
+        ({"accelerator_config": {"split_batches": True}}, 0, "rows, which this would share out"),
         ({"accelerator_config": {"use_seedable_sampler": False}}, 0,
          r"use_seedable_sampler is off: a run that is resumed would train other rows"),
         ({"save_strategy": "best", "eval_strategy": False}, 0,
@@ -159,6 +160,7 @@ def test_what_would_be_passed_over(
         ({"optim": "galore_adamw", "optim_target_modules": ["q_proj"]}, "galore"),
         ({"fp16": True, "use_cpu": True}, "fp16 is for GPUs"),
         ({"use_liger_kernel": True}, "pip install liger-kernel"),
+        ({"optim_args": "foo=1"}, r"\.optim_args does nothing with optim: adamw_torch"),
     ],
 )
 def test_what_cannot_be_made_here(training: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -169,6 +171,8 @@ def test_what_cannot_be_made_here(training: dict[str, Any], said: str, tmp_path:
 @pytest.mark.parametrize("optim", ["adamw_torch", "sgd", "adafactor", "rmsprop"])
 def test_optimizers_that_can_be_made(optim: str, tmp_path: Path) -> None:
     check_here(training_arguments("milora", {"optim": optim}, tmp_path, 0, 0))
+    with_args = {"optim": "sgd", "optim_args": "momentum=0.9"}
+    check_here(training_arguments("milora", with_args, tmp_path, 0, 0))
 
 
 def test_no_in_yaml_is_false(tmp_path: Path) -> None:

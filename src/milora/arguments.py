@@ -202,6 +202,11 @@ def _check_effect(arguments: TrainingArguments) -> None:
         raise UserError(
             "training.accelerator_config.gradient_accumulation_kwargs does nothing: leave it out"
         )
+    if own.split_batches:
+        raise UserError(
+            "training.accelerator_config.split_batches: a process takes "
+            "per_device_train_batch_size rows, which this would share out: leave it out"
+        )
     if not own.use_seedable_sampler:
         raise UserError(
             "training.accelerator_config.use_seedable_sampler is off: a run that is resumed would "
@@ -222,6 +227,9 @@ def check_here(arguments: TrainingArguments) -> None:
         own.optim_target_modules = "all-linear"  # the names are those of another model
     try:
         kind, options = Trainer.get_optimizer_cls_and_kwargs(own, model)  # type: ignore[arg-type]
+        own.optim_args = None
+        without = Trainer.get_optimizer_cls_and_kwargs(own, model)  # type: ignore[arg-type]
+        passed_over = arguments.optim_args and without == (kind, options)
         optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters())
         if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer):  # no factory
             first = options.pop("params", options.pop("model", model.parameters()))
@@ -232,6 +240,9 @@ def check_here(arguments: TrainingArguments) -> None:
         )  # fmt: skip
     except (TypeError, ValueError, ImportError, KeyError, AttributeError) as error:
         raise UserError(f"training: {' '.join(str(error).split())}") from error
+    if passed_over:
+        name = getattr(arguments.optim, "value", arguments.optim)
+        raise UserError(f"training.optim_args does nothing with optim: {name}: leave it out")
 
 
 def _check_numbers(values: Mapping[str, Any]) -> None:
