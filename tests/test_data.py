@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from milora.data import IGNORED, Collator, Encoded, encode, prepare, prompt_ids
 from milora.errors import UserError
-from milora.rows import Row, overlap, question_of, read_rows, split_rows
+from milora.rows import Row, overlap, questions_of, read_rows, split_rows
 
 USER = {"role": "user", "content": "Q"}
 ANSWER = {"role": "assistant", "content": "A"}
@@ -558,8 +558,22 @@ def test_splitting() -> None:
 def test_overlap_ignores_case_and_space() -> None:
     train = [Row([{"role": "user", "content": "Is it  so?"}, ANSWER], "a")]
     held = [Row([{"role": "user", "content": "is it so?"}, {**ANSWER, "content": "B"}], "b")]
-    assert overlap(set(map(question_of, train)), held) == 1
-    assert overlap(set(map(question_of, train)), [Row([USER, ANSWER], "c")]) == 0
+    assert overlap(set[str]().union(*map(questions_of, train)), held) == 1
+    assert overlap(set[str]().union(*map(questions_of, train)), [Row([USER, ANSWER], "c")]) == 0
+
+
+def test_overlap_knows_every_turn_that_has_an_answer() -> None:
+    def said(*words: str) -> list[dict[str, str]]:
+        roles = {"s": "system", "u": "user", "a": "assistant"}
+        return [{"role": roles[one[0]], "content": one[2:]} for one in words]
+
+    train = Row(said("s Be short.", "u How many?", "a Two.", "u And why?", "a So."), "a")
+    seen = questions_of(train)
+    for asked in (["u How many?"], ["u And why?"], ["s Be kind.", "u How many?"],
+                  ["u How many?", "a Three.", "u And why?"]):  # fmt: skip
+        assert overlap(seen, [Row(said(*asked, "a x"), "b")]) == 1, asked
+    for asked in (["u Where?"], ["u Two."], ["u How many?", "a Two.", "u Where?"], ["u Be short."]):
+        assert overlap(seen, [Row(said(*asked, "a x"), "b")]) == 0, asked
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

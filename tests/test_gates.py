@@ -142,7 +142,7 @@ def test_a_task_that_the_run_does_not_have() -> None:
 def test_what_will_not_be_measured(gate: str, said: str) -> None:
     tasks: list[Any] = [
         Task("mail", [], grader("exact"), 9), Task("judged", [], None, 9),
-        ChoiceTask("arc", [], ""), HarnessTask("gsm", None, None),
+        ChoiceTask("arc", [], ""), HarnessTask("gsm", None, None, "gsm"),
     ]  # fmt: skip
     names, texts = [task.name for task in tasks], ["build/w.txt", "the help topics"]
     there = measured(tasks, texts, classifies=False, interference=True)

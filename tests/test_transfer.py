@@ -16,7 +16,7 @@ from milora.gates import judge, parse_gate
 from milora.lineage import Link, chain, read_link
 from milora.report import report
 from milora.rows import read_rows, split_rows
-from milora.transfer import columns, measures, sentences, table
+from milora.transfer import columns, measures, sentences, table, unmeasured
 from milora.verify import open_run
 
 Tiny = Callable[[str], Path]
@@ -87,7 +87,41 @@ def test_what_moved_is_that_of_the_text_that_moved_most() -> None:
 def test_one_name_for_two_tasks() -> None:
     links = [link("one", "a"), link("two", "a")]
     links[1].asked["evaluate"]["tasks"][0]["file"] = "other.jsonl"
-    assert [c.name for c in columns(links)] == ["a", "a of two"]
+    assert [(c.name, c.introduced) for c in columns(links)] == [("a of one", 0), ("a", 1)]
+    links = [link("run", "a"), link("run", "a"), link("run", "b")]
+    links[1].asked["evaluate"]["tasks"][0]["file"] = "other.jsonl"
+    assert [c.name for c in columns(links)] == ["a", "a of run", "b"]
+    links[2] = link("run", "a")
+    links[2].asked["evaluate"]["tasks"][0]["match"] = "contains"
+    assert [c.name for c in columns(links)] == ["a of run", "a of run (2)", "a"]
+
+
+def test_one_task_said_in_two_ways() -> None:
+    """With and without the defaults and a name, and the harness's with a limit."""
+    links = [link("one"), link("two"), link("three")]
+    links[0].asked["evaluate"]["tasks"] = ["t.jsonl", {"harness": "arc", "limit": 9}]
+    links[1].asked["evaluate"]["tasks"] = [{"file": "t.jsonl", "match": "exact", "limit": None}]
+    links[2].asked["evaluate"]["tasks"] = [{"file": "t.jsonl", "name": "mine"}, "harness:arc"]
+    assert columns(links) == [
+        ("mine", 0, {"file": "t.jsonl", "name": "mine"}), ("arc", 0, "harness:arc"),
+    ]  # fmt: skip
+
+
+def test_another_file_of_the_same_path_is_another_task() -> None:
+    links = [link("one", "a"), link("two", "a")]
+    for place, digest in enumerate(("1", "2")):
+        links[place].record["data"] = {"sha256": {"a.jsonl": digest}}
+    assert [(c.name, c.introduced) for c in columns(links)] == [("a of one", 0), ("a", 1)]
+    links[1].record["data"]["sha256"]["a.jsonl"] = "1"
+    assert [(c.name, c.introduced) for c in columns(links)] == [("a", 0)]
+
+
+def test_figures_that_a_chain_cannot_have() -> None:
+    links = [link("one", "a"), link("two", "a", "b")]
+    assert unmeasured(links, False) == {}
+    assert set(unmeasured(links, True)) == {"kl"}
+    assert set(unmeasured([link("one", "a"), link("two", "a")], False)) == {"forward_transfer"}
+    assert set(unmeasured([link("one"), link("two", "a")], False)) == {"backward_transfer"}
 
 
 # --- whole runs
@@ -235,7 +269,16 @@ def test_what_is_refused(home: Path, tiny: Tiny, tmp_path: Path) -> None:
         parse_gate("continual.forgetting <= 0")
     with pytest.raises(UserError, match="the base has no continual: give a number"):
         parse_gate("continual.overall >= base")
+    same = task_of(tmp_path, "alone", "-") | {"continue": {"run": str(home / "runs" / "plus")}}
+    same["evaluate"] = task_of(home, "plus", "+")["evaluate"]
+    with pytest.raises(UserError, match=r"forward_transfer .* every task is the first run's"):
+        run(settings(tiny("llama"), tmp_path, **same, gates=["continual.forward_transfer >= 0"]))
     (home / "plus.jsonl").rename(home / "away.jsonl")
+    rows(home / "plus.jsonl", "-")
+    done = CliRunner().invoke(app, ["eval", str(home / "runs" / "minus"), "--all-tasks"])
+    assert "plus.jsonl has sha256" in str(done.exception)
+    assert "put that file back, and give the new one another name" in str(done.exception)
+    (home / "plus.jsonl").unlink()
     try:
         done = CliRunner().invoke(app, ["eval", str(home / "runs" / "minus"), "--all-tasks"])
         assert isinstance(done.exception, UserError)

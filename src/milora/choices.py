@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from milora.data import pad
 from milora.errors import UserError
-from milora.rows import read_records
+from milora.rows import check_text, read_records
 from milora.vision import COLUMNS
 
 PROMPT = "Question: {question}\nAnswer:"
@@ -81,6 +81,8 @@ def _question(record: Mapping[str, Any], place: str) -> Question:
             f"{place}: the likelihood protocol needs question, choices and answer, or "
             f"LLM-Adapters' instruction and answer; it has {', '.join(map(str, record))}"
         )
+    for text in (question, *options):
+        check_text(text, place)
     if len(options) < 2:
         raise UserError(f"{place}: at least two choices are needed")
     if not 0 <= right < len(options):

@@ -330,10 +330,12 @@ def evaluate(
     """
     _quiet()
     from milora.evaluate import asked_task, check_lengths, check_task, evaluate_all, load_task
-    from milora.files import read_json
+    from milora.files import read_json, read_record
     from milora.forms import answers_apart
-    from milora.knowledge import general_texts
+    from milora.harness import HarnessTask
+    from milora.knowledge import check_unseen, general_texts
     from milora.logits import Pair
+    from milora.material import asked_in, trained_questions
     from milora.pretrained import load_pretrained, positions
     from milora.progress import Progress
     from milora.verify import MERGED, open_run
@@ -344,7 +346,7 @@ def evaluate(
             raise UserError("--all-tasks are those of the chain: leave out --tasks and --knowledge")
         _evaluate_chain(source, limit, out, base, trust_remote_code)
         return
-    made = source / "milora.json"
+    made, run, columns = source / "milora.json", dict[str, Any](), dict[str, str]()
     if made.exists():
         is_model = read_json(made).get("format") == MERGED
     else:
@@ -363,10 +365,11 @@ def evaluate(
         pair, reader = Pair(loaded.model, headless=loaded.headless), loaded.reader
     else:
         pair, reader, configuration = open_run(source, trust_remote_code, base)
-        asked = configuration["evaluate"]
-    of_run = asked["tasks"]
+        asked, columns = configuration["evaluate"], configuration["data"]["columns"]
+        run = read_record(source / "run.json") if (source / "run.json").exists() else {}
+    of_run, pictures = asked["tasks"], bool(image_tokens(reader))
     chosen = [asked_task(words, of_run) for words in _parts(tasks)] or of_run
-    loaded_tasks = [load_task(task, limit, bool(image_tokens(reader))) for task in chosen]
+    loaded_tasks = [load_task(task, limit, pictures, columns) for task in chosen]
     names = [task.name for task in loaded_tasks]
     if len(set(names)) < len(names):
         raise UserError(f"--tasks: two tasks have one name ({', '.join(names)}): rename a file")
@@ -375,6 +378,12 @@ def evaluate(
         check_task(task, pair.model)
         check_lengths(task, reader, positions(pair.model), answers_apart(pair.model))
     texts = general_texts(_parts(knowledge) or asked["knowledge"])
+    seen: set[str] | None = set()
+    if files := run.get("data", {}).get("sha256", {}):
+        general = configuration["milora"]["text"] or []
+        general = [general] if isinstance(general, str) else general
+        check_unseen(texts, files, configuration["data"]["train"], general)
+        seen = trained_questions(configuration, files, pictures)
     with Progress() as progress:
         result, samples = evaluate_all(
             pair,
@@ -386,6 +395,15 @@ def evaluate(
             progress,
         )
     _print_scores(result)
+    if seen is None:
+        typer.echo(
+            f"{configuration['data']['train']} is not there as the run had it: not counted is how "
+            "many questions stand in the training rows"
+        )
+    for task in loaded_tasks:
+        if seen and not isinstance(task, HarnessTask) and (count := asked_in(seen, task)):
+            result["tasks"][task.name]["in_training"] = count
+            typer.echo(f"warning: {count} questions of {task.name} also stand in the training rows")
     _write_evaluation(source, out, limit, result, samples)
 
 

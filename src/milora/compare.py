@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from milora.arguments import training_arguments
 from milora.compare_page import page, plot, tables
 from milora.config import Config, load_config
 from milora.errors import DivergedError, UserError
@@ -32,7 +33,8 @@ from milora.fronts import matched
 from milora.pages import standalone
 from milora.pretrained import dtype_of
 from milora.progress import Progress
-from milora.recommended import BEFORE
+from milora.ready import check_alone
+from milora.recommended import BEFORE, as_before
 from milora.train import train
 
 METHODS: tuple[str, ...] = get_args(Config.model_fields["method"].annotation)
@@ -45,7 +47,8 @@ Make = Callable[[Config, Progress], Outcome]  # does a run; raises DivergedError
 
 # What an arm cannot have of its own, for it to be comparable with the others.
 SAME_FOR_ALL = (
-    "method", "seed", "output_dir", "training.learning_rate", "model", "data", "evaluate"
+    "method", "seed", "output_dir", "training.learning_rate", "model", "dtype", "quantization",
+    "trust_remote_code", "tokenizer", "data", "evaluate",
 )  # fmt: skip
 
 # What must be equal, since it says how large an update is and how many numbers it has.
@@ -113,11 +116,14 @@ def compare(
         return load_config(
             config,
             [*overrides, *arm.overrides, f"training.learning_rate={rate!r}", f"seed={seed}",
-             f"output_dir={folder}"],
+             f"output_dir={json.dumps(str(folder))}"],
         )  # fmt: skip
 
     each = [(arm, rate) for arm in arms for rate in arm.rates or rates]
-    _check([settings(arm, rate, seed) for arm, rate in each for seed in seeds])
+    every = [settings(arm, rate, seed) for arm, rate in each for seed in seeds]
+    _check(every)
+    for one in every if make is None else ():
+        _check_arm(one)
 
     def run(arm: Arm, rate: float, seed: int) -> Outcome:
         return _outcome(settings(arm, rate, seed), make or trained, progress)
@@ -265,6 +271,19 @@ def _check(settings: Sequence[Config]) -> None:
         )
 
 
+def _check_arm(settings: Config) -> None:
+    """Raise UserError now for what would end the comparison when the turn of this arm comes."""
+    asked = as_before(settings.model_dump(), resume=False)
+    milora, run = asked["milora"], Path(settings.output_dir)
+    patience = settings.early_stopping_patience
+    check_alone(
+        asked,
+        training_arguments(
+            settings.method, settings.training, run, settings.seed, patience, milora["start"]
+        ),
+    )
+
+
 def _scale(settings: Config) -> dict[str, Any]:
     lora = {f"lora.{key}": value for key, value in settings.lora.model_dump().items()}
     return {key: lora.get(key) or default for key, default in SCALE.items()}
@@ -383,12 +402,18 @@ def summary(outcomes: Outcomes, seeds: Sequence[int]) -> dict[str, Any]:
             },
             **_over_seeds(of_chosen[arm]),
         }  # fmt: skip
+    counts = {arm: len(rates) for arm, rates in _on_front(outcomes, arms, seeds).items()}
     if len(arms) > 1 and (equal := _at_equal_score(outcomes, arms, seeds, chosen[arms[0]])):
-        counts = {arm: len(_whole(outcomes, arm, seeds)) for arm in arms}
         result["equal_score"] = {
             "reference": arms[0], "rate": chosen[arms[0]], "tasks": equal, "rates": counts
         }  # fmt: skip
     result["notes"] = [*_notes(result), *_chosen_on_tests(outcomes)]
+    few = [arm for arm, count in counts.items() if count < 2]
+    if len(arms) > 1 and few and len(few) < len(arms):
+        result["notes"].append(
+            "there is no table at equal score, since there are fewer than two rates at which all "
+            f"seeds ran through of {', '.join(few)}"
+        )
     return result
 
 
@@ -398,12 +423,7 @@ def _at_equal_score(
     """By task: fronts.matched at the accuracy of the first arm at its rate, over the rates that all
     seeds were run at. Empty where there is one rate an arm, or what moved is not measured.
     """
-    whole: dict[str, dict[float, list[Outcome]]] = {arm: {} for arm in arms}
-    for arm, one in dict.fromkeys((arm, one) for arm, one, _ in outcomes):
-        found = [outcomes.get((arm, one, seed)) for seed in seeds]
-        measured = [o for o in found if o and _forgotten(o) is not None]
-        if len(measured) == len(seeds):
-            whole[arm][one] = measured
+    whole = _on_front(outcomes, arms, seeds)
     if any(len(rates) < 2 for rates in whole.values()) or rate not in whole[arms[0]]:
         return {}
     forgotten = {
@@ -417,6 +437,19 @@ def _at_equal_score(
         )
         for task in whole[arms[0]][rate][0]["right"]
     }  # fmt: skip
+
+
+def _on_front(
+    outcomes: Outcomes, arms: Sequence[str], seeds: Sequence[int]
+) -> dict[str, dict[float, list[Outcome]]]:
+    """By arm and rate the runs of all seeds, where each was made and what moved is a number."""
+    whole: dict[str, dict[float, list[Outcome]]] = {arm: {} for arm in arms}
+    for arm, one in dict.fromkeys((arm, one) for arm, one, _ in outcomes):
+        found = [outcomes.get((arm, one, seed)) for seed in seeds]
+        measured = [o for o in found if o and _forgotten(o) is not None]
+        if len(measured) == len(seeds):
+            whole[arm][one] = measured
+    return whole
 
 
 def _forgotten(outcome: Outcome) -> float | None:
@@ -443,12 +476,20 @@ def _check_alike(outcomes: Outcomes) -> None:
 
 
 def _shared(outcome: Outcome, what: str) -> Any:
-    """Without the files of milora.text, which an arm may have of its own."""
-    if what != "data_sha256":
+    """Without the files that an arm may have of its own: milora.text, and those of earlier runs."""
+    asked = outcome.get("settings")
+    if what != "data_sha256" or asked is None:
         return outcome[what]
-    own = outcome.get("settings", {}).get("milora", {}).get("text") or []
-    texts = [own] if isinstance(own, str) else own
-    return {file: digest for file, digest in outcome[what].items() if file not in texts}
+    evaluate = asked["evaluate"]
+    texts = evaluate["knowledge"]
+    tasks = [task if isinstance(task, str) else task["file"] for task in evaluate["tasks"]]
+    used = {asked["data"]["train"], asked["data"]["eval"], *tasks}
+    used |= {texts} if isinstance(texts, str) else set(texts)
+    return {
+        file: digest
+        for file, digest in outcome[what].items()
+        if file in used or " pictures of " in file
+    }
 
 
 def _machines(outcomes: Outcomes) -> dict[str, int]:

@@ -120,7 +120,7 @@ def rates(result: Mapping[str, Any]) -> Table:
         for rate in tried:
             loss = found["tried"].get(rate, {"held_out_loss": ""})["held_out_loss"]
             text = "diverged" if loss is None else f"{loss:.4f}" if loss != "" else ""
-            cells.append(f"{text} (chosen)" if float(rate) == found["learning_rate"] else text)
+            cells.append(f"{text} (chosen)" if rate == f"{found['learning_rate']:g}" else text)
         rows.append(cells)
     return Table(["arm", *tried], rows)
 

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
-from milora import adapter, costs, targeting
+from milora import adapter, costs
 from milora.arguments import training_arguments
 from milora.checkpoint import open_skeleton
 from milora.errors import UserError
@@ -22,9 +22,9 @@ from milora.keep import check_inputs
 from milora.matrices import adapted_matrices
 from milora.pretrained import dtype_of, positions, task_of
 from milora.preview import by_kind, compute_dtype, directions, prepared, size
-from milora.progress import Progress, duration
-from milora.protect import FIRST, check_patterns, check_protect, parts_of
-from milora.ready import check_general
+from milora.progress import duration
+from milora.protect import FIRST, check_patterns, parts_of
+from milora.ready import check_alone
 from milora.recommended import as_before
 from milora.rows import read_rows, split_rows
 
@@ -73,12 +73,14 @@ def estimate(
     arguments = training_arguments(
         method, training, Path(output_dir), seed, early_stopping_patience
     )
-    config = None if method == "full" else targeting.lora_config(lora)
-    asked = {"output_dir": output_dir, "method": method, "milora": milora, "continue": continue_}
-    milora = as_before(asked, resume=False)["milora"]
-    protect, _ = parts_of(milora["protect"])
-    check_protect(protect, method)
-    check_general(milora, method, Progress())
+    asked = as_before(
+        {
+            "output_dir": output_dir, "method": method, "lora": lora, "milora": milora,
+            "continue": continue_, "quantization": quantization,
+        },
+        resume=False,
+    )  # fmt: skip
+    milora, config = asked["milora"], check_alone(asked, arguments)
     check_subjects([parse_gate(gate) for gate in gates], list(map(task_name, evaluate["tasks"])))
     if (method == "full" or lora.get("modules_to_save")) and dtype == "auto":
         dtype = "float32"
@@ -100,7 +102,7 @@ def estimate(
     parameters = sum(p.numel() for p in skeleton.parameters())
     live, shapes = prepared(skeleton, config, method, arguments)
     if isinstance(live, PeftModel):
-        check_patterns(protect, list(shapes))
+        check_patterns(parts_of(milora["protect"])[0], list(shapes))
         if milora["protect_inputs"]:
             check_inputs(adapted_matrices(live), milora["protect_inputs"])
     trained = sum(p.numel() for p in live.parameters() if p.requires_grad)
@@ -201,6 +203,8 @@ def _notes(
     notes = []
     if continue_.get("run"):
         notes.append("continue: the frozen update of the earlier run is not counted")
+    if continue_.get("replay"):
+        notes.append("continue.replay: the rows of earlier runs are not counted")
     if milora["rank"]:
         notes.append("milora.rank gives each weight the rank of its spectrum, which is not read "
                      "here: counted is lora.r for all")  # fmt: skip

@@ -7,10 +7,12 @@ is the base, bitwise); only full fine-tuning needs a second model.
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -47,12 +49,12 @@ from milora.errors import UserError
 from milora.files import read_json, read_lines, sha256, write_json, write_text
 from milora.forms import answers_apart, prompt_for
 from milora.generation import Answer, Progress, Prompt, answer_loss, generate
-from milora.grade import Grader, Verdict, check_reference, grader
+from milora.grade import Grader, Verdict, check_reference, grader, meaning
 from milora.harness import HarnessScores, HarnessTask, harness_task, run_harness
 from milora.knowledge import knowledge_kept
 from milora.logits import Pair
 from milora.pretrained import labels_of, positions, task_of
-from milora.rows import Row, read_rows
+from milora.rows import Row, column_names, read_rows
 from milora.vision import Reader, tokenizer_of
 
 LEFT_OUT = {"match": "exact", "protocol": "generate", "max_new_tokens": 64}  # what a task has then
@@ -92,15 +94,22 @@ AnyTask = Task | ChoiceTask | HarnessTask | ClassTask
 def task_name(task: str | Mapping[str, Any]) -> str:
     """What `load_task` calls it, whose file need not be there."""
     if isinstance(task, str):
-        harness = task.startswith("harness:")
-        return task.removeprefix("harness:") if harness else Path(task).stem
+        return harness_name(task) or Path(task).stem
     return str(task.get("name") or task.get("harness") or Path(task["file"]).stem)
+
+
+def harness_name(task: str | Mapping[str, Any]) -> str:
+    """NAME of "harness:NAME"; "" of any other task."""
+    given = task if isinstance(task, str) else ""
+    return given.removeprefix("harness:") if given.startswith("harness:") else ""
 
 
 def asked_task(words: str, tasks: Iterable[str | Mapping[str, Any]]) -> str | Mapping[str, Any]:
     """Of a run's tasks the one with this name or file, and its options; else `words` itself."""
     for task in tasks:
         if isinstance(task, str):
+            if words == task_name(task):
+                return task
             continue  # has no options
         named = words == task_name(task) or words.removeprefix("harness:") == task.get("harness")
         file = task.get("file")
@@ -110,16 +119,18 @@ def asked_task(words: str, tasks: Iterable[str | Mapping[str, Any]]) -> str | Ma
 
 
 def load_task(
-    task: str | Mapping[str, Any], limit: int | None = None, pictures: bool = False
-) -> AnyTask:
+    task: str | Mapping[str, Any], limit: int | None = None, pictures: bool = False,
+    columns: Mapping[str, str] = MappingProxyType({}),
+) -> AnyTask:  # fmt: skip
     """A task from its file's path, "harness:NAME", or the keys of config.TaskFile.
 
-    With `pictures`, for a model that reads them, its rows may have some. Raises UserError for rows
-    that cannot be asked or graded, and for options that have no effect or no meaning.
+    With `pictures`, for a model that reads them, its rows may have some. `columns` are those of
+    data.columns: of them the ones that the file has are read in their places. Raises UserError for
+    rows that cannot be asked or graded, and for options that have no effect or no meaning.
     """
     options: dict[str, Any] = {"file": task} if isinstance(task, str) else dict(task)
-    if isinstance(task, str) and task.startswith("harness:"):
-        options = {"harness": task.removeprefix("harness:")}
+    if harness := harness_name(task):
+        options = {"harness": harness}
     limit = limit or options.get("limit")
     if options.get("harness"):
         _check_options(options, options["harness"], ("harness", "include"), "tasks of the harness")
@@ -139,7 +150,9 @@ def load_task(
             )
         return ChoiceTask(name, questions, prompt, _again(asked), digest)
     try:
-        read = read_rows(file, split="test", pictures=pictures)
+        there = column_names(file, split="test") if columns else ()
+        mapped = {ours: theirs for ours, theirs in columns.items() if theirs in there}
+        read = read_rows(file, split="test", pictures=pictures, columns=mapped)
     except UserError as error:
         if Path(file).suffix or "/" in file or Path(file).exists():
             raise
@@ -207,14 +220,16 @@ def evaluate_task(
         }
         for row in task.rows
     ]
-    references = [row.messages[-1]["content"] for row in task.rows]
+    references = Counter(
+        meaning(task.match, task.pattern, row.messages[-1]["content"]) for row in task.rows
+    )
     scores: dict[str, Any] = {
         "rows": len(task.rows),
         "duplicates": task.duplicates,
         "max_new_tokens": task.max_new_tokens,
         "match": task.match,
         "pattern": task.pattern,
-        "majority": max(references.count(one) for one in set(references)) / len(references),
+        "majority": max(references.values()) / len(task.rows),
     }
     for state, entered in (("base", pair.base), ("tuned", pair.tuned)):
         with entered() as model:
@@ -394,7 +409,7 @@ def evaluate_harness(
     for place, (state, entered) in enumerate((("base", pair.base), ("tuned", pair.tuned))):
         progress(f"{task.name} by the harness", place, 2)
         with entered() as model:
-            asked = ["harness", version("lm_eval"), task]
+            asked = ["harness", version("lm_eval"), task.called, task.limit]
             # Task files of one's own may have changed.
             ask = compute_always if task.include else recall[state]
             found = HarnessScores(

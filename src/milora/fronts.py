@@ -65,10 +65,11 @@ def matched(
     drawn = torch.randint(rows, (DRAWS, rows), generator=generator)
     counts = torch.zeros(DRAWS, rows, dtype=torch.float64)
     counts.scatter_add_(1, drawn, torch.ones(DRAWS, rows, dtype=torch.float64))
-    means = torch.cat([table.mean(0, keepdim=True), counts @ table / rows]).tolist()
+    means = torch.cat([table.mean(0, keepdim=True), counts @ table / rows])
+    each = means.round(decimals=12).tolist()  # thirds of as many right answers sum differently
     ratios: dict[str, list[float]] = {arm: [] for arm in right}
     at: dict[str, float] = {}
-    for scores in means:
+    for scores in each:
         score = dict(zip(places, scores, strict=True))
         wanted = score[reference, rate]
         found = {
@@ -78,7 +79,7 @@ def matched(
         at = at or found  # of all rows, which come first
         for arm, value in found.items():
             ratios[arm].append(_ratio(value, found[reference]))
-    own = dict(zip(places, means[0], strict=True))
+    own = dict(zip(places, each[0], strict=True))
     return {
         "accuracy": own[reference, rate],
         "arms": {arm: _told(at[arm], ratios[arm]) for arm in right},

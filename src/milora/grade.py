@@ -7,7 +7,7 @@ and format failures are counted apart, since they tell of the prompt and not of 
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from fractions import Fraction
 from typing import Literal, get_args
 
@@ -78,6 +78,18 @@ def grader(match: str, pattern: str | None = None) -> Grader | None:
         return compare(answer, reference)
 
     return grade
+
+
+def meaning(match: str, pattern: str | None, reference: str) -> Hashable:
+    """What an answer must come to, to be right by that reference: equal for those that are one."""
+    reference = reference.strip()
+    if match in ("regex", "choice") and pattern:
+        aside = match == "choice"
+        plain = reference.casefold() if aside else reference
+        return _first(re.compile(pattern, re.DOTALL), reference, aside) or plain
+    if match == "number":
+        return number(reference)
+    return canonical_json(reference) if match == "json" else reference
 
 
 def check_reference(match: str, reference: str) -> str | None:

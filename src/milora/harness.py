@@ -21,6 +21,7 @@ class HarnessTask(NamedTuple):
     name: str
     limit: int | None
     include: str | None  # a folder of further task files (YAML)
+    called: str  # by the harness
 
 
 class HarnessScores(NamedTuple):
@@ -48,7 +49,7 @@ def harness_task(name: str, limit: int | None = None, include: str | None = None
             f"evaluate.tasks: {name!r} is a tag of lm-evaluation-harness and no task: name its "
             f"tasks: {', '.join(tagged[:20])}{', ...' * (len(tagged) > 20)}"
         )
-    return HarnessTask(name, limit, include)
+    return HarnessTask(name, limit, include, name)
 
 
 def run_harness(
@@ -64,17 +65,17 @@ def run_harness(
     try:
         found: Any = simple_evaluate(
             model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
-            tasks=[task.name],
+            tasks=[task.called],
             limit=task.limit,
             bootstrap_iters=0,
             task_manager=_manager(task.include),
         )
     except (OSError, ConnectionError) as error:  # its data come from the hub
         reason = " ".join(str(error).split())
-        raise UserError(f"lm-evaluation-harness cannot load {task.name}: {reason}") from error
+        raise UserError(f"lm-evaluation-harness cannot load {task.called}: {reason}") from error
     metrics = {
         key: float(value)
-        for key, value in found["results"][task.name].items()
+        for key, value in found["results"][task.called].items()
         if isinstance(value, int | float)
     }
     key = next((key for key in ACCURACY if key in metrics), "")

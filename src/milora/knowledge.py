@@ -3,7 +3,7 @@
 import math
 import pydoc_data.topics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from milora.classification import embeddings, moved
 from milora.errors import UserError
-from milora.files import why_no_file
+from milora.files import sha256, why_no_file
 from milora.forms import predictions
 from milora.keep import kl
 from milora.logits import Pair
@@ -115,6 +115,28 @@ def general_texts(
         if not text.strip():
             raise UserError(f"{key}: {source} holds no text: name another file")
     return found
+
+
+def check_unseen(
+    texts: Sequence[tuple[str, str]], files: Mapping[str, str], train: str, general: Sequence[str]
+) -> None:
+    """Raise UserError for a text that the run trains on (`train`) or keeps (`general`): by its
+    name, or as a copy of the file, of which `files` are the hashes.
+    """
+    seen = {files[name]: (key, name) for key, name in _taking_part(train, general) if name in files}
+    for _, name in texts:
+        digest = sha256(Path(name)) if Path(name).is_file() else ""
+        key, other = seen.get(digest, ("milora.text" if name in general else "", name))
+        if key:
+            both = name if name == other else f"{name}, which is {other},"
+            raise UserError(
+                f"{key} and evaluate.knowledge both have {both}: what is kept must be measured on "
+                "text that took no part in the run"
+            )
+
+
+def _taking_part(train: str, general: Sequence[str]) -> list[tuple[str, str]]:
+    return [("data.train", train), *(("milora.text", name) for name in general)]
 
 
 def _general_text(source: str, key: str) -> tuple[str, str]:

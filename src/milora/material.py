@@ -22,10 +22,10 @@ from milora.files import sha256
 from milora.forms import answers_apart, encoder_for
 from milora.harness import HarnessTask
 from milora.keep import SAMPLED, Pieces, cut
-from milora.knowledge import general_texts
+from milora.knowledge import check_unseen, general_texts
 from milora.pretrained import Pretrained, positions, reads_pictures, task_of
 from milora.progress import Progress
-from milora.rows import Rows, overlap, plainly, question_of, read_rows, split_rows
+from milora.rows import Rows, overlap, plainly, questions_of, read_rows, split_rows
 from milora.tokens import Named, load_with_tokens
 from milora.vision import pictures_sha256
 
@@ -82,7 +82,7 @@ def read_material(
         train_rows = [*train_rows, *again.rows]
         said = ", ".join(f"{count} of {run}" for run, count in again.counts.items())
         progress.say(f"replayed: {len(again.rows)} rows of earlier runs ({said})")
-    tasks = [load_task(task, pictures=pictures) for task in evaluate["tasks"]]
+    tasks = [load_task(task, None, pictures, data["columns"]) for task in evaluate["tasks"]]
     names = [task.name for task in tasks]
     if len(set(names)) < len(names):
         raise UserError(f"evaluate.tasks: two tasks have one name ({', '.join(names)}): set name")
@@ -93,18 +93,14 @@ def read_material(
         )
     texts = general_texts(evaluate["knowledge"])
     kept = general_texts(general, "milora.text") if general and general != SAMPLED else []
-    for _, name in kept:
-        if name in [text_source for _, text_source in texts]:
-            raise UserError(
-                f"milora.text and evaluate.knowledge both have {name}: what is kept must be "
-                "measured on text that took no part in the run"
-            )
     used = [source, held_out, *(text_source for _, text_source in [*texts, *kept])]
     used += [_task_file(task) for task in evaluate["tasks"]]
     files = {f: sha256(Path(f)) for f in used if isinstance(f, str) and Path(f).is_file()}
+    check_unseen(texts, files, source, [name for _, name in kept])
     if again:
         files |= again.files
-    seen = {"data": [*train_rows, *held_rows]}
+    # In the order of the files: which rows are held out is the seed's to say.
+    seen = {"data": [*rows.rows, *(held_rows if isinstance(held_out, str) else ())]}
     seen |= {task.name: task.rows for task in tasks if isinstance(task, Task)}
     for where, found in seen.items():
         if all_pictures := [picture for row in found for picture in row.pictures]:
@@ -160,7 +156,7 @@ def read_material(
                 f"model: {base.tokenizer.convert_ids_to_tokens(largest)!r} has id {largest}, but "
                 f"the embedding of {model} has {rows_there} rows: name it in tokenizer.tokens"
             )
-    in_train, in_held = (set(map(question_of, some)) for some in (train_rows, held_rows))
+    in_train, in_held = (set[str]().union(*map(questions_of, s)) for s in (train_rows, held_rows))
     common = overlap(in_train, held_rows)
     for what, part in (("train", prepared), ("eval", prepared_held)):
         progress.say(
@@ -173,7 +169,7 @@ def read_material(
     if common:
         progress.say(f"warning: {common} held-out questions also stand in the training rows")
     test_overlap = {
-        task.name: {"train": _asked_in(in_train, task), "eval": _asked_in(in_held, task)}
+        task.name: {"train": asked_in(in_train, task), "eval": asked_in(in_held, task)}
         for task in tasks
         if not isinstance(task, HarnessTask)
     }
@@ -191,7 +187,23 @@ def read_material(
     )  # fmt: skip
 
 
-def _asked_in(questions: set[str], task: Task | ClassTask | ChoiceTask) -> int:
+def trained_questions(
+    asked: Mapping[str, Any], files: Mapping[str, str], pictures: bool
+) -> set[str] | None:
+    """What the rows of data.train ask that a run with the configuration `asked` trained on; None
+    where the file is not there as it was, by the hashes in `files`.
+    """
+    data, source = asked["data"], asked["data"]["train"]
+    if not Path(source).is_file() or sha256(Path(source)) != files.get(source):
+        return None
+    read = {key: data[key] for key in ("format", "columns", "on_bad_row")}
+    rows = read_rows(source, **read, pictures=pictures).rows
+    if not isinstance(data["eval"], str):
+        rows, _ = split_rows(rows, data["eval"], asked["seed"])
+    return set[str]().union(*map(questions_of, rows))
+
+
+def asked_in(questions: set[str], task: Task | ClassTask | ChoiceTask) -> int:
     """How many rows of `task` ask one of the questions; of options by likelihood in the words of
     their file or in those of the prompt.
     """

@@ -33,7 +33,7 @@ from milora.ranks import check_ranked, ranks, with_ranks
 from milora.recommended import not_said, recommended, stored_in
 from milora.store import Store
 from milora.training_state import STATE, last_complete_checkpoint
-from milora.transfer import check_tasks
+from milora.transfer import check_tasks, unmeasured
 
 # What of training: says how many rows a process takes at once, with the defaults.
 PER_DEVICE = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1}
@@ -87,30 +87,11 @@ def check(
     if resume and not resumed:
         progress.say(f"--resume: {run} holds no run yet, so that it begins")
     check_here(arguments)
-    if arguments.save_strategy == "best" and milora["interference"]["limit"] is not None:
-        raise UserError(
-            "training.save_strategy: best writes states that milora.interference.limit has not "
-            "seen: use steps or epoch"
-        )
-    lora_config: LoraConfig | None = targeting.lora_config(lora)
-    if method == "full":
-        lora_config = None
-        for key, there in (
-            ("rank", milora["rank"]), ("interference.limit", milora["interference"]["limit"]),
-        ):  # fmt: skip
-            if there is not None:
-                raise UserError(f"milora.{key}: full fine-tuning has no factors: use an adapter")
-    if milora["rank"]:
-        check_ranked(lora)
+    lora_config = check_alone(asked, arguments)
     protect, apart = parts_of(milora["protect"])
-    check_protect(protect, method)
     earlier = open_earlier(asked, run, resumed, apart)
-    check_general(milora, method, progress)
-    if method == "full" and (quantization or milora["factors_from"]):
-        raise UserError(
-            "quantization: full fine-tuning cannot train packed numbers: use an adapter, or leave "
-            "quantization and milora.factors_from out"
-        )
+    if milora["text"] != SAMPLED and not milora["keep"] and milora["protect_inputs"] == 0:
+        progress.say("milora.text is not used: set milora.keep or milora.protect_inputs")
     if processes.sharded:
         _check_sharded(asked, arguments, processes.sharded)
     if (method == "full" or lora.get("modules_to_save")) and dtype == "auto":
@@ -153,6 +134,13 @@ def check(
     if over_all and earlier:
         links = [*chain(earlier.run), Link(run, {}, asked, {})]
         check_tasks(links, base.reader, base.model)
+        absent = unmeasured(links, task_of(base.model) == "SEQ_CLS")
+        for gate in gates:
+            if gate.subject == "continual" and gate.key in absent:
+                raise UserError(
+                    f"gates: {gate.text!r} would not be measured, since {absent[gate.key]}: leave "
+                    "it out"
+                )
     task = task_of(base.model)
     for key in ("keep", "protect_inputs"):
         if milora[key] and task != "CAUSAL_LM":
@@ -353,7 +341,38 @@ def rows_per_step(training: Mapping[str, Any], processes: int) -> int:
     return rows * processes
 
 
-def check_general(milora: Mapping[str, Any], method: str, progress: Progress) -> None:
+def check_alone(asked: Mapping[str, Any], arguments: TrainingArguments) -> LoraConfig | None:
+    """What can be known of the configuration by itself; the adapter's, None of full fine-tuning.
+
+    Raises UserError for keys that have no meaning, or none with each other.
+    """
+    method, lora, milora = (asked[key] for key in ("method", "lora", "milora"))
+    if arguments.save_strategy == "best" and milora["interference"]["limit"] is not None:
+        raise UserError(
+            "training.save_strategy: best writes states that milora.interference.limit has not "
+            "seen: use steps or epoch"
+        )
+    lora_config: LoraConfig | None = targeting.lora_config(lora)
+    if method == "full":
+        lora_config = None
+        for key, there in (
+            ("rank", milora["rank"]), ("interference.limit", milora["interference"]["limit"]),
+        ):  # fmt: skip
+            if there is not None:
+                raise UserError(f"milora.{key}: full fine-tuning has no factors: use an adapter")
+    if milora["rank"]:
+        check_ranked(lora)
+    check_protect(parts_of(milora["protect"])[0], method)
+    check_general(milora, method)
+    if method == "full" and (asked["quantization"] or milora["factors_from"]):
+        raise UserError(
+            "quantization: full fine-tuning cannot train packed numbers: use an adapter, or leave "
+            "quantization and milora.factors_from out"
+        )
+    return lora_config
+
+
+def check_general(milora: Mapping[str, Any], method: str) -> None:
     """What needs milora.text, and what does nothing with this method."""
     asked = [key for key in ("keep", "protect_inputs") if milora[key]]
     if method == "full" and asked:
@@ -362,8 +381,6 @@ def check_general(milora: Mapping[str, Any], method: str, progress: Progress) ->
         raise UserError(
             f"milora.start is {milora['start']}, which method {method} does not have: leave it out"
         )
-    if milora["text"] != SAMPLED and not asked and milora["protect_inputs"] == 0:
-        progress.say("milora.text is not used: set milora.keep or milora.protect_inputs")
 
 
 def _unfit(lora: Mapping[str, Any], task: str | None, sharded: str | None) -> str | None:

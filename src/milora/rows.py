@@ -5,7 +5,7 @@ import io
 import itertools
 import json
 import random
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -141,6 +141,12 @@ def _row_with_pictures(record: Mapping[str, Any], format: str, folder: Path, pla
 
 def _all_bad(source: str, skipped: Sequence[str]) -> str:
     return f"{source}: all {len(skipped)} rows are bad, the first: {skipped[0]}"
+
+
+def column_names(source: str, split: str = "train") -> set[str]:
+    """The columns of the first row."""
+    records, _ = read_records(source, split)
+    return {str(name) for record, _ in records[:1] for name in record}
 
 
 def _check_columns(source: str, columns: Mapping[str, str], first: Mapping[str, Any]) -> None:
@@ -350,14 +356,7 @@ def _messages(record: Mapping[str, Any], format: str, place: str) -> list[Messag
         return value
 
     def turn(role: str, content: str) -> Message:
-        try:
-            content.encode()
-        except UnicodeEncodeError as error:
-            near = content[max(0, error.start - 20) : error.start + 1]
-            raise UserError(
-                f"{place}: {_cut(near)} ends in half a character (a lone surrogate), which cannot "
-                "be stored as text: repair or remove it"
-            ) from error
+        check_text(content, place)
         return {"role": role, "content": content}
 
     if format == "text":
@@ -403,6 +402,18 @@ def _messages(record: Mapping[str, Any], format: str, place: str) -> list[Messag
     return messages
 
 
+def check_text(text: str, place: str) -> None:
+    """Raise UserError for what cannot be stored as UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        near = text[max(0, error.start - 20) : error.start + 1]
+        raise UserError(
+            f"{place}: {_cut(near)} ends in half a character (a lone surrogate), which cannot "
+            "be stored as text: repair or remove it"
+        ) from error
+
+
 def split_rows(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
     """(train, held out): a share of the rows, drawn by `seed`, at least one of each."""
     count = min(max(1, round(share * len(rows))), len(rows) - 1)
@@ -413,16 +424,29 @@ def split_rows(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row],
     return train, [rows[i] for i in sorted(held_out)]
 
 
-def overlap(questions: Collection[str], rows: Iterable[Row]) -> int:
-    """How many of the rows ask one of the questions, which are as `question_of` has them."""
-    return sum(question_of(row) in questions for row in rows)
+def overlap(questions: Set[str], rows: Iterable[Row]) -> int:
+    """How many of the rows ask one of the questions, which are as `questions_of` has them."""
+    return sum(not questions.isdisjoint(_asked(row, len(row.messages))) for row in rows)
 
 
-def question_of(row: Row) -> str:
-    """What is asked, case and spaces ignored; about another picture it is another question."""
-    said = [m["content"] for m in row.messages if m["role"] != "assistant"]
-    said += [picture.sha256 for picture in row.pictures]
-    return plainly(" ".join(said))
+def questions_of(row: Row) -> set[str]:
+    """All that a row has answers to: what is asked before each, and the last of it alone; with and
+    without what the system says. Case and spaces are ignored; about another picture it is another
+    question.
+    """
+    found = set[str]()
+    for place, message in enumerate(row.messages):
+        if message["role"] == "assistant":
+            found |= _asked(row, place) | _asked(row, place, max(0, place - 1))
+    return found or _asked(row, len(row.messages))
+
+
+def _asked(row: Row, end: int, begin: int = 0) -> set[str]:
+    pictures = [picture.sha256 for picture in row.pictures]
+    said = [m for m in row.messages[begin:end] if m["role"] != "assistant"]
+    users = [m for m in said if m["role"] != "system"]
+    each = ([m["content"] for m in some] for some in (said, users or said))
+    return {plainly(" ".join([*words, *pictures])) for words in each if words}
 
 
 def plainly(text: str) -> str:

@@ -19,16 +19,20 @@ from torch import nn
 from milora.adapter import take_off
 from milora.errors import UserError
 from milora.evaluate import (
+    LEFT_OUT,
     AnyTask,
     check_lengths,
     check_task,
     evaluate_all,
+    harness_name,
     load_task,
     merge_evaluations,
     save_evaluation,
     task_name,
 )
+from milora.files import sha256
 from milora.forms import answers_apart
+from milora.harness import HarnessTask
 from milora.knowledge import general_texts
 from milora.lineage import Link, chain
 from milora.logits import Pair
@@ -48,31 +52,78 @@ class Column(NamedTuple):
 def columns(links: Sequence[Link]) -> list[Column]:
     """Every task of the chain once, in the order in which the runs brought them.
 
-    One that is asked otherwise (another file, another match) under a name that is taken gets that
-    of its run with it.
+    Those of the last run have their own names, since its gates and its card are about them. Another
+    that is asked otherwise (another file, another match) under a name that is taken gets that of
+    its run with it.
     """
-    found: dict[str, Column] = {}
+    found: dict[tuple[Any, ...], Column] = {}
     for place, link in enumerate(links):
         for options in link.asked["evaluate"]["tasks"]:
-            known, name = [one.options for one in found.values()], task_name(options)
-            of_harness = isinstance(options, dict) and options.get("harness")
-            if options in known or (of_harness and name in found):
-                continue
-            if name in found:
-                name = f"{name} of {link.run.name}"
-            found[name] = Column(name, place, options)
+            key = _identity(options, link)
+            first = found[key].introduced if key in found else place
+            found[key] = Column(task_name(options), first, options)
+    last = {_identity(options, links[-1]) for options in links[-1].asked["evaluate"]["tasks"]}
+    taken = {found[key].name for key in last}
+    for key, column in found.items():
+        if key in last:
+            continue
+        name, number = column.name, 2
+        if name in taken:
+            name = f"{name} of {links[column.introduced].run.name}"
+        while name in taken:
+            name, number = f"{name.removesuffix(f' ({number - 1})')} ({number})", number + 1
+        taken.add(name)
+        found[key] = column._replace(name=name)
     return list(found.values())
 
 
+def _identity(options: str | Mapping[str, Any], link: Link) -> tuple[Any, ...]:
+    """What makes two tasks one: a file, its content and all that it is asked by but a name."""
+    whole = {"file": options} if isinstance(options, str) else dict(options)
+    if harness := whole.get("harness") or harness_name(options):
+        return ("harness", harness)
+    told = {k: v for k, v in whole.items() if k != "name" and v not in (None, LEFT_OUT.get(k))}
+    return (*sorted(told.items()), ("sha256", _sha256(whole["file"], link)))
+
+
+def _sha256(file: str, link: Link) -> str | None:
+    """Of a task's file as the run had it; as it is where the run has not begun; None of the hub."""
+    if (recorded := link.record.get("data", {}).get("sha256")) is not None:
+        return str(recorded[file]) if file in recorded else None
+    return sha256(Path(file)) if Path(file).is_file() else None
+
+
+def unmeasured(links: Sequence[Link], classifies: bool) -> dict[str, str]:
+    """The figures of `measures` that this chain cannot have, and why."""
+    every, why = columns(links), {}
+    if all(one.introduced == len(links) - 1 for one in every):
+        why["backward_transfer"] = "no earlier run has a task"
+    if all(one.introduced == 0 for one in every):
+        why["forward_transfer"] = "every task is the first run's"
+    if classifies:
+        why["kl"] = "a classifier predicts no tokens"
+    return why
+
+
 def load_tasks(links: Sequence[Link], reader: Reader, limit: int | None = None) -> list[AnyTask]:
-    """The tasks of `columns`, by their names. Raises UserError where a file is gone."""
+    """The tasks of `columns`, by their names. Raises UserError where a file is gone or another."""
     tasks = []
     for column in columns(links):
+        link = links[column.introduced]
         try:
-            task = load_task(column.options, limit, bool(image_tokens(reader)))
+            named = link.asked.get("data", {}).get("columns") or {}
+            task = load_task(column.options, limit, bool(image_tokens(reader)), named)
         except UserError as error:
-            run = links[column.introduced].run
-            raise UserError(f"the task {column.name} of {run}: {error}") from error
+            raise UserError(f"the task {column.name} of {link.run}: {error}") from error
+        if not isinstance(task, HarnessTask):
+            own = column.options if isinstance(column.options, str) else column.options["file"]
+            before = _sha256(own, link)
+            if task.sha256 != before and before is not None:
+                raise UserError(
+                    f"the task {column.name} of {link.run}: {own} has sha256 "
+                    f"{str(task.sha256)[:12]}, and that run had it with {before[:12]}: put that "
+                    "file back, and give the new one another name"
+                )
         tasks.append(task._replace(name=column.name))
     return tasks
 
