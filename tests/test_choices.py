@@ -156,6 +156,8 @@ def test_rows_of_ones_own(tmp_path: Path) -> None:
         ({"question": "q", "choices": ["a", "b"], "answer": 2}, "answer is 2, but there are 2"),
         ({"question": "q", "choices": ["a", "b"], "answer": "c"}, "a choice or its index"),
         ({"question": "q", "choices": ["a", "b"], "answer": True}, "a choice or its index"),
+        ({"question": "\ud800", "choices": ["a", "b"], "answer": 0}, "half a character"),
+        ({"question": "q", "choices": ["a", "\udfff"], "answer": 0}, "half a character"),
         ({"text": "q"}, "needs question, choices and answer.*it has text"),
         ({"instruction": "Say it.", "answer": "a"}, "must end in 'Answer format: '"),
         ({"instruction": "Q\n\nAnswer format: a1/a2", "answer": "a1"}, "holds no 'A2: '"),

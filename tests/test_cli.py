@@ -105,7 +105,12 @@ def test_a_whole_run_and_what_follows(command: Command) -> None:
     code, out, _ = command("eval", "run", "--limit", "3", "--out", "again.json")
     assert code == 0
     assert "rows: accuracy of 3" in out
-    assert json.loads(Path("again.json").read_text())["tasks"]["rows"]["rows"] == 3
+    again = json.loads(Path("again.json").read_text())["tasks"]["rows"]
+    assert (again["rows"], again["in_training"]) == (3, 3)  # they are the rows of training
+    assert "warning: 3 questions of rows also stand in the training rows" in out
+    Path("copy.jsonl").write_bytes(Path("rows.jsonl").read_bytes())
+    said = command.refused("eval", "run", "--knowledge", "copy.jsonl")
+    assert "data.train and evaluate.knowledge both have copy.jsonl (a copy of rows.jsonl)" in said
     before = json.loads(Path("run/evaluation.json").read_text())
     assert command("eval", "run", "--limit", "2")[0] == 0  # a trial
     assert json.loads(Path("run/evaluation.json").read_text()) == before
@@ -214,8 +219,10 @@ def test_scores_are_of_the_file_that_the_task_had(command: Command) -> None:
     assert (code, "not written, since --limit makes it a trial" in out) == (0, True)
     Path("rows.jsonl").rename("as-it-was.jsonl")
     write_rows(Path("rows.jsonl"), 5)
-    for also in ([], ["--all-tasks"]):
-        assert "is not the file that the task rows of" in command.refused("eval", "run", *also)
+    for also, said in (
+        ([], "is not the file that the task rows of"), (["--all-tasks"], "the task rows of run: "),
+    ):  # fmt: skip
+        assert said in command.refused("eval", "run", *also)
         assert command("eval", "run", *also, "--out", "now.json")[0] == 0
         assert json.loads(Path("now.json").read_text())["tasks"]["rows"]["rows"] == 5
     Path("as-it-was.jsonl").rename("rows.jsonl")

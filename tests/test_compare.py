@@ -308,6 +308,30 @@ def test_every_rate_gives_a_table_at_equal_score() -> None:
     assert "| t | 0.500 | milora | 0.0050 | 0.50 |" in tables(result)
     assert "At equal score" in page(result, "")
     assert "equal_score" not in summary({k: v for k, v in outcomes.items() if k[1] == 1e-3}, [7, 8])
+    few = summary({k: v for k, v in outcomes.items() if k[0] == "lora" or k[1] == 1e-3}, [7, 8])
+    assert "no table at equal score" in " ".join(few["notes"])
+    assert "at which all seeds ran through of milora" in " ".join(few["notes"])
+
+
+def test_the_chosen_rate_is_marked_however_it_was_written() -> None:
+    rate = 10**-3.5
+    result = summary({("lora", rate, 0): outcome(1.0), ("lora", 1e-2, 0): outcome(2.0)}, [0])
+    assert "1.0000 (chosen)" in tables(result)
+
+
+def test_a_folder_may_have_any_name(config: Path, tmp_path: Path) -> None:
+    """Which is no YAML: # would begin a comment."""
+    made: list[str] = []
+
+    def make(settings: Any, progress: Progress) -> Any:
+        made.append(settings.output_dir)
+        return outcome(1.0)
+
+    home = tmp_path / "try #2"
+    compare(
+        config, [f"output_dir='{home}'"], [parse_arm("lora")], [0], [1e-3], Progress(), make=make
+    )
+    assert made == [str(home / "lora-0.001-0")]
 
 
 def test_what_is_said_over_seeds_and_of_pairs() -> None:
@@ -367,12 +391,19 @@ def test_runs_of_different_material_are_not_compared(what: str) -> None:
 def test_arms_may_have_general_texts_of_their_own() -> None:
     def run_of(text: str, train: str = "1") -> Any:
         files = {"train.jsonl": train} | ({} if text == "sampled" else {text: "2"})
-        settings = {"settings": {"milora": {"text": text}}, "data_sha256": files}
-        return outcome(1.0) | settings
+        files |= {"earlier.jsonl": text}  # of a run that an arm replays
+        asked: dict[str, Any] = {"milora": {"text": text}, "data": {"train": "train.jsonl"}}
+        asked["data"]["eval"] = 0.1
+        asked["evaluate"] = {"tasks": ["t.jsonl", {"file": "u.jsonl"}], "knowledge": "default"}
+        return outcome(1.0) | {"settings": asked, "data_sha256": files}
 
     outcomes = {("a", 1e-3, 0): run_of("wiki.txt"), ("b", 1e-3, 0): run_of("sampled")}
     assert set(summary(outcomes, [0])["arms"]) == {"a", "b"}
     outcomes["c", 1e-3, 0] = run_of("sampled", train="3")
+    with pytest.raises(UserError, match="of different data"):
+        summary(outcomes, [0])
+    outcomes["c", 1e-3, 0] = run_of("sampled")
+    outcomes["c", 1e-3, 0]["data_sha256"] |= {"3 pictures of data": "4"}
     with pytest.raises(UserError, match="of different data"):
         summary(outcomes, [0])
 
@@ -446,6 +477,16 @@ def test_rows_are_paired() -> None:
         ({}, ["lora"], [0], [1e-3, -1.0], "--learning-rates: -1: a number above 0 is needed"),
         ({}, ["lora"], [0], [math.nan], "--learning-rates: nan: a number above 0 is needed"),
         ({}, ["lora:lora.q=2"], [0], [1e-3], "lora.q is not an option"),
+        # What would end it when the turn of that arm comes.
+        ({}, ["lora", "lora:training.weight_decy=1"], [0], [1e-3], "did you mean weight_decay"),
+        ({}, ["lora", "pissa:milora.protect=4"], [0], [1e-3], r"milora\.protect"),
+        (
+            {},
+            ["lora", "lora:milora.start=balanced"],
+            [0],
+            [1e-3],
+            "which method lora does not have",
+        ),
     ],
 )
 def test_what_cannot_be_compared(

@@ -247,6 +247,14 @@ def test_loading_tasks(tmp_path: Path) -> None:
         path.write_text(json.dumps({"prompt": "a", "completion": deep}) + "\n")
         with pytest.raises(UserError, match=r"line 1: the reference answer is not JSON"):
             load_task({"file": str(path), "match": "json"})
+    path.write_text('{"question": "a", "reply": "b", "completion": "c", "prompt": "d"}\n')
+    for columns, said in (
+        ({"prompt": "question", "completion": "reply"}, ["a", "b"]),
+        ({"prompt": "none"}, ["d", "c"]),
+        ({"prompt": "none", "completion": "reply"}, ["d", "b"]),
+    ):  # fmt: skip
+        (row,) = load_task(str(path), columns=columns).rows
+        assert [message["content"] for message in row.messages] == said
     with pytest.raises(UserError, match=r"none.jsonl does not exist"):
         load_task(str(tmp_path / "none.jsonl"))
     with pytest.raises(UserError, match=r"for a task of lm-evaluation-harness write harness:gsm8k"):
@@ -439,6 +447,7 @@ def test_a_task_of_the_run_by_its_name_or_its_file(
     mail = {"file": "data/mail.jsonl", "name": "post", "match": "number", "harness": None}
     words = {"file": None, "name": None, "harness": "mine", "include": "here"}
     tasks = ["other.jsonl", mail, words]
+    assert asked_task("other", tasks) == "other.jsonl"
     for said in (
         "post",
         "data/mail.jsonl",

@@ -86,3 +86,16 @@ def test_a_reference_that_forgets_nothing() -> None:
         "lora", 1e-3,
     )["arms"]  # fmt: skip
     assert [found[arm]["ratio"] for arm in ("lora", "same", "other")] == [1, 1, None]
+
+
+def test_as_many_right_answers_are_as_good() -> None:
+    """Means of three seeds are thirds, whose sums differ in the last bit by their order."""
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        counts = torch.randint(0, 4, (500,), generator=generator).double()
+        mixed = counts[torch.randperm(500, generator=generator)]
+        found = matched(
+            {"lora": {1e-3: counts / 3}, "half": {1e-3: mixed / 3}},
+            {"lora": {1e-3: 0.2}, "half": {1e-3: 0.1}}, "lora", 1e-3,
+        )  # fmt: skip
+        assert found["arms"]["half"]["ratio"] == 0.5

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from milora.config import TaskFile
 from milora.errors import UserError
-from milora.grade import MATCHES, check_reference, grader, number
+from milora.grade import MATCHES, check_reference, grader, meaning, number
 
 RECORD = '{"a": 1, "b": [1, 2]}'
 CHOICE = "answer[1-5]|solution[12]|option[12]|ending[1-4]|true|false"
@@ -174,3 +174,16 @@ def test_references_that_cannot_be_graded_against() -> None:
 def test_an_exponent_alone_is_no_number() -> None:
     assert number("E0") is None
     assert number("3 E0") == 3
+
+
+def test_references_of_one_meaning() -> None:
+    """So that always giving the commonest answer is scored as the grader would."""
+    for match, pattern, one, other, third in (
+        ("choice", r"^\(?([A-D])\)", "A) so", "(a) for it is", "B) so"),
+        ("regex", r"\w+", "yes, it is", "yes", "Yes"),
+        ("number", None, "The answer is 1,000", "1e3", "100"),
+        ("json", None, '{"a": 1, "b": 2}', '{"b": 2, "a": 1}', '{"a": 1}'),
+        ("exact", None, "a ", "a", "A"),
+    ):
+        assert meaning(match, pattern, one) == meaning(match, pattern, other)
+        assert meaning(match, pattern, one) != meaning(match, pattern, third)

@@ -219,6 +219,10 @@ def test_other_starts_are_the_base_too(
     ("changes", "reason"),
     [
         ({"milora": {"text": "same.txt", "keep": {}}}, "milora.text and evaluate.knowledge both"),
+        (
+            {"milora": {"text": "./same.txt", "keep": {}}},
+            r"both have same.txt \(a copy of ./same.txt\)",
+        ),
         ({"milora": {"text": "none.txt", "keep": {}}}, "milora.text: none.txt does not exist"),
         ({"milora": {"text": "short.txt", "keep": {}}}, "fewer than 256 tokens"),
         ({"method": "full", "milora": {"text": "long.txt", "keep": {}}}, "no adapter to hold"),
@@ -233,7 +237,8 @@ def test_refused(
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     for name, length in (("same", 900), ("long", 900), ("short", 100)):
-        Path(f"{name}.txt").write_text("The quick brown fox. "[:19] * (length // 19 + 1))
+        words = f"The {name} brown fox. "[:19]
+        Path(f"{name}.txt").write_text(words * (length // len(words) + 1))
     evaluate = {"knowledge": "same.txt"}
     with pytest.raises(UserError, match=reason):
         run(settings(tiny("llama"), tmp_path, evaluate=evaluate, **changes))

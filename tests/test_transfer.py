@@ -112,6 +112,7 @@ def test_another_file_of_the_same_path_is_another_task() -> None:
     for place, digest in enumerate(("1", "2")):
         links[place].record["data"] = {"sha256": {"a.jsonl": digest}}
     assert [(c.name, c.introduced) for c in columns(links)] == [("a of one", 0), ("a", 1)]
+    assert [(c.name, c.introduced) for c in columns(links, as_now=True)] == [("a", 0)]
     links[1].record["data"]["sha256"]["a.jsonl"] = "1"
     assert [(c.name, c.introduced) for c in columns(links)] == [("a", 0)]
 
@@ -277,7 +278,7 @@ def test_what_is_refused(home: Path, tiny: Tiny, tmp_path: Path) -> None:
     rows(home / "plus.jsonl", "-")
     done = CliRunner().invoke(app, ["eval", str(home / "runs" / "minus"), "--all-tasks"])
     assert "plus.jsonl has sha256" in str(done.exception)
-    assert "put that file back, and give the new one another name" in str(done.exception)
+    assert "put that file back and give the new one another name" in str(done.exception)
     (home / "plus.jsonl").unlink()
     try:
         done = CliRunner().invoke(app, ["eval", str(home / "runs" / "minus"), "--all-tasks"])

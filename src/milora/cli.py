@@ -450,9 +450,10 @@ def _evaluate_chain(
 
     links = chain(source)
     pair, reader, _ = open_run(source, trust_remote_code, base)
-    _check_files(source, out, limit, load_tasks(links, reader))
+    as_now = out is not None
+    _check_files(source, out, limit, load_tasks(links, reader, as_now=as_now))
     with Progress() as progress:
-        result, samples = evaluate_chain(links, pair, reader, progress, limit)
+        result, samples = evaluate_chain(links, pair, reader, progress, limit, as_now)
     _print_scores(result)
     _print_table(Table(*table(result["continual"])))
     for sentence in sentences(result["continual"]):

@@ -120,6 +120,7 @@ def compare(
         )  # fmt: skip
 
     each = [(arm, rate) for arm in arms for rate in arm.rates or rates]
+    _check_given(arms, seeds, rates)
     every = [settings(arm, rate, seed) for arm, rate in each for seed in seeds]
     _check(every)
     for one in every if make is None else ():
@@ -149,13 +150,7 @@ def grid(
     beyond it is tried, at the distance of its neighbour, WIDEN_AT_MOST times. With `every_rate` all
     seeds run at all its rates, so that arms can be compared at equal score (fronts.py).
     """
-    for what, given in (("methods", [arm.name for arm in arms]), ("seeds", seeds),
-                        ("learning-rates", rates)):  # fmt: skip
-        if not given or len(set(given)) < len(given):
-            raise UserError(f"--{what}: each must be given once, and one at least")
-    for rate in (*rates, *(rate for arm in arms for rate in arm.rates)):
-        if not 0 < rate < math.inf:
-            raise UserError(f"--learning-rates: {rate:g}: a number above 0 is needed")
+    _check_given(arms, seeds, rates)
     for arm, (rate, *more) in ((arm, arm.rates or rates) for arm in arms):
         if widen and not more:
             raise UserError(
@@ -244,6 +239,16 @@ def _beyond(losses: Mapping[float, float]) -> float | None:
 
 def run_name(arm: str, rate: float, seed: int) -> str:
     return f"{re.sub(r'[^A-Za-z0-9.]+', '-', arm)}-{rate:g}-{seed}"
+
+
+def _check_given(arms: Sequence[Arm], seeds: Sequence[int], rates: Sequence[float]) -> None:
+    for what, given in (("methods", [arm.name for arm in arms]), ("seeds", seeds),
+                        ("learning-rates", rates)):  # fmt: skip
+        if not given or len(set(given)) < len(given):
+            raise UserError(f"--{what}: each must be given once, and one at least")
+    for rate in (*rates, *(rate for arm in arms for rate in arm.rates)):
+        if not 0 < rate < math.inf:
+            raise UserError(f"--learning-rates: {rate:g}: a number above 0 is needed")
 
 
 def _check(settings: Sequence[Config]) -> None:

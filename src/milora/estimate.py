@@ -22,9 +22,9 @@ from milora.keep import check_inputs
 from milora.matrices import adapted_matrices
 from milora.pretrained import dtype_of, positions, task_of
 from milora.preview import by_kind, compute_dtype, directions, prepared, size
-from milora.progress import duration
+from milora.progress import Progress, duration
 from milora.protect import FIRST, check_patterns, parts_of
-from milora.ready import check_alone
+from milora.ready import check_alone, say_unused
 from milora.recommended import as_before
 from milora.rows import read_rows, split_rows
 
@@ -81,6 +81,7 @@ def estimate(
         resume=False,
     )  # fmt: skip
     milora, config = asked["milora"], check_alone(asked, arguments)
+    say_unused(milora, Progress())
     check_subjects([parse_gate(gate) for gate in gates], list(map(task_name, evaluate["tasks"])))
     if (method == "full" or lora.get("modules_to_save")) and dtype == "auto":
         dtype = "float32"

@@ -128,7 +128,7 @@ def check_unseen(
         digest = sha256(Path(name)) if Path(name).is_file() else ""
         key, other = seen.get(digest, ("milora.text" if name in general else "", name))
         if key:
-            both = name if name == other else f"{name}, which is {other},"
+            both = name if name == other else f"{name} (a copy of {other})"
             raise UserError(
                 f"{key} and evaluate.knowledge both have {both}: what is kept must be measured on "
                 "text that took no part in the run"

@@ -90,8 +90,7 @@ def check(
     lora_config = check_alone(asked, arguments)
     protect, apart = parts_of(milora["protect"])
     earlier = open_earlier(asked, run, resumed, apart)
-    if milora["text"] != SAMPLED and not milora["keep"] and milora["protect_inputs"] == 0:
-        progress.say("milora.text is not used: set milora.keep or milora.protect_inputs")
+    say_unused(milora, progress)
     if processes.sharded:
         _check_sharded(asked, arguments, processes.sharded)
     if (method == "full" or lora.get("modules_to_save")) and dtype == "auto":
@@ -370,6 +369,11 @@ def check_alone(asked: Mapping[str, Any], arguments: TrainingArguments) -> LoraC
             "quantization and milora.factors_from out"
         )
     return lora_config
+
+
+def say_unused(milora: Mapping[str, Any], progress: Progress) -> None:
+    if milora["text"] != SAMPLED and not milora["keep"] and milora["protect_inputs"] == 0:
+        progress.say("milora.text is not used: set milora.keep or milora.protect_inputs")
 
 
 def check_general(milora: Mapping[str, Any], method: str) -> None:

@@ -49,20 +49,21 @@ class Column(NamedTuple):
     options: str | Mapping[str, Any]  # as evaluate.tasks has it
 
 
-def columns(links: Sequence[Link]) -> list[Column]:
+def columns(links: Sequence[Link], as_now: bool = False) -> list[Column]:
     """Every task of the chain once, in the order in which the runs brought them.
 
     Those of the last run have their own names, since its gates and its card are about them. Another
     that is asked otherwise (another file, another match) under a name that is taken gets that of
-    its run with it.
+    its run with it. `as_now` takes files that have changed since for what they are now.
     """
     found: dict[tuple[Any, ...], Column] = {}
     for place, link in enumerate(links):
         for options in link.asked["evaluate"]["tasks"]:
-            key = _identity(options, link)
+            key = _identity(options, link, as_now)
             first = found[key].introduced if key in found else place
             found[key] = Column(task_name(options), first, options)
-    last = {_identity(options, links[-1]) for options in links[-1].asked["evaluate"]["tasks"]}
+    own = links[-1].asked["evaluate"]["tasks"]
+    last = {_identity(options, links[-1], as_now) for options in own}
     taken = {found[key].name for key in last}
     for key, column in found.items():
         if key in last:
@@ -77,13 +78,13 @@ def columns(links: Sequence[Link]) -> list[Column]:
     return list(found.values())
 
 
-def _identity(options: str | Mapping[str, Any], link: Link) -> tuple[Any, ...]:
+def _identity(options: str | Mapping[str, Any], link: Link, as_now: bool) -> tuple[Any, ...]:
     """What makes two tasks one: a file, its content and all that it is asked by but a name."""
     whole = {"file": options} if isinstance(options, str) else dict(options)
     if harness := whole.get("harness") or harness_name(options):
         return ("harness", harness)
     told = {k: v for k, v in whole.items() if k != "name" and v not in (None, LEFT_OUT.get(k))}
-    return (*sorted(told.items()), ("sha256", _sha256(whole["file"], link)))
+    return (*sorted(told.items()), ("sha256", None if as_now else _sha256(whole["file"], link)))
 
 
 def _sha256(file: str, link: Link) -> str | None:
@@ -105,32 +106,38 @@ def unmeasured(links: Sequence[Link], classifies: bool) -> dict[str, str]:
     return why
 
 
-def load_tasks(links: Sequence[Link], reader: Reader, limit: int | None = None) -> list[AnyTask]:
-    """The tasks of `columns`, by their names. Raises UserError where a file is gone or another."""
+def load_tasks(
+    links: Sequence[Link], reader: Reader, limit: int | None = None, as_now: bool = False
+) -> list[AnyTask]:
+    """The tasks of `columns`, by their names. Raises UserError where a file is gone, or is another
+    and not taken `as_now`.
+    """
     tasks = []
-    for column in columns(links):
+    for column in columns(links, as_now):
         link = links[column.introduced]
         try:
             named = link.asked.get("data", {}).get("columns") or {}
             task = load_task(column.options, limit, bool(image_tokens(reader)), named)
         except UserError as error:
             raise UserError(f"the task {column.name} of {link.run}: {error}") from error
-        if not isinstance(task, HarnessTask):
+        if not isinstance(task, HarnessTask) and not as_now:
             own = column.options if isinstance(column.options, str) else column.options["file"]
             before = _sha256(own, link)
             if task.sha256 != before and before is not None:
                 raise UserError(
                     f"the task {column.name} of {link.run}: {own} has sha256 "
                     f"{str(task.sha256)[:12]}, and that run had it with {before[:12]}: put that "
-                    "file back, and give the new one another name"
+                    "file back and give the new one another name, or write elsewhere with --out"
                 )
         tasks.append(task._replace(name=column.name))
     return tasks
 
 
-def check_tasks(links: Sequence[Link], reader: Reader, model: nn.Module) -> list[AnyTask]:
+def check_tasks(
+    links: Sequence[Link], reader: Reader, model: nn.Module, as_now: bool = False
+) -> list[AnyTask]:
     """The tasks of the chain. Raises UserError where there are none, or one is not for `model`."""
-    tasks = load_tasks(links, reader)
+    tasks = load_tasks(links, reader, as_now=as_now)
     if not tasks:
         raise UserError(f"no run of the chain of {links[-1].run} has evaluate.tasks")
     apart = answers_apart(model)
@@ -141,8 +148,9 @@ def check_tasks(links: Sequence[Link], reader: Reader, model: nn.Module) -> list
 
 
 def evaluate_chain(
-    links: Sequence[Link], pair: Pair, reader: Reader, progress: Progress, limit: int | None = None
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    links: Sequence[Link], pair: Pair, reader: Reader, progress: Progress, limit: int | None = None,
+    as_now: bool = False,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:  # fmt: skip
     """evaluation.json of the last run over all tasks of the chain, `continual` in it; and samples.
 
     `pair` is base and tuned of the last run; the earlier releases take its adapter's place one by
@@ -150,9 +158,9 @@ def evaluate_chain(
     asked before is asked again.
     """
     asked = links[-1].asked["evaluate"]
-    tasks = check_tasks(links, reader, pair.model)
+    tasks = check_tasks(links, reader, pair.model, as_now)
     if limit is not None:
-        tasks = load_tasks(links, reader, limit)
+        tasks = load_tasks(links, reader, limit, as_now)
     texts = general_texts(asked["knowledge"])
     live: Any = pair.model
     results: list[dict[str, Any]] = []
@@ -169,7 +177,7 @@ def evaluate_chain(
         if not results:
             samples = own
         results.insert(0, found)
-    result = results[-1] | {"continual": measures(links, results)}
+    result = results[-1] | {"continual": measures(links, results, as_now)}
     if limit is not None:
         result["continual"]["limit"] = limit
     return result, samples
@@ -184,13 +192,15 @@ def extend_evaluation(run: Path, pair: Pair, reader: Reader, progress: Progress)
     return whole
 
 
-def measures(links: Sequence[Link], results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def measures(
+    links: Sequence[Link], results: Sequence[Mapping[str, Any]], as_now: bool = False
+) -> dict[str, Any]:
     """The matrix and the figures of the module's head, from the evaluation of each release.
 
     None for a figure that the chain has no task for. `knowledge` is the KL of each release on the
     text where it is largest; tasks without an accuracy are left out, by name.
     """
-    every = columns(links)
+    every = columns(links, as_now)
     last = len(links) - 1
     kept = [one for one in every if "accuracy" in results[-1]["tasks"][one.name]["tuned"]]
     R = [[result["tasks"][one.name]["tuned"]["accuracy"] for one in kept] for result in results]
