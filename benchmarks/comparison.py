@@ -324,8 +324,8 @@ def docs() -> None:
     others = {name: result for name, result in found.items() if name not in fronts}
     parts["comparison"] = markdown(against_lora(others))
     shown = ("lora", DORA, MICA, "milora", RECOMMENDED, f"milora:{BALANCED}:{KEEP}=1")
-    parts["by rate"] = markdown(by_rate("smollm2fronts", shown))
-    parts["larger"] = markdown(by_rate("smollm2large", LARGE))
+    parts["by rate"] = markdown(by_rate(("smollm2fronts", "smollm2float32"), shown))
+    parts["larger"] = markdown(by_rate(("smollm2large",), LARGE))
     parts["fronts"] = markdown(at_own_rates(fronts))
     parts["equal rates"] = markdown(at_equal_rates())
     parts["short"] = markdown(briefly(others))
@@ -389,11 +389,12 @@ def at_own_rates(fronts: dict[str, dict[str, Any]]) -> Table:
     return against_lora(own)
 
 
-def by_rate(model: str, arms: Sequence[str]) -> Table:
+def by_rate(models: Sequence[str], arms: Sequence[str]) -> Table:
     """What `arms` came to at every rate, with as many seeds as there are."""
     head, rows = ["comparison", "arm", "rate", "seeds", "held-out loss", "accuracy"], []
     head += ["loss", "KL, WikiText-2 test", "KL, C4"]
-    for name, arm in [(f"{model}-{task}", arm) for task in COMPARISONS[model][2] for arm in arms]:
+    names = [f"{model}-{task}" for model in models for task in COMPARISONS[model][2]]
+    for name, arm in [(name, arm) for name in names for arm in arms]:
         task = name.split("-")[1]
         for rate, of in runs_by_rate(name, arm):
             tuned = [one["evaluation"]["tasks"][task]["tuned"] for one in of]
