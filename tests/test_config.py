@@ -160,7 +160,9 @@ def test_what_would_be_passed_over(
         ({"optim": "galore_adamw", "optim_target_modules": ["q_proj"]}, "galore"),
         ({"fp16": True, "use_cpu": True}, "fp16 is for GPUs"),
         ({"use_liger_kernel": True}, "pip install liger-kernel"),
-        ({"optim_args": "foo=1"}, r"\.optim_args does nothing with optim: adamw_torch"),
+        ({"optim_args": "foo=1"}, r"\.optim_args: foo=1 does nothing with optim: adamw_torch"),
+        ({"optim": "sgd", "optim_args": "momentum=0.9, nesterv=true"}, "nesterv=true does nothing"),
+        ({"optim": "sgd", "optim_args": "weight_decay=0.9"}, r"use training\.weight_decay"),
     ],
 )
 def test_what_cannot_be_made_here(training: dict[str, Any], said: str, tmp_path: Path) -> None:

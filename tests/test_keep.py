@@ -350,6 +350,13 @@ def test_a_method_without_recommendations(tiny: Tiny, tmp_path: Path) -> None:
     asked = {"output_dir": str(tmp_path / "run"), "method": "milora", "milora": NOT_SAID}
     assert as_before(asked, resume=False)["milora"] == NOT_SAID
     assert as_before(asked, resume=True)["milora"] == PUBLISHED  # as that run was
+    # One that trains on, and was called to resume before it began: as the run that it continues.
+    asked |= {
+        "output_dir": str(tmp_path / "next"), "continue": {"run": str(tmp_path / "run"),
+                                                            "how": "same"},
+    }  # fmt: skip
+    for resume in (False, True):
+        assert as_before(asked, resume)["milora"] == PUBLISHED
 
 
 @pytest.mark.parametrize("unfit", [None, "experts"])

@@ -447,11 +447,19 @@ def test_a_limit_warns_and_stops(
         assert not list((tmp_path / name).glob("run/checkpoints/checkpoint-*"))
 
 
-def test_the_last_state_is_measured(tiny: Tiny, tmp_path: Path) -> None:
+def test_the_last_state_is_measured(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Where none is written, so that nothing else asks for it; and none is written unseen."""
-    watch = {"interference": {"top": 4, "every": 50, "limit": 1e-9, "stop": True}}
+    watch = {"interference": {"top": 4, "every": 50, "limit": 1e-9}}
+    asked = settings(tiny("llama"), tmp_path, milora=watch)
+    del asked["training"]["save_steps"]
+    asked["training"] |= {"save_strategy": "no"}
+    run(asked)
+    assert "above milora.interference.limit" in capsys.readouterr().err
+    watch["interference"] |= {"stop": True}
     for strategy, said in (
-        ("no", "at step 6, before there was a checkpoint"),
+        ("no", r"interference\.stop goes back to the last checkpoint, and .*save_strategy is no"),
         ("best", r"save_strategy: best .*interference\.limit"),
     ):
         asked = settings(tiny("llama"), tmp_path, milora=watch)
@@ -485,6 +493,13 @@ def test_what_cannot_be_held(
     [
         ({"protect": -1}, "milora.protect"),
         ({"protect": {"energy": 1.5}}, "milora.protect"),
+        ({"protect": {"energy": 50}}, "milora.protect is {'energy': 50}: it is"),
+        ({"protect": {"energy": 1}}, "milora.protect"),
+        ({"protect": {"energy": 0.5, "q_proj": 3}}, "milora.protect"),
+        ({"protect": {"tasks": 3}}, "milora.protect"),
+        ({"protect": {"tasks": "all", "weights": {"energy": 50}}}, "milora.protect"),
+        ({"protect": True}, "milora.protect is True: it is a whole number"),
+        ({"protect": {"q_proj": True}}, "milora.protect"),
         ({"protect": {"q_proj": {"energie": 0.5}}}, "milora.protect"),
         ({"protec": 4}, "did you mean protect"),
         ({"interference": {"stop": True}}, "stop needs milora.interference.limit"),

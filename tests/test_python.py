@@ -383,6 +383,10 @@ def test_inputs_are_held_in_loops_of_others(
 
 def test_several_processes_must_share_a_text(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     model = get_milora_model(load("llama"), LoraConfig(**CONFIG))
+    with monkeypatch.context() as context:  # under a launcher, before they have met
+        context.setenv("WORLD_SIZE", "2")
+        with pytest.raises(UserError, match="give texts"):
+            hold_inputs(model, make_tokenizer())
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     with pytest.raises(UserError, match="give texts"):

@@ -602,6 +602,54 @@ def test_resume_goes_on_where_the_run_stood(
 
 
 @pytest.mark.slow
+def test_half_a_state_is_named(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And without it the run goes on from what is before it, to the same result."""
+    arguments = settings(tiny("llama"), tmp_path)
+    run(arguments)
+    wanted, home = result_hashes(tmp_path / "run"), tmp_path / "run" / "checkpoints"
+    for name, length in (
+        ("trained.safetensors", 0.5),
+        ("checkpoint-6/trained.safetensors", 0.5),
+        ("checkpoint-6/optimizer.pt", 0.5),
+        ("checkpoint-6/scheduler.pt", 0),
+        ("checkpoint-6/rng_state.pth", 0.5),
+    ):
+        folder = (home / name).parent
+        kept = tmp_path / "kept"
+        shutil.copytree(home, kept)
+        whole = (home / name).read_bytes()
+        if folder != home:
+            (home / "trained.safetensors").unlink()
+            edit = home / "checkpoint-6/trainer_state.json"  # not ended, so that all is read
+            state = json.loads(edit.read_text())
+            state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"] = False
+            edit.write_text(json.dumps(state))
+        (home / name).write_bytes(whole[: int(len(whole) * length)])
+        with pytest.raises(UserError, match=r"is damaged .*: remove it, and `--resume` goes on"):
+            run(arguments, resume=True)
+        if folder == home:
+            (home / name).unlink()
+        else:
+            shutil.rmtree(folder)
+        run(arguments, resume=True)
+        assert result_hashes(tmp_path / "run") == wanted, name
+        shutil.rmtree(home)
+        kept.rename(home)
+
+
+@pytest.mark.slow
+def test_initial_factors_that_are_gone_are_not_made_again(tiny: Tiny, tmp_path: Path) -> None:
+    arguments = settings(tiny("llama"), tmp_path)
+    run(arguments)
+    (tmp_path / "run" / "init" / "factors.safetensors").unlink()
+    with pytest.raises(UserError, match=r"factors.safetensors is gone, and what .* put it back"):
+        run(arguments, resume=True)
+    (tmp_path / "run" / "checkpoints" / "trained.safetensors").unlink()
+    with pytest.raises(UserError, match=r"factors.safetensors is gone"):
+        run(arguments, resume=True)
+
+
+@pytest.mark.slow
 def test_a_run_of_an_earlier_version_is_resumed(tiny: Tiny, tmp_path: Path) -> None:
     """Before milora.start, protect_inputs and text could be said."""
     arguments = settings(tiny("llama"), tmp_path)

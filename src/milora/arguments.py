@@ -227,9 +227,7 @@ def check_here(arguments: TrainingArguments) -> None:
         own.optim_target_modules = "all-linear"  # the names are those of another model
     try:
         kind, options = Trainer.get_optimizer_cls_and_kwargs(own, model)  # type: ignore[arg-type]
-        own.optim_args = None
-        without = Trainer.get_optimizer_cls_and_kwargs(own, model)  # type: ignore[arg-type]
-        passed_over = arguments.optim_args and without == (kind, options)
+        passed_over = _passed_over(own, model, (kind, dict(options)))
         optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters())
         if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer):  # no factory
             first = options.pop("params", options.pop("model", model.parameters()))
@@ -242,7 +240,22 @@ def check_here(arguments: TrainingArguments) -> None:
         raise UserError(f"training: {' '.join(str(error).split())}") from error
     if passed_over:
         name = getattr(arguments.optim, "value", arguments.optim)
-        raise UserError(f"training.optim_args does nothing with optim: {name}: leave it out")
+        raise UserError(
+            f"training.optim_args: {passed_over} does nothing with optim: {name}: leave it out"
+        )
+
+
+def _passed_over(own: TrainingArguments, model: nn.Module, made: tuple[Any, Any]) -> str:
+    """The first of `optim_args` without which the optimizer is `made` as well; "" where none is."""
+    parts = own.optim_args.split(",") if own.optim_args else []
+    for part in parts:
+        if part.partition("=")[0].strip() == "weight_decay":  # the Trainer's groups have their own
+            raise UserError("weight_decay in optim_args does nothing: use training.weight_decay")
+        own.optim_args = ",".join(other for other in parts if other is not part) or None
+        without = Trainer.get_optimizer_cls_and_kwargs(own, model)  # type: ignore[arg-type]
+        if without == made:
+            return part.strip()
+    return ""
 
 
 def _check_numbers(values: Mapping[str, Any]) -> None:

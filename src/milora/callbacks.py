@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -90,7 +91,8 @@ def hold_inputs(
         raise UserError("hold_inputs: it is not for encoder-decoders, which read no text alone")
     if not texts and task != "CAUSAL_LM":
         raise UserError("hold_inputs: this model writes no text: give texts")
-    if not texts and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    together = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    if not texts and (together or int(os.environ.get("WORLD_SIZE", "1")) > 1):
         raise UserError("hold_inputs: every process would write a text of its own: give texts")
     start: Start = model.start  # type: ignore[assignment]
     matrices, longest = adapted_matrices(model), positions(model)

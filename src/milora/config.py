@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -129,7 +130,7 @@ class Energy(Strict):
     energy: float = Field(gt=0, lt=1)
 
 
-Number = Annotated[int, Field(ge=0)]
+Number = Annotated[int, Field(ge=0, strict=True)]  # true is no number
 Text = Annotated[str, Field(min_length=1)]
 
 
@@ -150,15 +151,25 @@ class KeepText(Strict):
     tokens: int = Field(default=512, ge=2)
 
 
+def _form(value: Any) -> Any:
+    """A block with `energy` or `tasks` is that one, and not one of patterns that are so called."""
+    for key, block in (("energy", Energy), ("tasks", Tasks)):
+        if isinstance(value, Mapping) and key in value:
+            return block.model_validate(value)
+    return value
+
+
 class Tasks(Strict):
     tasks: Literal["all"]
-    weights: Number | Energy | dict[str, Number | Energy] = 0
+    weights: Annotated[Number | Energy | dict[str, Number | Energy], BeforeValidator(_form)] = 0
 
 
 class Milora(Strict):
     factors_from: str | None = None
     rank: Energy | Parameters | None = None
-    protect: Number | Energy | Tasks | dict[str, Number | Energy] = 0
+    protect: Annotated[
+        Number | Energy | Tasks | dict[str, Number | Energy], BeforeValidator(_form)
+    ] = 0
     interference: Interference = Interference()
     start: Literal["published", "directions", "balanced"] | None = None
     text: Text | Annotated[list[Text], Field(min_length=1)] = "sampled"

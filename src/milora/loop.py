@@ -15,7 +15,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from milora.data import IGNORED
 from milora.keep import Keep, kept_loss
 from milora.processes import like, whole
-from milora.training_state import STATE, load_state, save_state
+from milora.training_state import STATE, load_state, read_whole, save_state
 
 
 class MiloraTrainer(Trainer):
@@ -137,10 +137,12 @@ class MiloraTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if not self.is_fsdp_enabled or checkpoint is None:
-            super()._load_optimizer_and_scheduler(checkpoint)
+            with read_whole(Path(checkpoint or "")):
+                super()._load_optimizer_and_scheduler(checkpoint)
             return
         optimizer = self._optimizer()
-        state = torch.load(Path(checkpoint) / "optimizer.pt", "cpu", weights_only=True)
+        with read_whole(Path(checkpoint)):
+            state = torch.load(Path(checkpoint) / "optimizer.pt", "cpu", weights_only=True)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for place, values in state["state"].items():
             own = parameters[place]
@@ -151,6 +153,10 @@ class MiloraTrainer(Trainer):
         self._scheduler().load_state_dict(
             torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True)
         )
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with read_whole(Path(checkpoint or "")):
+            super()._load_rng_state(checkpoint)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """The Trainer's, and a wait: what says that all is whole comes after every process's."""

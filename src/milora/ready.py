@@ -155,6 +155,12 @@ def check(
             "bytes": loaded_bytes(base.model), "full_precision_bytes": original.full_bytes,
         }  # fmt: skip
     init = run / "init" / "factors.safetensors"
+    states = run / "checkpoints"
+    if method != "full" and not init.exists() and _has_begun(states):
+        raise UserError(
+            f"{init} is gone, and what {states} holds was trained from it: put it back, or begin a "
+            "new run in another output_dir"
+        )
     origin = _origin(init, earlier)
     start = adapter.load_start(origin) if method != "full" and origin.exists() else None
     previous: dict[str, adapter.Factors] = {}
@@ -211,6 +217,10 @@ def check(
         asked, run, resumed, arguments, lora_config, material, gates, start, earlier, previous,
         weights, packed, base.model.num_parameters(),
     )  # fmt: skip
+
+
+def _has_begun(states: Path) -> bool:
+    return (states / STATE).exists() or last_complete_checkpoint(states) is not None
 
 
 def _origin(init: Path, earlier: Earlier | None) -> Path:
@@ -350,6 +360,12 @@ def check_alone(asked: Mapping[str, Any], arguments: TrainingArguments) -> LoraC
         raise UserError(
             "training.save_strategy: best writes states that milora.interference.limit has not "
             "seen: use steps or epoch"
+        )
+    watch = milora["interference"]
+    if watch["stop"] and arguments.save_strategy == "no":
+        raise UserError(
+            "milora.interference.stop goes back to the last checkpoint, and training.save_strategy "
+            "is no: leave one out"
         )
     lora_config: LoraConfig | None = targeting.lora_config(lora)
     if method == "full":

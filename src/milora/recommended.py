@@ -29,7 +29,8 @@ def as_before(asked: dict[str, Any], resume: bool) -> dict[str, Any]:
     For a method other than milora it is said here already: nothing is held.
     """
     folder, earlier = Path(asked["output_dir"]), asked.get("continue", {})
-    if earlier.get("how") == "same" and not resume:
+    began = resume and (folder / "config.yaml").is_file()
+    if earlier.get("how") == "same" and not began:
         folder, resume = Path(earlier["run"]), True
     milora = asked["milora"]
     if resume and (folder / "config.yaml").is_file():

@@ -1,8 +1,12 @@
 """What a run is resumed from: the tensors that train, and the checkpoints that hold them."""
 
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers import TrainingArguments
@@ -26,12 +30,28 @@ def save_state(path: Path, model: nn.Module, write: bool = True) -> None:
 
 def load_state(path: Path, model: nn.Module) -> None:
     """Put back what `save_state` wrote. Raises UserError when it is of another model."""
-    tensors: dict[str, Tensor] = load_file(path)
+    with read_whole(path):
+        tensors: dict[str, Tensor] = load_file(path)
     wanted = _trained(model)
     if set(tensors) != set(wanted):
         raise UserError(f"{path} is of another model or configuration than this run")
     for name, parameter in wanted.items():
         put(parameter, tensors[name])
+
+
+@contextmanager
+def read_whole(path: Path) -> Iterator[None]:
+    """Raise UserError in place of what the readers of safetensors and torch say of half a file."""
+    try:
+        yield
+    except (SafetensorError, EOFError, OSError, pickle.UnpicklingError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
+            raise
+        said = " ".join(str(error).split())
+        raise UserError(
+            f"{path} is damaged ({said}): remove it, and `--resume` goes on from what there is "
+            "before it"
+        ) from error
 
 
 def not_finite(model: nn.Module) -> str | None:
