@@ -13,7 +13,7 @@ from milora.cli import app
 from milora.continual import Earlier, replayed
 from milora.errors import UserError
 from milora.gates import judge, parse_gate
-from milora.lineage import Link, chain, read_link
+from milora.lineage import Link, chain, history, read_link
 from milora.report import report
 from milora.rows import read_rows, split_rows
 from milora.transfer import columns, measures, sentences, table, unmeasured
@@ -115,6 +115,16 @@ def test_another_file_of_the_same_path_is_another_task() -> None:
     assert [(c.name, c.introduced) for c in columns(links, as_now=True)] == [("a", 0)]
     links[1].record["data"]["sha256"]["a.jsonl"] = "1"
     assert [(c.name, c.introduced) for c in columns(links)] == [("a", 0)]
+
+
+def test_the_history_parts_files_of_one_name() -> None:
+    links = [link(name, "a") for name in ("one", "two", "three")]
+    for place, (digest, score) in enumerate((("1", 0.25), ("2", 0.5), ("1", 0.75))):
+        task = {"sha256": digest, "tuned": {"accuracy": score}}
+        links[place] = links[place]._replace(evaluation={"tasks": {"a": task}})
+    head, rows = history(links)
+    assert head[6:8] == ["a", "a of two"]
+    assert [row[6:8] for row in rows] == [["0.250", ""], ["", "0.500"], ["0.750", ""]]
 
 
 def test_figures_that_a_chain_cannot_have() -> None:

@@ -31,6 +31,7 @@ from milora.data import IGNORED, Collator, encode, prepare, prompt_ids
 from milora.errors import UserError
 from milora.evaluate import Task, load_task
 from milora.generation import generate
+from milora.material import read_material
 from milora.matrices import adapted_matrices
 from milora.pretrained import load_pretrained, reads_pictures
 from milora.preview import coverage, marked
@@ -531,6 +532,18 @@ def test_other_pictures_are_other_data(
     draw(tmp_path / "pictures" / "4.png", 77)
     with pytest.raises(UserError, match=r"--resume: 18 pictures of data has changed"):
         run(asked, resume=True)
+
+
+def test_a_seed_changes_no_hash_of_pictures(folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """Though it says which rows are held out: a comparison is over several."""
+    files = []
+    for seed in (0, 1):
+        data = {"train": question_file(tmp_path), "eval": 0.5, "max_length": 128}
+        asked = settings(folder("llava"), tmp_path, data=data | {"train": str(data["train"])})
+        read = read_material(asked | {"seed": seed}, "float32", False, True, None, Progress())
+        files.append(read.files)
+    assert files[0] == files[1]
+    assert any("pictures of data" in name for name in files[0])
 
 
 def test_without_pillow_one_sentence(

@@ -6,7 +6,7 @@ is no longer what it was is noticed. Nothing here writes.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,12 +100,16 @@ def continues(earlier: Link, child: Path, how: str) -> dict[str, Any]:
 
 def history(links: Sequence[Link]) -> tuple[list[str], list[list[str]]]:
     """Head and rows of a table: each run of the chain with its scores."""
-    tasks = list(dict.fromkeys(t for link in links for t in link.evaluation.get("tasks", {})))
-    head = ["run", "how", "state", "gates", "rank", "cut", *tasks, "KL"]
+    tasks: dict[tuple[str, str | None], str] = {}  # of another file it is another task
+    for link in links:
+        for name, one in link.evaluation.get("tasks", {}).items():
+            shown = name if name not in tasks.values() else f"{name} of {link.run.name}"
+            tasks.setdefault((name, one.get("sha256")), shown)
+    head = ["run", "how", "state", "gates", "rank", "cut", *tasks.values(), "KL"]
     return head, [_row(link, tasks) for link in links]
 
 
-def _row(link: Link, tasks: Sequence[str]) -> list[str]:
+def _row(link: Link, tasks: Iterable[tuple[str, str | None]]) -> list[str]:
     record, count = link.record, len(link.record.get("gates", ()))
     gates = f"{count - len(link.failed)} of {count} hold" if count else "none"
     rank, cut = record.get("adapter", {}).get("rank"), record.get("adapter", {}).get("cut")
@@ -118,11 +122,11 @@ def _row(link: Link, tasks: Sequence[str]) -> list[str]:
         "FAILED: " + gates if link.failed else gates if link.done else "",
         "" if rank is None else str(rank),
         f"{cut['summed_error']:.1e}" if cut else "",
-        *(_accuracy(scores.get(task, {})) for task in tasks),
+        *(_accuracy(scores.get(name, {}), digest) for name, digest in tasks),
         f"{max(knowledge):.4f}" if knowledge else "",
     ]
 
 
-def _accuracy(task: Mapping[str, Any]) -> str:
+def _accuracy(task: Mapping[str, Any], digest: str | None) -> str:
     value = task.get("tuned", {}).get("accuracy")
-    return "" if value is None else f"{value:.3f}"
+    return "" if value is None or task.get("sha256") != digest else f"{value:.3f}"
