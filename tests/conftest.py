@@ -16,7 +16,7 @@ os.environ["MILORA_ANSWERS"] = tempfile.mkdtemp(prefix="milora-answers-")
 import pytest
 import torch
 from hypothesis import settings
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -77,6 +77,15 @@ def make_tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
     )
     if chat:
         tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+def with_bos() -> PreTrainedTokenizerFast:
+    """A tokenizer that puts a BOS in front by itself, as Llama's does."""
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
     return tokenizer
 
 

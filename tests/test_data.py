@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import CHAT, make_tokenizer
+from conftest import CHAT, make_tokenizer, with_bos
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, models, processors
@@ -305,16 +305,6 @@ def encoded(tokenizer: PreTrainedTokenizerBase, row: Row, max_length: int = 4096
     pairs = zip(found.input_ids, found.labels, strict=True)
     assert all(label in (IGNORED, token) for token, label in pairs)
     return found
-
-
-def with_bos() -> PreTrainedTokenizerBase:
-    """A tokenizer that puts a BOS in front by itself, as Llama's does."""
-    tokenizer = make_tokenizer()
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 0)]
-    )
-    assert tokenizer("x")["input_ids"][0] == 0
-    return tokenizer
 
 
 @pytest.mark.parametrize("make", [make_tokenizer, with_bos, lambda: make_tokenizer(chat=False)])

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_tokenizer
+from conftest import make_tokenizer, with_bos
 from hypothesis import given
 from hypothesis import strategies as st
 from test_adapter import config, perturb
 from transformers import PreTrainedModel
 
+import milora.knowledge
 from milora.adapter import add_adapter
 from milora.card import scores_table
 from milora.data import prompt_ids
@@ -29,6 +30,7 @@ from milora.evaluate import (
     score,
     wilson,
 )
+from milora.forms import predictions
 from milora.generation import answer_loss, generate
 from milora.grade import grader
 from milora.keep import kl
@@ -101,6 +103,24 @@ def test_knowledge_kept(load: Load) -> None:
 def test_text_that_is_too_short(load: Load) -> None:
     with pytest.raises(UserError, match="fewer than 2 tokens"):
         knowledge_kept(Pair(load("llama")), make_tokenizer(), "a")
+
+
+def test_pieces_of_general_text_begin_as_the_tokenizer_begins_a_text(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[int]] = []
+
+    def noting(model: Any, piece: list[int]) -> Any:
+        seen.append(piece)
+        return predictions(model, piece)
+
+    monkeypatch.setattr(milora.knowledge, "predictions", noting)
+    knowledge_kept(Pair(load("llama")), make_tokenizer(), "a" * 120, chunks=2, length=50)
+    assert [len(piece) for piece in seen] == [50] * 4  # of base and tuned
+    seen.clear()
+    found = knowledge_kept(Pair(load("llama")), with_bos(), "a" * 120, chunks=2, length=50)
+    assert [(piece[0], len(piece)) for piece in seen] == [(0, 50)] * 4
+    assert found["tokens"] == 2 * 49
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import TARGETS
+from conftest import TARGETS, with_bos
 from safetensors.torch import load_file
 from tiny_run import NOT_SAID, break_off, result_hashes, run, settings
 from transformers import AutoTokenizer, PreTrainedModel
@@ -373,3 +373,6 @@ def test_pieces_are_whole(tiny: Tiny) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny("llama"))
     assert [len(piece) for piece in cut(tokenizer, ["a" * 600, "b" * 300], 10**9)] == [256] * 3
     assert len(cut(tokenizer, ["a" * 600], 100)) == 6
+    begun = cut(with_bos(), ["a" * 600, "b" * 254], 10**9)
+    assert [(piece[0], len(piece)) for piece in begun] == [(0, 256)] * 2
+    assert 0 not in begun[1][1:]

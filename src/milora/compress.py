@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from milora.card import figure, packed_card
+from milora.data import begins_with
 from milora.errors import UserError
 from milora.files import new_folder, write_json, write_text
 from milora.keep import LENGTH, covariances, cut
@@ -149,7 +150,8 @@ def principal_parts(
         for name, layer in loaded.model.named_modules()
         if linear_shape(layer) and layer is not loaded.model.get_output_embeddings()
     }
-    pieces = cut(loaded.tokenizer, [said], positions(loaded.model), "--text")[2 * chunks :][:PIECES]
+    measured = 2 * chunks + len(begins_with(loaded.tokenizer))
+    pieces = cut(loaded.tokenizer, [said], positions(loaded.model), "--text")[measured:][:PIECES]
     if aware and len(pieces) < PIECES / 4:
         raise UserError(
             f"--text: {name} is too short: beside the {chunks} pieces of 512 tokens that are "

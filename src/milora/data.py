@@ -138,11 +138,16 @@ def _tokenize(
             found = tokenizer(part, add_special_tokens=False, return_offsets_mapping=True)
             ids += found["input_ids"]
             spans += [(start + a, start + b) for a, b in found["offset_mapping"]]
-    bos = tokenizer.bos_token_id
-    adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
-    if adds_bos and ids[:1] != [bos]:
-        ids, spans = [bos, *ids], [(0, 0), *spans]
+    begin = begins_with(tokenizer)
+    if begin and ids[:1] != begin:
+        ids, spans = [*begin, *ids], [(0, 0), *spans]
     return ids, spans
+
+
+def begins_with(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """[bos] where the tokenizer puts it before a text, as those of Llama and Gemma do; else []."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
 
 
 def encode(tokenizer: Reader, row: Row, max_length: int) -> Encoded | str:

@@ -45,6 +45,7 @@ from milora.classification import (
     likeliest,
     tokens,
 )
+from milora.data import begins_with
 from milora.errors import UserError
 from milora.files import read_json, read_lines, sha256, write_json, write_text
 from milora.forms import answers_apart, prompt_for
@@ -512,7 +513,7 @@ def evaluate_all(
     knowledge = []
     for text, name in texts:
         kept = recall["tuned"](
-            ["knowledge", who["base"], text, chunks],
+            ["knowledge", who["base"], text, chunks, *begins_with(tokenizer_of(tokenizer))],
             partial(knowledge_kept, pair, tokenizer_of(tokenizer), text, chunks, progress=progress),
         )
         knowledge.append({"text": name, **kept})

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from milora.data import begins_with
 from milora.errors import UserError
 from milora.files import write_bytes
 from milora.logits import base_only
@@ -66,12 +67,13 @@ def cut(
 ) -> Pieces:
     """The texts as pieces of LENGTH tokens, or of as many as the model takes, the rest left out.
 
-    Raises UserError when there is not one whole piece.
+    Each begins as the tokenizer begins a text. Raises UserError when there is not one whole piece.
     """
-    length, pieces = min(LENGTH, longest), []
+    length, pieces, begin = min(LENGTH, longest), [], begins_with(tokenizer)
+    own = length - len(begin)
     for text in texts:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        pieces += [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
+        pieces += [[*begin, *ids[i : i + own]] for i in range(0, len(ids) - own + 1, own)]
     if not pieces:
         raise UserError(f"{key}: it has fewer than {length} tokens, of which a piece is made")
     return pieces

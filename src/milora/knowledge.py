@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from milora.classification import embeddings, moved
+from milora.data import begins_with
 from milora.errors import UserError
 from milora.files import sha256, why_no_file
 from milora.forms import predictions
@@ -35,8 +36,9 @@ def knowledge_kept(
 ) -> dict[str, Any]:
     """How far the tuned model moved on general text: KL(base || tuned) per token, perplexities.
 
-    The first `chunks` pieces of `length` tokens each; within a piece every token but the first
-    is predicted from those before it. KL in nats, exact over the whole vocabulary, in fp32.
+    The first `chunks` pieces of `length` tokens each, which begin as the tokenizer begins a text (a
+    Gemma without <bos> predicts next to nothing); within a piece every token but the first is
+    predicted from those before it. KL in nats, exact over the whole vocabulary, in fp32.
     Tokens at which it is not finite are counted in `not_finite` and left out of the rest, which is
     None where no token is left or a figure itself is not finite. An encoder-decoder reads the
     first half of a piece and predicts the second. A classifier predicts no tokens: of it the same
@@ -46,8 +48,10 @@ def knowledge_kept(
     if classifies:
         chunks, length = chunks * length // EMBEDDED, EMBEDDED
     length = min(length, positions(pair.model))
+    begin = [] if classifies else begins_with(tokenizer)
     cut = tokenizer(text[: chunks * length * 12], add_special_tokens=False)["input_ids"]
-    pieces = [cut[i : i + length] for i in range(0, len(cut), length)][:chunks]
+    own = length - len(begin)
+    pieces = [[*begin, *cut[i : i + own]] for i in range(0, len(cut), own)][:chunks]
     pieces = [piece for piece in pieces if len(piece) > 1]
     if not pieces:
         raise UserError("evaluate.knowledge: the text has fewer than 2 tokens")
