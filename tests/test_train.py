@@ -1,6 +1,7 @@
 """A whole run on tiny models: the run folder, the invariants in it, and resuming."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -23,6 +24,8 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 import milora.export
 import milora.pretrained
 import milora.preview
+import milora.train
+from milora.arguments import OneDevice
 from milora.artefacts import export_run
 from milora.callbacks import Reporter
 from milora.data import IGNORED, encode
@@ -843,6 +846,25 @@ def test_a_dry_run_writes_nothing_and_shows_what_is_trained(tiny: Tiny, tmp_path
     assert "milora.keep" not in plan["estimate"]
     plan = run(settings(tiny("llama"), tmp_path, milora={"keep": {}}), dry_run=True)
     assert plan["estimate"].endswith("; milora.keep: its passes over general text are not counted")
+
+
+def test_a_dry_run_counts_the_batches_of_each_process(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, training = milora.train.plan, {"max_steps": -1, "num_train_epochs": 2}
+
+    def of_two(*args: Any) -> Any:
+        monkeypatch.setattr(OneDevice, "world_size", 2)
+        return plan(*args)
+
+    arguments = settings(tiny("llama"), tmp_path, training=training)
+    size = arguments["training"]["per_device_train_batch_size"]
+    found = run(arguments, dry_run=True)
+    monkeypatch.setattr(milora.train, "plan", of_two)
+    shared = run(arguments, dry_run=True)
+    rows = len(Path(arguments["data"]["train"]).read_text().splitlines())
+    assert 2 * math.ceil(0.5 * rows / size) <= found["batches"] <= 2 * math.ceil(rows / size)
+    assert shared["batches"] in (found["batches"] / 2, (found["batches"] + 2) / 2)
 
 
 def test_test_rows_that_took_part_are_counted(

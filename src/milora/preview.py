@@ -101,7 +101,7 @@ def plan(
             torch.accelerator.synchronize()  # it only queues its work
         seconds = time.monotonic() - began
     trainable = sum(p.numel() for p in live.parameters() if p.requires_grad)
-    per_epoch = math.ceil(len(examples) / size)
+    per_epoch = math.ceil(len(examples) / (size * arguments.world_size))  # of each process
     batches = per_epoch * arguments.num_train_epochs
     if arguments.max_steps > 0:
         batches = arguments.max_steps * arguments.gradient_accumulation_steps
