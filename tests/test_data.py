@@ -16,9 +16,19 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, models, processors
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from milora.data import IGNORED, Collator, Encoded, encode, prepare, prompt_ids
+from milora.data import (
+    IGNORED,
+    PLAIN_SYSTEM,
+    PLAIN_TEMPLATE,
+    Collator,
+    Encoded,
+    encode,
+    prepare,
+    prompt_ids,
+    prompt_text,
+)
 from milora.errors import UserError
-from milora.rows import Row, overlap, questions_of, read_rows, split_rows
+from milora.rows import Message, Row, overlap, questions_of, read_rows, split_rows
 
 USER = {"role": "user", "content": "Q"}
 ANSWER = {"role": "assistant", "content": "A"}
@@ -339,6 +349,38 @@ def test_without_a_template_the_plain_one_is_used() -> None:
         "Below is an instruction that describes a task. Write a response that appropriately "
         "completes the request.\n\n### Instruction:\nQ\n\n### Response:\nA</s>"
     )
+
+
+SYSTEM = {"role": "system", "content": " Be brief.\n"}
+TOOL = {"role": "tool", "content": "{{ 4 }} <b>&'\""}
+
+
+@pytest.mark.parametrize("first", [[], [SYSTEM]])
+@pytest.mark.parametrize("more", [[], [ANSWER], [ANSWER, USER], [ANSWER, TOOL, ANSWER, USER]])
+@pytest.mark.parametrize("answer_next", [True, False])
+def test_the_plain_template_writes_what_is_trained(
+    first: list[Message], more: list[Message], answer_next: bool
+) -> None:
+    messages = [*first, USER, *more]
+    parts = [] if first else [PLAIN_SYSTEM]
+    titles = {"user": "### Instruction:\n", "assistant": "### Response:\n", "tool": "### Tool:\n"}
+    for message in messages:
+        end = "</s>" if message["role"] == "assistant" else ""
+        parts.append(titles.get(message["role"], "") + message["content"] + end)
+    parts += ["### Response:\n"] * answer_next
+    plain, beside = make_tokenizer(chat=False), make_tokenizer(chat=False)
+    beside.chat_template = PLAIN_TEMPLATE
+    written = beside.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=answer_next
+    )
+    assert written == "\n\n".join(parts)
+    if answer_next:
+        assert prompt_text(plain, messages) == prompt_text(beside, messages) == written
+    elif messages[-1]["role"] == "assistant":
+        row = Row(messages, "x")
+        found = encoded(plain, row)
+        assert found == encoded(beside, row)
+        assert plain.decode(found.input_ids) == written
 
 
 def test_plain_text_trains_on_all_but_the_first_token() -> None:

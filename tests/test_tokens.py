@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from conftest import CHAT, make_model, make_tokenizer
+from gguf import GGUFReader
 from peft import LoraConfig, PeftModel
 from tiny_run import break_off, run, settings
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -18,6 +19,7 @@ from milora.adapter import add_adapter, trained_rows
 from milora.artefacts import export_run
 from milora.chat import replies
 from milora.config import Config
+from milora.data import PLAIN_TEMPLATE, prompt_text
 from milora.errors import UserError
 from milora.fingerprints import base_sha256, tensor_sha256
 from milora.logits import base_only, step0_difference
@@ -348,6 +350,73 @@ def test_a_template_of_the_users_own(tiny: Callable[[str], Path], tmp_path: Path
     file.write_text(PLAIN.replace("[", "("), encoding="utf-8")
     with pytest.raises(UserError, match=r"mine.jinja has changed since the run"):
         run(asked, resume=True)
+
+
+@pytest.fixture(scope="module")
+def untemplated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base that has no chat template."""
+    folder = tmp_path_factory.mktemp("untemplated")
+    make_model("llama").save_pretrained(folder)
+    make_tokenizer(chat=False).save_pretrained(folder)
+    return folder
+
+
+SHORT = {"max_steps": 2, "save_steps": 2, "eval_steps": 2}
+NO_TASKS: dict[str, Any] = {"tasks": [], "chunks": 1}
+
+
+@pytest.mark.slow
+def test_the_plain_template_goes_with_all_that_is_served(untemplated: Path, tmp_path: Path) -> None:
+    asked = settings(
+        untemplated, tmp_path, data={"max_length": 200}, training=SHORT, evaluate=NO_TASKS,
+    )  # fmt: skip
+    run(asked)
+    done, question = tmp_path / "run", [{"role": "user", "content": "1 + 1 ="}]
+    read = prompt_text(load_pretrained(str(untemplated)).tokenizer, question)
+    assert "### Instruction:\n1 + 1 =" in read
+    assert all(check.holds for check in verify(done))
+    for to in ("merged", "gguf", "gguf-merged"):
+        export_run(done, tmp_path / to, to)
+    assert all(check.holds for check in verify(tmp_path / "merged"))
+    for folder in (done / "adapter", tmp_path / "merged"):
+        written = AutoTokenizer.from_pretrained(folder).apply_chat_template(
+            question, tokenize=False, add_generation_prompt=True
+        )
+        assert written == read
+    assert (tmp_path / "gguf" / "chat_template.jinja").read_text() == PLAIN_TEMPLATE
+    fields = GGUFReader(tmp_path / "gguf-merged" / "model.gguf").fields
+    assert fields["tokenizer.chat_template"].contents() == PLAIN_TEMPLATE
+    for folder in (done / "adapter", *(tmp_path / to for to in ("merged", "gguf", "gguf-merged"))):
+        card = (folder / "README.md").read_text(encoding="utf-8")
+        assert "### Instruction:\nQUESTION\n\n### Response:\nANSWER</s>\n```" in card
+    # A run that goes on from it reads the same.
+    again = settings(
+        tmp_path / "merged", tmp_path, data={"max_length": 200}, training=SHORT, evaluate=NO_TASKS,
+        output_dir=str(tmp_path / "again"),
+    )  # fmt: skip
+    run(again)
+    opened = open_run(tmp_path / "again")
+    assert prompt_text(opened.tokenizer, question) == read
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "text", "written"), [("full", False, True), ("milora", True, False)]
+)
+def test_whole_weights_get_it_and_plain_text_does_not(
+    method: str, text: bool, written: bool, untemplated: Path, tmp_path: Path
+) -> None:
+    if text:
+        lines = (json.dumps({"text": f"{i} and {i} more"}) for i in range(24))
+        (tmp_path / "rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    run(
+        settings(
+            untemplated, tmp_path, method=method, data={"max_length": 200}, training=SHORT,
+            evaluate=NO_TASKS,
+        )
+    )  # fmt: skip
+    folder = tmp_path / "run" / ("adapter" if text else "model")
+    assert (AutoTokenizer.from_pretrained(folder).chat_template == PLAIN_TEMPLATE) is written
 
 
 @pytest.mark.parametrize(

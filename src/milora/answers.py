@@ -18,6 +18,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from milora.data import PLAIN_TEMPLATE
 from milora.files import cache_folder, folder_of, read_json, write_json
 from milora.fingerprints import base_sha256, tensor_sha256
 from milora.matrices import SAVED
@@ -81,10 +82,13 @@ def who_answers(model: nn.Module, reader: Reader) -> str:
     parameter, tokenizer = next(model.parameters()), tokenizer_of(reader)
     inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     ends = getattr(getattr(inner, "generation_config", None), "eos_token_id", None)
+    template = getattr(reader, "chat_template", None)
+    if not template and not inner.config.is_encoder_decoder:
+        template = PLAIN_TEMPLATE  # the same with a run that has it beside its weights
     parts = [
         base_sha256(model), str(parameter.dtype), parameter.device.type,
         _said(inner.config.to_dict()), str(ends), _spelling(tokenizer),
-        str(getattr(reader, "chat_template", None)), len(tokenizer), type(tokenizer).__name__,
+        str(template), len(tokenizer), type(tokenizer).__name__,
         str(tokenizer.eos_token), str(getattr(reader, "image_processor", None)),
         *(version(package) for package in ("milora", "torch", "transformers", "peft")),
     ]  # fmt: skip

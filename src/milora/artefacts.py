@@ -33,8 +33,9 @@ from milora.verify import (
 
 KINDS = ("lora", "merged", "gguf", "gguf-merged")
 # Of an adapter's milora.json in that of what is made of it.
-CARRIED = ("base", "method", "versions", "probes", "approximation_error", "cut", "combined")
-LORA, MODEL = "adapter.gguf", "model.gguf"
+CARRIED = ("base", "method", "versions", "probes", "approximation_error", "cut", "combined",
+           "plain_form")  # fmt: skip
+LORA, MODEL, TEMPLATE = "adapter.gguf", "model.gguf", "chat_template.jinja"
 
 
 def export_run(
@@ -157,6 +158,8 @@ def export_run(
     with new_folder(out) as folder:
         if to == "gguf":
             write_lora(folder / LORA, skeleton.config, plain.factors, recorded)
+            if "plain_form" in record and (source / TEMPLATE).is_file():
+                shutil.copyfile(source / TEMPLATE, folder / TEMPLATE)
             record |= {"format": GGUF, "file": LORA, "rank": provenance["rank"]}
             said = f"{out / LORA}: GGUF LoRA of rank {provenance['rank']}, {_exactly(lost)}"
         elif to == "merged":

@@ -69,6 +69,7 @@ def model_card(
         *(_whole_head(record) if merged else _adapter_head(record, asked, rank)),
     ]
     lines += [
+        *_form(record),
         "## Base",
         "",
         f"- {harmless(base['name'])}, {base['dtype']}, sha256 `{base['sha256'][:16]}`; licence: "
@@ -114,6 +115,26 @@ def model_card(
             lines.append(f"- {held}: {harmless(gate['gate'])} ({gate['said']})")
         lines.append("")
     return "\n".join(lines)
+
+
+def _form(record: Mapping[str, Any], file: str | None = None) -> list[str]:
+    """How to ask, where that was not the base's own way."""
+    if "plain_form" not in record:
+        return []
+    where = f"the template in `{file}`" if file == "model.gguf" else "`chat_template.jinja`"
+    written = "" if "reads" in record["base"] else f", which {where} writes"
+    return [
+        "## Ask it",
+        "",
+        f"No chat template came with the base, so that it was trained in a plain form{written}. A "
+        "system message takes the place of the first paragraph, and further turns follow after "
+        "an empty line:",
+        "",
+        "```",
+        record["plain_form"],
+        "```",
+        "",
+    ]
 
 
 def _adapter_head(record: Mapping[str, Any], asked: Mapping[str, Any], rank: int) -> list[str]:
@@ -304,6 +325,9 @@ def artefact_card(record: Mapping[str, Any]) -> str:
             f"update {rounding['all']:.1e} was lost to rounding, at most "
             f"{rounding['worst'][1]:.1e} ({harmless(rounding['worst'][0])})."
         )
+    if file and "plain_form" in record:
+        own = " --chat-template-file chat_template.jinja"
+        command += f" --jinja{own * (file == 'adapter.gguf')}"
     commands = [
         command,
         f"milora verify this/folder --server http://localhost:{8080 if file else 8000}",
@@ -325,6 +349,7 @@ def artefact_card(record: Mapping[str, Any]) -> str:
             *commands,
             "```",
             "",
+            *_form(record, file),
         ]
     )
 
@@ -432,6 +457,7 @@ def combined_card(record: Mapping[str, Any]) -> str:
         *load_code(record, '"path/of/the/base"', '"this/folder"'),
         "```", "",
         *serving(record["rank"], base),
+        *_form(record),
         "The licence of the base holds for it.", "",
     ]  # fmt: skip
     return "\n".join(lines)

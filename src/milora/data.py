@@ -37,6 +37,16 @@ PLAIN_SYSTEM = (
     "Below is an instruction that describes a task. "
     "Write a response that appropriately completes the request."
 )
+# As a chat template, so that it can lie beside the weights: what renders it says what was trained.
+PLAIN_TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}{{ '" + PLAIN_SYSTEM + "\\n\\n' }}{% endif %}"
+    "{% for message in messages %}{% if not loop.first %}{{ '\\n\\n' }}{% endif %}"
+    "{% if message['role'] == 'user' %}{{ '### Instruction:\\n' }}"
+    "{% elif message['role'] == 'assistant' %}{{ '### Response:\\n' }}"
+    "{% elif message['role'] == 'tool' %}{{ '### Tool:\\n' }}{% endif %}"
+    "{{ message['content'] }}{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '\\n\\n### Response:\\n' }}{% endif %}"
+)
 
 
 class Encoded(NamedTuple):
@@ -77,6 +87,14 @@ def prompt_text(tokenizer: Reader, messages: Sequence[Message]) -> str:
         raise UserError(f"the chat template refuses the conversation: {error}") from error
 
 
+def plain_form(tokenizer: Reader) -> str | None:
+    """A question and its answer as trained, where no chat template came with the model."""
+    if tokenizer.chat_template or tokenizer_of(tokenizer).chat_template:
+        return None
+    prompt = prompt_text(tokenizer, [{"role": "user", "content": "QUESTION"}])
+    return f"{prompt}ANSWER{tokenizer_of(tokenizer).eos_token}"
+
+
 def prompt_ids(
     tokenizer: Reader, messages: Sequence[Message], pictures: Sequence[Picture] = ()
 ) -> list[int]:
@@ -96,23 +114,15 @@ def _render(tokenizer: Reader, messages: Sequence[Message], answer_next: bool) -
             return render(tokenizer, messages, answer_next)
         token, tokenizer = tokenizer.image_token, tokenizer_of(tokenizer)  # type: ignore[attr-defined]
         messages = [{**m, "content": m["content"].replace(MARK, token)} for m in messages]
-    if tokenizer.chat_template:
-        return str(
-            tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=answer_next
-            )
+    # Where no template came with the model it is the plain one, the same in every command.
+    return str(
+        tokenizer.apply_chat_template(
+            list(messages),
+            chat_template=None if tokenizer.chat_template else PLAIN_TEMPLATE,
+            tokenize=False,
+            add_generation_prompt=answer_next,
         )
-    # No template came with the model: a plain instruction template, the same in every command.
-    parts = []
-    if messages[0]["role"] != "system":
-        parts.append(PLAIN_SYSTEM)
-    titles = {"user": "### Instruction:\n", "assistant": "### Response:\n", "tool": "### Tool:\n"}
-    for message in messages:
-        end = tokenizer.eos_token if message["role"] == "assistant" else ""
-        parts.append(titles.get(message["role"], "") + message["content"] + end)
-    if answer_next:
-        parts.append(titles["assistant"])
-    return "\n\n".join(parts)
+    )
 
 
 def _tokenize(

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from milora import adapter, export, fingerprints
 from milora.card import model_card
+from milora.data import PLAIN_TEMPLATE, plain_form
 from milora.files import new_folder, read_json, write_json, write_text
 from milora.logits import Pair, logits_of
 from milora.matrices import Matrix, adapted_matrices, kind_of
@@ -19,8 +21,27 @@ from milora.protect import Top, measure, worst
 from milora.spectra import thinned
 from milora.tokens import load_with_tokens
 from milora.verify import files_sha256, head_sha256, make_probes
+from milora.vision import Reader
 
 KEPT = ("rank", "exported_against_trained", "cut")  # of milora.json in run.json
+
+
+def plainly_asked(reader: Reader, record: Mapping[str, Any]) -> str | None:
+    """The form of a run's conversations where it is that of data.PLAIN_TEMPLATE."""
+    if record["data"]["format"] == "text" or record["base"].get("task", "CAUSAL_LM") != "CAUSAL_LM":
+        return None
+    return plain_form(reader)
+
+
+def save_reader(reader: Reader, folder: Path, record: Mapping[str, Any]) -> None:
+    """With the template that the run was trained with, where that is ours.
+
+    Not of a processor, whose template would get pictures as parts and drop the white space that
+    they were trained with: its card alone says the form.
+    """
+    reader.save_pretrained(folder)
+    if "plain_form" in record and isinstance(reader, PreTrainedTokenizerBase):
+        write_text(folder / "chat_template.jinja", PLAIN_TEMPLATE)
 
 
 def interference_by_layer(
@@ -85,7 +106,7 @@ def export_plain(
     if not (run / "adapter").exists():
         with new_folder(run / "adapter") as folder:
             rank = export.save_plain_lora(folder, plain, base, pretrained.name)
-            pretrained.reader.save_pretrained(folder)
+            save_reader(pretrained.reader, folder, record)
             loaded = PeftModel.from_pretrained(base, folder)
             export.check_loaded(loaded, plain)
             with torch.no_grad():
@@ -110,6 +131,8 @@ def export_plain(
             }
             if head:
                 provenance |= {"labels": record["labels"], "head_sha256": head}
+            if "plain_form" in record:
+                provenance["plain_form"] = record["plain_form"]
             if cut:
                 provenance["cut"] = dict(cut)
             if "continues" in record:
@@ -169,7 +192,7 @@ def export_merged(
         export.merge(fresh.model, plain, rows)
         with new_folder(run / "model") as folder:
             fresh.model.save_pretrained(folder)
-            fresh.reader.save_pretrained(folder)
+            save_reader(fresh.reader, folder, record)
             write_text(folder / "README.md", model_card(record, asked, None))
         del fresh
     tuned = load_pretrained(str(run / "model"), dtype, asked["trust_remote_code"]).model

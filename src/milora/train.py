@@ -56,6 +56,8 @@ from milora.result import (
     export_merged,
     export_plain,
     interference_by_layer,
+    plainly_asked,
+    save_reader,
     spectra_before_and_after,
 )
 from milora.tokens import load_with_tokens
@@ -198,6 +200,8 @@ def _finish(ready: Ready, begun: Begun, progress: Progress) -> dict[str, Any]:
     base, probe = material.base, probe_of(ready)
     _check_logits(live, probe, ready.arguments)
     began = time.monotonic()
+    if form := plainly_asked(base.reader, record):
+        record["plain_form"] = form
     if begun.tops and isinstance(live, PeftModel) and start is not None:
         record["interference"] = interference_by_layer(live, start, begun.tops)
     if isinstance(live, PeftModel) and start is not None:
@@ -224,7 +228,7 @@ def _finish(ready: Ready, begun: Begun, progress: Progress) -> dict[str, Any]:
         if not (run / "model").exists():
             with new_folder(run / "model") as folder:
                 live.save_pretrained(folder)  # type: ignore[operator]
-                base.reader.save_pretrained(folder)
+                save_reader(base.reader, folder, record)
         other = load_with_tokens(
             asked["model"], record["base"]["dtype"], asked["trust_remote_code"],
             asked.get("tokenizer", {}), labels=record.get("labels", ()),
