@@ -400,6 +400,21 @@ def test_the_plain_template_goes_with_all_that_is_served(untemplated: Path, tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("tokens", [[], ["<tool>"]])  # model/ of method full, and of rows
+def test_whole_weights_end_where_training_did(
+    tokens: list[str], tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    asked = settings(
+        tiny("llama"), tmp_path, method="milora" if tokens else "full",
+        tokenizer={"eos_token": "Z", "tokens": tokens}, training=SHORT, evaluate=NO_TASKS,
+    )  # fmt: skip
+    run(asked)
+    folder = tmp_path / "run" / "model"
+    ends = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+    assert ends == [AutoTokenizer.from_pretrained(folder).eos_token_id, 1]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "text", "written"), [("full", False, True), ("milora", True, False)]
 )

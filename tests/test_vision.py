@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -328,9 +329,13 @@ def test_a_template_of_the_user_is_the_processors(
     own = TEMPLATE.replace("<|assistant|>", "<|model|>").replace(
         "<|{{ m['role'] }}|>", "<|{{ 'model' if m['role'] == 'assistant' else m['role'] }}|>"
     )
+    base = tmp_path / "base"  # with its template in the older kind of file
+    shutil.copytree(folder("llava"), base)
+    (base / "chat_template.jinja").unlink()
+    (base / "chat_template.json").write_text(json.dumps({"chat_template": TEMPLATE}))
     question_file(tmp_path)
     asked = settings(
-        folder("llava"), tmp_path, data={"max_length": 128}, tokenizer={"chat_template": own},
+        base, tmp_path, data={"max_length": 128}, tokenizer={"chat_template": own},
         training={"max_steps": 1}, evaluate={"tasks": []},
     )  # fmt: skip
     run(asked)
@@ -338,6 +343,8 @@ def test_a_template_of_the_user_is_the_processors(
     (row,) = read_rows(asked["data"]["train"], pictures=True).rows[:1]
     ids = prompt_ids(opened.reader, row.messages[:-1], row.pictures)
     assert str(tokenizer_of(opened.reader).decode(ids)).endswith("Dark?<|model|>\n")
+    export_run(tmp_path / "run", tmp_path / "merged", "merged")
+    assert AutoProcessor.from_pretrained(tmp_path / "merged").chat_template == own
 
 
 @pytest.mark.slow

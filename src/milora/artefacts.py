@@ -11,7 +11,7 @@ from milora.adapter import take_off
 from milora.card import artefact_card, losses
 from milora.checkpoint import open_checkpoint, open_shards
 from milora.errors import UserError
-from milora.export import copy_tokenizer, load_plain_lora, merge
+from milora.export import copy_tokenizer, end_as_trained, load_plain_lora, merge
 from milora.files import new_folder, read_json, write_json, write_text
 from milora.ggufs import check_gguf, write_lora, write_model
 from milora.matrices import skeleton_of
@@ -197,17 +197,13 @@ def _replace_tokenizer(
 ) -> None:
     """The adapter's in place of the base's, and answers end where they did in training."""
     if tokenizer:
-        for older in ("special_tokens_map.json", "added_tokens.json"):  # they would be read first
-            (folder / older).unlink(missing_ok=True)
+        older = ["special_tokens_map.json", "added_tokens.json"]  # they would be read first
+        older += ["chat_template.json"] * (source / TEMPLATE).is_file()
+        for name in older:
+            (folder / name).unlink(missing_ok=True)
     copy_tokenizer(source, folder)
-    if not tokenizer or not configuration.get("tokenizer", {}).get("eos_token"):
-        return
-    path = folder / "generation_config.json"
-    settings = read_json(path) if path.is_file() else {}
-    ends = settings.get("eos_token_id", read_json(folder / "config.json").get("eos_token_id"))
-    ends = ends if isinstance(ends, list) else [ends]
-    ids = dict.fromkeys(one for one in (tokenizer.eos_token_id, *ends) if one is not None)
-    write_json(path, settings | {"eos_token_id": list(ids)})
+    if tokenizer:
+        end_as_trained(folder, tokenizer, configuration)
 
 
 def _classifier(

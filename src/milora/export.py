@@ -19,7 +19,7 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from milora.adapter import (
@@ -35,7 +35,7 @@ from milora.adapter import (
 )
 from milora.checkpoint import full_weights, open_checkpoint
 from milora.errors import UserError
-from milora.files import write_bytes, write_json
+from milora.files import read_json, write_bytes, write_json
 from milora.matrices import (
     TRAINED,
     Matrix,
@@ -328,6 +328,20 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
             shutil.copyfile(file, folder / file.name)
         elif file.name == "additional_chat_templates":
             shutil.copytree(file, folder / file.name, dirs_exist_ok=True)
+
+
+def end_as_trained(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, configuration: Mapping[str, Any]
+) -> None:
+    """Where the run has an end of answers of its own, whole weights in `folder` end there too."""
+    if not configuration.get("tokenizer", {}).get("eos_token"):
+        return
+    path = folder / "generation_config.json"
+    settings = read_json(path) if path.is_file() else {}
+    ends = settings.get("eos_token_id", read_json(folder / "config.json").get("eos_token_id"))
+    ends = ends if isinstance(ends, list) else [ends]
+    ids = dict.fromkeys(one for one in (tokenizer.eos_token_id, *ends) if one is not None)
+    write_json(path, settings | {"eos_token_id": list(ids)})
 
 
 def merge(

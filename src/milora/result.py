@@ -193,6 +193,7 @@ def export_merged(
         with new_folder(run / "model") as folder:
             fresh.model.save_pretrained(folder)
             save_reader(fresh.reader, folder, record)
+            export.end_as_trained(folder, fresh.tokenizer, asked)
             write_text(folder / "README.md", model_card(record, asked, None))
         del fresh
     tuned = load_pretrained(str(run / "model"), dtype, asked["trust_remote_code"]).model

@@ -229,6 +229,7 @@ def _finish(ready: Ready, begun: Begun, progress: Progress) -> dict[str, Any]:
             with new_folder(run / "model") as folder:
                 live.save_pretrained(folder)  # type: ignore[operator]
                 save_reader(base.reader, folder, record)
+                export.end_as_trained(folder, base.tokenizer, asked)
         other = load_with_tokens(
             asked["model"], record["base"]["dtype"], asked["trust_remote_code"],
             asked.get("tokenizer", {}), labels=record.get("labels", ()),
