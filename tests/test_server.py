@@ -117,6 +117,18 @@ def test_the_tuned_model_passes(style: str, pair: tuple[Path, Path], tmp_path: P
         assert all(check.holds for check in verify_server(tmp_path / "merged", url))
 
 
+@pytest.mark.parametrize("key", ["sk-SECRET\r123", "sk-SECRET\n", "sk-SECRETé", "\x7fsk-SECRET"])
+def test_the_key_is_never_said(
+    key: str, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MILORA_SERVER_KEY", key)
+    with pytest.raises(UserError) as stopped:
+        verify_server(pair[1], "http://127.0.0.1:9", "tuned")
+    said = str(stopped.value)
+    assert "SECRET" not in said
+    assert ("has a character that no HTTP header may have" in said) == (key.strip() != "sk-SECRET")
+
+
 def test_each_fault_is_named(
     pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

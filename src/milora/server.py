@@ -155,7 +155,12 @@ def _next_tokens(address: str, model: str, probe: Mapping[str, Any]) -> dict[int
 
 def _ask(url: str, question: Mapping[str, Any] | None = None) -> Any:
     headers = {"Content-Type": "application/json"}
-    if key := os.environ.get("MILORA_SERVER_KEY"):
+    if key := os.environ.get("MILORA_SERVER_KEY", "").strip():
+        if not (key.isascii() and key.isprintable()):  # and http.client would quote it
+            raise UserError(
+                "MILORA_SERVER_KEY has a character that no HTTP header may have (a line end, or "
+                "one beyond ASCII): set it to the key alone"
+            )
         headers["Authorization"] = f"Bearer {key}"
     data = None if question is None else json.dumps(question).encode()
     try:
