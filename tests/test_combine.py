@@ -205,7 +205,13 @@ def test_what_cannot_be_combined_is_refused(runs: list[Path], tiny: Tiny, tmp_pa
     assert "name two adapters or more" in said(one, *out)
     assert "--how median: use sum, ties or dare" in said(one, two, "--how", "median", *out)
     assert "one number for each of the 2" in said(one, two, "--weights", "1,2,3", *out)
-    assert "--density 1.5: a share between 0 and 1" in said(one, two, "--density", "1.5", *out)
+    assert "--density 1.5: a share between 0 and 1" in said(
+        one, two, "--how", "ties", "--density", "1.5", *out
+    )
+    assert "--density: a sum keeps all" in said(one, two, "--density", "0.5", *out)
+    assert "--seed says which entries DARE keeps, and not --how ties" in said(
+        one, two, "--how", "ties", "--seed", "0", *out
+    )
     assert "exists already" in said(one, two, "--out", str(tmp_path))
     export_run(runs[0], tmp_path / "merged", "merged")
     merged = str(tmp_path / "merged")
@@ -244,6 +250,16 @@ def test_each_is_compared_with_the_base_and_the_template_is_said(
     with Progress() as progress:
         combine([runs[0], other], tmp_path / "both", progress=progress)
     assert f"{other} has another chat template than {runs[0]}" in capsys.readouterr().err
+    combine([run / "adapter" for run in runs], tmp_path / "named")
+    combined = json.loads((tmp_path / "named" / "milora.json").read_text())["combined"]
+    names = [run.name for run in runs]
+    assert [one["name"] for one in combined["of"]] == combined["in_common"][0]["of"] == names
+    settings_file = other / "tokenizer_config.json"
+    ends = json.loads(settings_file.read_text())
+    settings_file.write_text(json.dumps(ends | {"eos_token": "Z"}))
+    with pytest.raises(UserError, match=f"{other} ends its answers with 'Z', and .* with '</s>'"):
+        combine([runs[0], other], tmp_path / "again")
+    settings_file.write_text(json.dumps(ends))
     record = json.loads((other / "milora.json").read_text())
     name = next(name for name in record["weights_sha256"] if "k_proj" in name)
     record["weights_sha256"][name] = "0" * 64

@@ -29,7 +29,7 @@ from milora.export import (
     load_plain_lora,
     save_plain_lora,
 )
-from milora.files import new_folder, read_json, sha256, write_json, write_text
+from milora.files import new_folder, read_json, read_record, sha256, write_json, write_text
 from milora.matrices import skeleton_of
 from milora.pretrained import opened
 from milora.progress import Progress
@@ -132,9 +132,9 @@ def combine(
     out: Path,
     how: str = "sum",
     weights: Sequence[float] | None = None,
-    density: float = 0.5,
+    density: float | None = None,
     rank: int | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     base: str | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -142,12 +142,18 @@ def combine(
     """Write the plain LoRA that the adapters of `runs` make together; returns what is to be said.
 
     Says first what each two of them have in common, and where their chat templates differ.
-    `density` is the share of entries that TIES and DARE keep. Raises UserError for adapters of
-    different bases, with a head of their own or with an update that another has too, and for an
-    existing `out`.
+    `density` is the share of entries that TIES and DARE keep, half unless it is given; `seed`, 0
+    unless given, says which DARE keeps. Raises UserError for adapters of different bases, with a
+    head of their own, with other ends of an answer or with an update that another has too, for
+    either of the two where it says nothing, and for an existing `out`.
     """
     progress = progress or Progress()
     weights = list(weights or [1.0] * len(runs))
+    if density is not None and how == "sum":
+        raise UserError("--density: a sum keeps all entries: leave it out, or add --how ties|dare")
+    if seed is not None and how != "dare":
+        raise UserError(f"--seed says which entries DARE keeps, and not --how {how}: leave it out")
+    density, seed = 0.5 if density is None else density, seed or 0
     _check(runs, out, how, weights, density)
     folders = [find_adapter(run) for run in runs]
     stored = [read_json(folder / "milora.json") for folder in folders]
@@ -169,12 +175,17 @@ def combine(
                 f"{run} has another chat template than {runs[0]}, whose own goes with {out}: the "
                 "update of the other was trained on prompts that this one does not write"
             )
+        if (end := _end(folder)) != (first_end := _end(folders[0])):
+            raise UserError(
+                f"{run} ends its answers with {end!r}, and {runs[0]} with {first_end!r}: what they "
+                "make together would end with either; train both with one tokenizer.eos_token"
+            )
     updates = [load_plain_lora(folder, skeleton_of(model)).factors for folder in folders]
-    common = []
+    names, common = [_name(run) for run in runs], []
     for i, one in enumerate(updates):
         for j in range(i + 1, len(updates)):
             found = shared(one, updates[j])
-            common.append({"of": [runs[i].name, runs[j].name], **found._asdict()})
+            common.append({"of": [names[i], names[j]], **found._asdict()})
             progress.say(
                 f"{runs[i]} and {runs[j]}: cosine {found.cosine:+.3f}; {found.inputs:.1%} of each "
                 f"is in inputs that the other reads, {found.outputs:.1%} in outputs that it writes"
@@ -193,10 +204,10 @@ def combine(
             "how": how, "weights": weights, "seed": seed,
             **({} if how == "sum" else {"density": density}),
             "of": [
-                {"name": run.name, "method": one["method"], "adapter_sha256": digest,
+                {"name": name, "method": one["method"], "adapter_sha256": digest,
                  "approximation_error": one.get("approximation_error", 0.0),
                  **{key: one[key] for key in ("cut", "combined") if key in one}}
-                for run, digest, one in zip(runs, digests, stored, strict=True)
+                for name, digest, one in zip(names, digests, stored, strict=True)
             ],
             "in_common": common,
         },
@@ -277,6 +288,18 @@ def _came_from(one: Mapping[str, Any]) -> list[str]:
     """The hashes of all adapters whose update is part of one, by its milora.json."""
     parts = one.get("combined", {}).get("of", ())  # which older ones have in no lineage
     return [*one.get("lineage", ()), *(part["adapter_sha256"] for part in parts)]
+
+
+def _name(run: Path) -> str:
+    """What a run is called, of its adapter/ too."""
+    own = run.resolve()
+    return own.parent.name if (own.parent / "run.json").is_file() else own.name
+
+
+def _end(folder: Path) -> Any:
+    path = folder / "tokenizer_config.json"
+    end = read_record(path).get("eos_token") if path.is_file() else None
+    return end["content"] if isinstance(end, dict) else end
 
 
 def _template(folder: Path) -> bytes | None:
