@@ -438,6 +438,7 @@ def test_whole_weights_get_it_and_plain_text_does_not(
     ("template", "said"),
     [
         ("missing.jinja", "missing.jinja is no file, nor a template"),
+        ("User and bot talk. " * 15, "User and bot talk. User .* is no file, nor a template"),
         ("{% for m in messages %}", "chat_template: .*[Uu]nexpected end of template"),
         ("{{ bos_token }}", "leaves out what the user said"),
         ("{{ messages[0].content }}", "leaves out what the assistant said"),

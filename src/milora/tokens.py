@@ -79,9 +79,13 @@ def use_template(tokenizer: Reader, template: str) -> str | None:
     """
     path = None if "{{" in template or "{%" in template else Path(template)
     if path:
-        if not path.is_file():
+        try:
+            there = path.is_file()
+        except OSError:  # too long for a name
+            there = False
+        if not there:
             raise UserError(
-                f"tokenizer.chat_template: {template} is no file, nor a template (which has "
+                f"tokenizer.chat_template: {template[:80]} is no file, nor a template (which has "
                 "{{ ... }} in it)"
             )
         try:
