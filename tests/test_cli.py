@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -16,10 +17,13 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from tiny_run import write_rows
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from milora.cli import main
+from milora.cli import _print_table, main
+from milora.compare_page import Table
 
 Tiny = Callable[[str], Path]
 
@@ -272,6 +276,12 @@ def test_chat_reads_lines(command: Command, monkeypatch: pytest.MonkeyPatch) -> 
     code, out, _ = command("chat", "run", "--max-new-tokens", "3")
     assert code == 0
     assert out.count("base: ") == out.count("tuned: ") == 1
+    for typed, said in (
+        (b"caf\xe9\n", "the question is not UTF-8: convert it first"),
+        (b"x" * 600 + b"\n", "tokens, and the model 512 positions"),
+    ):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed), encoding="utf-8"))
+        assert said in command.refused("chat", "run", "--max-new-tokens", "3")
 
 
 DATA = [
@@ -400,6 +410,78 @@ def test_no_room_on_the_disk(command: Command) -> None:
     assert not (command.folder / "run" / "adapter").exists()
     assert not list((command.folder / "run").rglob("*.tmp"))
     assert command("train", config, "--resume")[0] == 0
+
+
+@pytest.mark.parametrize("writer", ["safetensors", "torch", "tokenizers"])
+def test_no_room_as_other_libraries_say_it(
+    writer: str, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    big = torch.zeros(40_000)
+    vocabulary = {str(i): i for i in range(9000)}
+    write: dict[str, Callable[[], Any]] = {
+        "safetensors": lambda: save_file({"big": big}, "big.safetensors"),
+        "torch": lambda: torch.save({"big": big}, "big.pt"),
+        "tokenizers": lambda: Tokenizer(BPE(vocab=vocabulary, merges=[])).save("big.json"),
+    }
+    monkeypatch.setattr("milora.cli.app", write[writer])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        code, _, err = command("export")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    said = "milora: no room left to write: free some space, then start it again"
+    assert (code, err.strip().splitlines()[-1]) == (2, said)
+
+
+def test_tables_keep_their_figures(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a file as wide as they are, on a narrow terminal folded."""
+    names = [f"model.layers.{i}.mlp.experts.gate_up_proj.127" for i in range(2)]
+    head = ["weight", *(f"measure-{i}" for i in range(7))]
+    table = Table(head, [[name, *["1.23e-04"] * 7] for name in names])
+    monkeypatch.setenv("COLUMNS", "80")
+    _print_table(table)
+    lines = capsys.readouterr().out.splitlines()
+    assert all(
+        any(name in line and line.count("1.23e-04") == 7 for line in lines) for name in names
+    )
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    _print_table(table)
+    out = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out)
+    assert max(map(len, out.splitlines())) <= 80
+    assert "…" not in out
+    letters = "".join(out.split())
+    assert letters.count("04") == 14
+    assert "gate" in letters
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("export", "run", "--to", "merged"), ("combine", "run", "run"),
+        ("compress", "MODEL", "--bits", "4"),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_a_folder_to_make_is_looked_at_before_the_work(
+    words: tuple[str, ...], command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = command.refused(*words, "--out", "rows.jsonl/new")
+    assert "rows.jsonl/new cannot be written" in said
+    (command.folder / "home" / "there").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(command.folder / "home"))
+    if words[0] == "export":  # where an existing folder is refused first
+        assert f"{command.folder}/home/there exists already" in command.refused(
+            *words, "--out=~/there"
+        )
+
+
+def test_options_of_a_server_alone(command: Command) -> None:
+    for option in ("--model", "--tolerance"):
+        said = command.refused("verify", "run", option, "5")
+        assert "add --server, or leave it out" in said
 
 
 def test_a_folder_that_cannot_be_written(command: Command) -> None:

@@ -6,7 +6,7 @@ from milora.errors import UserError
 from milora.forms import answers_apart, prompt_for
 from milora.generation import generate
 from milora.logits import Pair
-from milora.pretrained import task_of
+from milora.pretrained import positions, task_of
 from milora.rows import Message
 from milora.vision import Reader
 
@@ -22,14 +22,22 @@ def replies(
         raise UserError(
             "this model names classes and cannot talk: use milora eval RUN --tasks FILE"
         )
+    longest = positions(pair.model)
     heard: dict[str, list[Message]] = {"base": [], "tuned": []}
     for question in questions:
         said = {}
         for state, messages in heard.items():
             messages.append({"role": "user", "content": question})
-            prompt = [prompt_for(tokenizer, messages, answers_apart(pair.model))]
+            apart = answers_apart(pair.model)
+            prompt = [prompt_for(tokenizer, messages, apart)]
+            room = longest - (0 if apart else len(prompt[0]))
+            if room < 1 or len(prompt[0]) > longest:
+                raise UserError(
+                    f"the conversation has {len(prompt[0])} tokens, and the model {longest} "
+                    "positions, with those of its answer: start anew, or ask for less"
+                )
             with (pair.base if state == "base" else pair.tuned)() as model:
-                (answer,) = generate(model, tokenizer, prompt, max_new_tokens)
+                (answer,) = generate(model, tokenizer, prompt, min(max_new_tokens, room))
             messages.append({"role": "assistant", "content": answer.text})
             said[state] = answer.text
         yield said["base"], said["tuned"]

@@ -6,6 +6,7 @@ Nothing heavy is imported before a verb needs it, so that --help answers at once
 import errno
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,15 +26,25 @@ app = typer.Typer(
 )
 
 
-def _to_write(path: Path | None) -> Path | None:
-    """Refuse a file that cannot be written before the work for it is done."""
+def _at_home(path: str | None) -> str | None:
+    return path and os.path.expanduser(path)  # which no shell does after --base=
+
+
+def _to_make(path: Path | None) -> Path | None:
+    """Refuse a folder or file that cannot be written before the work for it is done."""
     if path is not None:
-        path = path.expanduser()  # which no shell does after --html=
+        path = path.expanduser()
         there = next(parent for parent in path.absolute().parents if parent.exists())
-        if path.is_dir():
-            raise UserError(f"{path} is a folder: name a file in it")
         if not there.is_dir() or not os.access(there, os.W_OK):
             raise UserError(f"{path} cannot be written: {there} is no folder that takes files")
+    return path
+
+
+def _to_write(path: Path | None) -> Path | None:
+    """The same of a file."""
+    path = _to_make(path)
+    if path is not None and path.is_dir():
+        raise UserError(f"{path} is a folder: name a file in it")
     return path
 
 
@@ -58,6 +69,10 @@ TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
 ]
 
+Base = Annotated[
+    str | None, typer.Option(help="The base; default: as recorded.", callback=_at_home)
+]
+
 
 @app.command(epilog="Example: milora train run.yaml training.learning_rate=5e-5 lora.r=16")
 def train(
@@ -71,7 +86,8 @@ def train(
         typer.Option("--dry-run", help="Show data, coverage, memory and time; write nothing."),
     ] = False,
     continue_from: Annotated[
-        Path | None, typer.Option(help="Start from the result of this run (continue.run).")
+        str | None,
+        typer.Option(help="Start from the result of this run (continue.run).", callback=_at_home),
     ] = None,
     print_default: Annotated[
         bool, typer.Option("--print-default", help="Print an annotated configuration.")
@@ -85,7 +101,7 @@ def train(
         return
     if config is None:
         raise UserError("give a configuration: milora train run.yaml (or --print-default)")
-    earlier = [f"continue.run={json.dumps(str(continue_from))}"] if continue_from else []
+    earlier = [f"continue.run={json.dumps(continue_from)}"] if continue_from else []
     settings = load_config(config, [*(overrides or []), *earlier])
     _quiet()
     from milora.files import write_text
@@ -280,15 +296,26 @@ def _print_interference(run: Path) -> None:
 
 def _print_table(table: Any) -> None:
     from rich import box
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     drawn = Table(*table.head, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    drawn.columns[0].no_wrap = True
     for row in table.rows:
         drawn.add_row(*map(Text, row))
-    Console(highlight=False).print(drawn)
+    _print_whole(drawn)
+
+
+def _print_whole(drawn: Any) -> None:
+    """A table with all its figures: in a file as wide as it is, on a terminal folded."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    for column in drawn.columns:
+        column.overflow = "fold"  # rich cuts words that are too long, exponents among them
+    if not console.is_terminal:
+        wide = console.options.update(width=10_000)
+        console.width = max(console.width, console.measure(drawn, options=wide).maximum)
+    console.print(drawn)
 
 
 @app.command("eval", epilog="Example: milora eval runs/first --tasks data/test.jsonl --limit 100")
@@ -320,7 +347,7 @@ def evaluate(
             "updates did to earlier tasks.",
         ),
     ] = False,
-    base: Annotated[str | None, typer.Option(help="The base; default: as recorded.")] = None,
+    base: Base = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Base against tuned: accuracy, format failures, loss, and knowledge kept.
@@ -504,7 +531,7 @@ def compare(
 @app.command(epilog="Example: milora export runs/first --to lora --rank 32 --out lora32")
 def export(
     run: Annotated[Path, typer.Argument(help="The run folder, or an adapter folder.")],
-    out: Annotated[Path, typer.Option(help="A new folder for the artefact.")],
+    out: Annotated[Path, typer.Option(help="A new folder for the artefact.", callback=_to_make)],
     to: Annotated[
         str,
         typer.Option(
@@ -525,7 +552,7 @@ def export(
         ),
     ] = False,
     bits: Annotated[int, typer.Option(help="Of a number in the file: 32 or 8.")] = 32,
-    base: Annotated[str | None, typer.Option(help="The base; default: as recorded.")] = None,
+    base: Base = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Write the result for other tools: a plain LoRA, merged weights, GGUF.
@@ -559,7 +586,9 @@ def compress(
         float | None,
         typer.Option(help="What the largest components of every layer are to keep of its outputs."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="A new folder for the packed model.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="A new folder for the packed model.", callback=_to_make)
+    ] = None,
     text: Annotated[
         str, typer.Option(help="What the loss is measured on: a file, or Python's help topics.")
     ] = "default",
@@ -605,17 +634,20 @@ def compress(
 @app.command(epilog="Example: milora combine runs/a runs/b --how ties --rank 64 --out both")
 def combine(
     runs: Annotated[list[Path], typer.Argument(help="Run or adapter folders of one base.")],
-    out: Annotated[Path, typer.Option(help="A new folder for the adapter.")],
+    out: Annotated[Path, typer.Option(help="A new folder for the adapter.", callback=_to_make)],
     how: Annotated[str, typer.Option(help="sum (exact), ties or dare.")] = "sum",
     weights: Annotated[str, typer.Option(help="One for each, with commas; default 1.")] = "",
     density: Annotated[
-        float, typer.Option(help="The share of entries that ties and dare keep.")
-    ] = 0.5,
+        float | None,
+        typer.Option(help="The share of entries that ties and dare keep.", show_default="0.5"),
+    ] = None,
     rank: Annotated[
         int | None, typer.Option(min=1, help="The most it may have; default: the ranks' sum.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of what dare drops.")] = 0,
-    base: Annotated[str | None, typer.Option(help="The base; default: as recorded.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Of what dare drops.", show_default="0")
+    ] = None,
+    base: Base = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Make one adapter of several of one base; what they have in common is said first."""
@@ -638,7 +670,7 @@ def verify(
     adapter: Annotated[
         Path, typer.Argument(help="An adapter folder, a run folder, or what export wrote.")
     ],
-    base: Annotated[str | None, typer.Option(help="The base; default: as recorded.")] = None,
+    base: Base = None,
     server: Annotated[
         str | None, typer.Option(help="Ask this OpenAI-compatible server; loads no model.")
     ] = None,
@@ -646,8 +678,9 @@ def verify(
         str | None, typer.Option(help="Its name on the server; default: the only adapter.")
     ] = None,
     tolerance: Annotated[
-        float, typer.Option(min=0, help="Mean difference a server may have, in nats.")
-    ] = 0.1,
+        float | None,
+        typer.Option(min=0, help="Mean difference a server may have, in nats.", show_default="0.1"),
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Check an adapter against its base: fingerprint, step 0, format, probe prompts.
@@ -657,6 +690,8 @@ def verify(
     """
     if server is None and model is not None:
         raise UserError("--model is the name on a server: add --server, or leave it out")
+    if server is None and tolerance is not None:
+        raise UserError("--tolerance is of a server's answers: add --server, or leave it out")
     if server is not None and base is not None:
         raise UserError("--base is loaded here and --server runs elsewhere: give one of them")
     _quiet()
@@ -666,7 +701,7 @@ def verify(
     if server is None:
         checks = run_checks(adapter, base, trust_remote_code)
     else:
-        checks = verify_server(adapter, server, model, tolerance)
+        checks = verify_server(adapter, server, model, 0.1 if tolerance is None else tolerance)
     for check in checks:
         typer.echo(f"{'ok  ' if check.holds else 'FAIL'}  {check.name}: {check.detail}")
     if all(check.holds for check in checks):
@@ -726,7 +761,7 @@ def _tell_gates(verdicts: list[Any]) -> None:
 def chat(
     run: Annotated[Path, typer.Argument(help="A run folder or an adapter folder.")],
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
-    base: Annotated[str | None, typer.Option(help="The base; default: as recorded.")] = None,
+    base: Base = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Talk to base and tuned side by side; an empty line or Ctrl-D ends it."""
@@ -741,7 +776,11 @@ def chat(
         while True:
             if sys.stdin.isatty():
                 typer.echo("you> ", nl=False)
-            line = sys.stdin.readline().strip()
+            try:
+                line = sys.stdin.readline().strip()
+            except UnicodeDecodeError as error:
+                encoding = error.encoding.upper()
+                raise UserError(f"the question is not {encoding}: convert it first") from error
             if not line:
                 return
             yield line
@@ -794,7 +833,6 @@ def _print_plan(plan: dict[str, Any]) -> None:
 
 
 def _print_scores(result: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -803,7 +841,7 @@ def _print_scores(result: dict[str, Any]) -> None:
     table = Table("", "base", "tuned")
     for row in all_scores(result, "{:.3f}  ({:.3f}-{:.3f})"):
         table.add_row(*map(Text, row))
-    Console(highlight=False).print(table)
+    _print_whole(table)
 
 
 def _quiet() -> None:
@@ -844,18 +882,33 @@ def main() -> None:
         again = dict.fromkeys(("init", "compare", "eval"), "; the same command continues")
         again["train"] = "; `milora train ... --resume` continues"
         sys.exit(_fail(f"stopped{again.get(verb, '')}"))
-    except RuntimeError as error:
-        if not _several() or not _lost(error):
-            raise
-        _fail("another process of this run has ended: see what it said; --resume goes on")
-        sys.exit(1)
     except OSError as error:
         where = f" {error.filename}" if error.filename else ""
         if error.errno in NO_ROOM:
-            sys.exit(_fail(f"no room left to write{where}: free some space, then use --resume"))
+            sys.exit(_fail(f"no room left to write{where}: {_once_there_is()}"))
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EISDIR):
             sys.exit(_fail(f"cannot read or write{where}: {os.strerror(error.errno)}"))
         raise
+    except Exception as error:
+        if _no_room(error):
+            sys.exit(_fail(f"no room left to write: {_once_there_is()}"))
+        if not isinstance(error, RuntimeError) or not _several() or not _lost(error):
+            raise
+        _fail("another process of this run has ended: see what it said; --resume goes on")
+        sys.exit(1)
+
+
+def _once_there_is() -> str:
+    again = "use --resume" if sys.argv[1:2] == ["train"] else "start it again"
+    return f"free some space, then {again}"
+
+
+def _no_room(error: Exception) -> bool:
+    """Whether another library's writer says so, in an error of its own (safetensors, torch)."""
+    said = str(error)
+    number = re.search(r"\(os error (\d+)\)", said)
+    torch_writes = "inline_container" in said and re.search("unexpected pos|Writer failed", said)
+    return int(number[1]) in NO_ROOM if number else bool(torch_writes)
 
 
 def _lost(error: RuntimeError) -> bool:
