@@ -243,6 +243,12 @@ def test_a_run_and_its_commands(
         export_run(home, tmp_path / "merged", "merged")
         merged = load_pretrained(str(tmp_path / "merged"))
         torch.testing.assert_close(merged.model(input_ids=ids).logits, wanted, atol=1e-5, rtol=0)
+    assert all(check.holds for check in verify(tmp_path / "merged"))
+    about = read_json(tmp_path / "merged" / "milora.json")
+    assert about["rounding"]["all"] < 1e-5
+    card = (tmp_path / "merged" / "README.md").read_text(encoding="utf-8")
+    assert "names 0, 1, 2." in card
+    assert "serve" not in card
     assert hf.AutoConfig.from_pretrained(tmp_path / "merged").id2label == {0: "0", 1: "1", 2: "2"}
     export_run(home, tmp_path / "small", "lora", Smaller(1))
     whole, cut = (

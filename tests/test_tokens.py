@@ -404,12 +404,18 @@ def test_the_plain_template_goes_with_all_that_is_served(untemplated: Path, tmp_
 def test_whole_weights_end_where_training_did(
     tokens: list[str], tiny: Callable[[str], Path], tmp_path: Path
 ) -> None:
+    (asked_file := tmp_path / "mine.jinja").write_text(PLAIN, encoding="utf-8")
+    own = {"eos_token": "Z", "tokens": tokens, "chat_template": str(asked_file)}
     asked = settings(
         tiny("llama"), tmp_path, method="milora" if tokens else "full",
-        tokenizer={"eos_token": "Z", "tokens": tokens}, training=SHORT, evaluate=NO_TASKS,
+        tokenizer=own, training=SHORT, evaluate=NO_TASKS,
     )  # fmt: skip
     run(asked)
     folder = tmp_path / "run" / "model"
+    # The template lies in model/: its file may go.
+    asked_file.unlink()
+    opened = open_run(tmp_path / "run")
+    assert opened.tokenizer.chat_template == PLAIN
     ends = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
     assert ends == [AutoTokenizer.from_pretrained(folder).eos_token_id, 1]
 

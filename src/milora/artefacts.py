@@ -14,8 +14,16 @@ from milora.errors import UserError
 from milora.export import copy_tokenizer, end_as_trained, load_plain_lora, merge
 from milora.files import new_folder, read_json, write_json, write_text
 from milora.ggufs import check_gguf, write_lora, write_model
-from milora.matrices import skeleton_of
-from milora.merge import Recorded, check_weight, merge_files, pieces_of
+from milora.matrices import matrix_in, skeleton_of
+from milora.merge import (
+    Recorded,
+    check_weight,
+    merge_files,
+    norm_of,
+    pieces_of,
+    rounding_of,
+    summed,
+)
 from milora.pretrained import source_of
 from milora.progress import Progress
 from milora.smaller import EXACT, Exported, Smaller, check_smaller, write_smaller
@@ -34,7 +42,7 @@ from milora.verify import (
 KINDS = ("lora", "merged", "gguf", "gguf-merged")
 # Of an adapter's milora.json in that of what is made of it.
 CARRIED = ("base", "method", "versions", "probes", "approximation_error", "cut", "combined",
-           "plain_form")  # fmt: skip
+           "plain_form", "labels")  # fmt: skip
 LORA, MODEL, TEMPLATE = "adapter.gguf", "model.gguf", "chat_template.jinja"
 
 
@@ -215,10 +223,26 @@ def _classifier(
             f"--to {to}: llama.cpp reads no head of a classifier: use --to merged, or --to lora"
         )
     opened = open_adapter(source, base, trust_remote_code)
-    model = take_off(opened.model)
-    merge(model, load_plain_lora(source, skeleton_of(model)))
+    provenance, model = opened.provenance, take_off(opened.model)
+    plain = load_plain_lora(source, skeleton_of(model))
+    lost, norms, dtypes = dict[str, float](), dict[str, float](), set[torch.dtype]()
+    for name, factors in plain.factors.items():
+        weight = matrix_in(model, name)
+        A, B = (one.to(weight.device) for one in factors)
+        merged, lost[name] = summed(name, weight, B, A)
+        with torch.no_grad():
+            weight.copy_(merged)
+        norms[name] = norm_of(factors)
+        dtypes.add(weight.dtype)
+    merge(model, plain._replace(factors={}))  # the head alone
+    rounding = rounding_of(lost, norms, dtypes)
     with new_folder(out) as folder:
         model.save_pretrained(folder)
         copy_tokenizer(source, folder)
-    dtype, lost = opened.provenance["base"]["dtype"], losses(opened.provenance)
-    return Exported(f"{out}: merged weights with the head, {dtype}{_also(lost)}")
+        record = {key: provenance[key] for key in CARRIED if key in provenance}
+        record |= {"format": MERGED, "rounding": rounding._asdict()}
+        record["files_sha256"] = files_sha256(folder)
+        write_json(folder / "milora.json", record)
+        write_text(folder / "README.md", artefact_card(record))
+    said = f"{out}: merged weights with the head, {rounding.sentence()}"
+    return Exported(said + _also(losses(provenance)))

@@ -332,7 +332,9 @@ def artefact_card(record: Mapping[str, Any]) -> str:
         command,
         f"milora verify this/folder --server http://localhost:{8080 if file else 8000}",
     ]
-    if _task(base) == "SEQ_2_SEQ_LM":  # which neither server takes
+    if labels := record.get("labels"):
+        what += f" Its head, trained in full, names {', '.join(map(harmless, labels))}."
+    if _task(base) != "CAUSAL_LM":  # of which no server gives log-probabilities of tokens
         commands = ["milora verify this/folder"]
     if lost := losses(record):
         what += f" The update is no longer as trained: {harmless(lost)}."

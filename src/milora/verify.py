@@ -117,8 +117,10 @@ def open_run(path: Path, trust_remote_code: bool = False, base: str | None = Non
     record = read_record(path / "run.json")
     recorded = record["base"]
     name = base or recorded["model"]
+    # The template is that of model/, wherever its file is now.
+    options = {k: v for k, v in asked.get("tokenizer", {}).items() if k != "chat_template"}
     loaded = load_with_tokens(
-        name, recorded["dtype"], trust_remote_code, asked.get("tokenizer", {}),
+        name, recorded["dtype"], trust_remote_code, options,
         labels=record.get("labels", ()),
     )  # fmt: skip
     if loaded.sha256 != recorded["sha256"]:
