@@ -1,6 +1,7 @@
 """A smaller base: packed folders that load and train, and principal parts that are the best."""
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,16 @@ def test_nothing_is_smaller_at_nearly_all_energy(tiny: Tiny, text: Path) -> None
     found, _ = principal_parts(str(tiny("llama")), 0.9999, str(text), 1, aware=False)
     assert found["knowledge"]["kl"] == 0
     assert "no layer is smaller as two factors" in sentence(found)
+
+
+def test_the_size_before_is_that_of_the_files(tiny: Tiny, text: Path, tmp_path: Path) -> None:
+    """Which are of 16 bits, and are computed with in 32 on a CPU."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    base = tmp_path / "base"
+    shutil.copytree(tiny("llama"), base)
+    AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(base)
+    found = pack(str(base), tmp_path / "packed", 4, str(text), 1)
+    assert found["bytes"]["before"] == (base / "model.safetensors").stat().st_size
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from milora.card import figure, packed_card
+from milora.checkpoint import open_shards
 from milora.data import begins_with
 from milora.errors import UserError
 from milora.files import new_folder, write_json, write_text
@@ -43,10 +44,10 @@ def pack(
 ) -> dict[str, Any]:  # fmt: skip
     """Write `model` with its linear layers in `bits` to `out`, by bitsandbytes (nf4 or LLM.int8).
 
-    Returns, and leaves in compression.json: bytes before and after, ||Q - W|| / ||W|| by kind, and
-    perplexities and KL on the first `chunks` pieces of `text` (see knowledge_kept). Raises
-    UserError for bits other than 4 and 8, an existing `out`, a model that is packed already or does
-    not write text, or without bitsandbytes.
+    Returns, and leaves in compression.json: bytes before (of the files, or in `dtype`) and after,
+    ||Q - W|| / ||W|| by kind, and perplexities and KL on the first `chunks` pieces of `text` (see
+    knowledge_kept). Raises UserError for bits other than 4 and 8, an existing `out`, a model that
+    is packed already or does not write text, or without bitsandbytes.
     """
     progress = progress or Progress()
     if bits not in BITS:
@@ -70,9 +71,11 @@ def pack(
         kinds.setdefault(kind_of(module), []).append(lost)
     if not kinds:
         raise UserError(f"{model} has no linear layer that bitsandbytes packs: it stays as it is")
+    # On a CPU 16-bit files are computed with in fp32, which is no saving of the packing.
+    before = _file_bytes(source_of(model)) if dtype == "auto" else loaded_bytes(whole.model)
     result = {
         "model": model, "how": BITS[bits], "text": name,
-        "bytes": {"before": loaded_bytes(whole.model), "after": loaded_bytes(packed.model)},
+        "bytes": {"before": before, "after": loaded_bytes(packed.model)},
         "whole": _whole(packed.model, taken),
         "kinds": {
             kind: {"weights": len(lost), "error": sum(lost) / len(lost)}
@@ -90,6 +93,12 @@ def pack(
         write_json(folder / "compression.json", result)
         write_text(folder / "README.md", packed_card(result, whole.name, whole.license))
     return result
+
+
+def _file_bytes(source: str) -> int:
+    shards = open_shards(source)
+    paths = (shards.path_of(file) for file in set(shards.files.values()))
+    return sum(path.stat().st_size for path in paths if path)
 
 
 def _whole(model: nn.Module, taken: Container[str]) -> dict[str, int]:
