@@ -37,6 +37,7 @@ from milora.matrices import adapted_matrices
 from milora.pretrained import load_pretrained, reads_pictures
 from milora.preview import coverage, marked
 from milora.progress import Progress
+from milora.result import plainly_asked, save_reader
 from milora.rows import read_rows
 from milora.store import Store, decompose_checkpoint
 from milora.targeting import lora_config
@@ -345,6 +346,19 @@ def test_a_template_of_the_user_is_the_processors(
     assert str(tokenizer_of(opened.reader).decode(ids)).endswith("Dark?<|model|>\n")
     export_run(tmp_path / "run", tmp_path / "merged", "merged")
     assert AutoProcessor.from_pretrained(tmp_path / "merged").chat_template == own
+
+
+def test_without_a_template_the_card_says_the_form(
+    folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """A processor's template gets parts, and would read otherwise than the run did."""
+    processor = AutoProcessor.from_pretrained(folder("llava"))
+    processor.chat_template = processor.tokenizer.chat_template = None
+    record = {"data": {"format": "messages"}, "base": {"reads": "pictures"}}
+    form = plainly_asked(processor, record)
+    assert str(form).endswith("\n\n### Instruction:\nQUESTION\n\n### Response:\nANSWER</s>")
+    save_reader(processor, tmp_path, record | {"plain_form": form})
+    assert not (tmp_path / "chat_template.jinja").exists()
 
 
 @pytest.mark.slow

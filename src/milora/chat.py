@@ -34,7 +34,7 @@ def replies(
             if room < 1 or len(prompt[0]) > longest:
                 raise UserError(
                     f"the conversation has {len(prompt[0])} tokens, and the model {longest} "
-                    "positions, with those of its answer: start anew, or ask for less"
+                    "positions for it and its answer: start anew, or ask for less"
                 )
             with (pair.base if state == "base" else pair.tuned)() as model:
                 (answer,) = generate(model, tokenizer, prompt, min(max_new_tokens, room))
