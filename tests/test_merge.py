@@ -283,6 +283,16 @@ def test_an_adapter_that_holds_more_is_refused(pair: tuple[Path, Path], tmp_path
         export(adapter, tmp_path / "merged")
 
 
+def test_another_configuration_is_another_base(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """Probes that were measured anew on it would agree with what was made there."""
+    base, adapter = pair
+    config = read_json(base / "config.json")
+    write_json(base / "config.json", config | {"rms_norm_eps": 0.5})
+    with pytest.raises(UserError, match=r"wrong base: .* answers the probes .*config\.json"):
+        export(adapter, tmp_path / "small", "lora", smaller=Smaller(3))
+    assert not (tmp_path / "small").exists()
+
+
 def _killed(adapter: Path, out: Path, at_write: int) -> None:
     kill_at_write(str(out.parent), at_write)
     export(adapter, out)

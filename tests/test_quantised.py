@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 from milora import adapter, fingerprints, targeting
 from milora.artefacts import export_run
 from milora.checkpoint import open_checkpoint, original_of
+from milora.combine import combine
 from milora.errors import UserError
 from milora.evaluate import evaluate_all
 from milora.export import get_milora_model
@@ -39,7 +40,7 @@ from milora.quantised import (
 from milora.smaller import Smaller
 from milora.store import Store
 from milora.svd import minor_components
-from milora.verify import open_adapter, verify
+from milora.verify import files_sha256, open_adapter, open_run, verify
 
 Tiny = Callable[[str], Path]
 NAME = "model.layers.1.mlp.down_proj"
@@ -137,6 +138,52 @@ def test_merging_into_packed_numbers_is_refused(finished: Path, tiny: Tiny, tmp_
     with pytest.raises(UserError, match="wrong base"):
         export_run(finished, tmp_path / "merged", "merged", base=str(tmp_path / "other"))
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.slow
+def test_a_base_with_other_weights_beside_the_adapted_is_refused(
+    finished: Path, tiny: Tiny, tmp_path: Path
+) -> None:
+    """Nothing is measured anew on it, which would then agree with what is recorded."""
+    other, second = tmp_path / "other", tmp_path / "second"
+    shutil.copytree(tiny("llama"), other)
+    weights = load_file(other / "model.safetensors")
+    weights["lm_head.weight"] = 1.7 * weights["lm_head.weight"]
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    shutil.copytree(finished / "adapter", second)
+    file = second / "adapter_model.safetensors"
+    save_file({k: 2 * v if "lora_B" in k else v for k, v in load_file(file).items()}, file)
+    about = json.loads((second / "milora.json").read_text())
+    about["files_sha256"] = files_sha256(second)
+    (second / "milora.json").write_text(json.dumps(about))
+
+    def refused(base: Path, said: str, source: Path = finished) -> None:
+        for call in (
+            lambda: export_run(source, tmp_path / "out", "merged", base=str(base)),
+            lambda: export_run(source, tmp_path / "out", "lora", Smaller(3), base=str(base)),
+            lambda: combine([source, second], tmp_path / "out", base=str(base)),
+        ):
+            with pytest.raises(UserError, match=f"wrong base.*{said}"):
+                call()
+            assert not (tmp_path / "out").exists()
+
+    refused(other, "others differ")
+    with pytest.raises(UserError, match=r"wrong base.*others differ"):
+        open_run(finished, base=str(other))
+    # What no hash tells the probes do: another configuration, other numbers on another machine.
+    changed = tmp_path / "changed"
+    shutil.copytree(tiny("llama"), changed)
+    config = json.loads((changed / "config.json").read_text())
+    (changed / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 2.0}))
+    refused(changed, "answers the probes")
+    about["quantised_sha256"][NAME] = "0" * 64
+    about["files_sha256"] = files_sha256(finished / "adapter")
+    shutil.copytree(finished / "adapter", tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "milora.json").write_text(json.dumps(about))
+    refused(other, "answers the probes", tmp_path / "elsewhere")
+    export_run(
+        tmp_path / "elsewhere", tmp_path / "small", "lora", Smaller(3), base=str(tiny("llama"))
+    )
 
 
 def test_a_base_packed_elsewhere_is_known_by_its_full_precision(
@@ -379,7 +426,8 @@ def test_a_checkpoint_that_comes_packed(
             Pair(opened.model), opened.base.tokenizer, [], general_texts("default"), 1, 4, progress
         )[0]["knowledge"][0]
     assert kept["kl"] > 0
-    export_run(tmp_path / "run", tmp_path / "merged", "merged", base=str(tiny("llama")))
+    said = export_run(tmp_path / "run", tmp_path / "merged", "merged", base=str(tiny("llama"))).said
+    assert "only the adapted weights were compared (it came packed" in said
     export_run(tmp_path / "run", tmp_path / "gguf", "gguf")
 
 

@@ -26,11 +26,13 @@ from milora.merge import (
 )
 from milora.pretrained import source_of
 from milora.progress import Progress
+from milora.quantised import quantization_config
 from milora.smaller import EXACT, Exported, Smaller, check_smaller, write_smaller
 from milora.verify import (
     ADAPTER,
     GGUF,
     MERGED,
+    check_probed,
     files_sha256,
     find_adapter,
     make_probes,
@@ -146,7 +148,9 @@ def export_run(
         for name, digest in provenance["weights_sha256"].items()
     }
     record: dict[str, Any] = {key: provenance[key] for key in CARRIED if key in provenance}
+    not_compared = ""
     if into_original:  # the probes were measured on the quantised base
+        not_compared = _check_original(source, recorded, base, trust_remote_code)
         opened = open_adapter(source, base, trust_remote_code, packed=False)
         record["probes"] = make_probes(opened.model, opened.base.reader)
         del opened
@@ -185,11 +189,31 @@ def export_run(
             said = f"{out / MODEL}: merged GGUF, {rounding.sentence()}"
         if into_original:
             said += f", on the full-precision base; the update was trained on {recorded['label']}"
+        said += not_compared
         if to != "gguf":
             said += _also(lost)
         write_json(folder / "milora.json", record)
         write_text(folder / "README.md", artefact_card(record))
     return Exported(said)
+
+
+def _check_original(
+    source: Path, recorded: Mapping[str, Any], base: str | None, trust_remote_code: bool
+) -> str:
+    """Raise UserError where `base`, quantised as the run had it, is not the base of the run.
+
+    Merging compares the adapted weights alone. Returns what is to be said where that is all.
+    """
+    why = "it came packed, without hashes of the others"
+    if recorded["quantization"] is not None:
+        try:
+            quantization_config(recorded["quantization"], getattr(torch, recorded["dtype"]))
+        except UserError as error:  # the library that packs is not installed here
+            why = str(error)
+        else:
+            check_probed(open_adapter(source, base, trust_remote_code), source)
+            return ""
+    return f"; of the base only the adapted weights were compared ({why})"
 
 
 def _exactly(lost: str) -> str:
@@ -223,6 +247,7 @@ def _classifier(
             f"--to {to}: llama.cpp reads no head of a classifier: use --to merged, or --to lora"
         )
     opened = open_adapter(source, base, trust_remote_code)
+    check_probed(opened, source)
     provenance, model = opened.provenance, take_off(opened.model)
     plain = load_plain_lora(source, skeleton_of(model))
     lost, norms, dtypes = dict[str, float](), dict[str, float](), set[torch.dtype]()

@@ -38,6 +38,7 @@ from milora.svd import components
 from milora.verify import (
     ADAPTER,
     check_adapted,
+    check_probed,
     files_sha256,
     find_adapter,
     make_probes,
@@ -165,6 +166,7 @@ def combine(
             digests.append(sha256(folder / ADAPTER_FILE))
     _check_alike(runs, stored, digests)
     first_one = open_adapter(folders[0], base, trust_remote_code)
+    check_probed(first_one, folders[0])
     model = take_off(first_one.model)
     named = base or first_one.provenance["base"]["model"]
     for folder, one in zip(folders[1:], stored[1:], strict=True):

@@ -37,7 +37,7 @@ from milora.logits import Pair
 from milora.matrices import base_modules, skeleton_of
 from milora.pretrained import task_of
 from milora.progress import Progress
-from milora.verify import Opened, files_sha256, make_probes, open_adapter
+from milora.verify import Opened, check_probed, files_sha256, make_probes, open_adapter
 
 
 class Smaller(NamedTuple):
@@ -123,6 +123,7 @@ def write_smaller(
     Raises UserError for a wrong base and for what cannot be kept or spread.
     """
     opened = open_adapter(source, base, trust_remote_code)
+    check_probed(opened, source)
     largest, model = opened.provenance["rank"], take_off(opened.model)
     exact = load_plain_lora(source, skeleton_of(model))
     plain, storage = _approximation(exact, smaller, set(base_modules(model)))

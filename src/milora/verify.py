@@ -5,7 +5,7 @@ adapted, and probes: prompts with the log-probabilities that base and tuned gave
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from itertools import zip_longest
 from pathlib import Path
 from types import MappingProxyType
@@ -161,7 +161,8 @@ def open_adapter(
     )  # fmt: skip
     check_adapted(loaded.model, provenance, folder, model, trust_remote_code)
     # A base that is packed anew on another device has other numbers, and is known by its files.
-    if "quantization" not in recorded and "sha256" in recorded:
+    whole = _same_numbers(loaded.model, provenance) if "quantization" in recorded else True
+    if whole and "sha256" in recorded:
         digest = base_sha256(loaded.model, loaded.fresh)
         if digest != recorded["sha256"]:
             raise UserError(
@@ -229,7 +230,7 @@ def _wrong_weights(
     were packed elsewhere or are not packed now, the full-precision weights in the files.
     """
     stored, packed = provenance["weights_sha256"], provenance.get("quantised_sha256", {})
-    if packed and packed_hashes(model, packed) == packed:
+    if _same_numbers(model, provenance):
         stored = {name: digest for name, digest in stored.items() if name not in packed}
     read = None
     if packed and stored.keys() & packed:
@@ -246,6 +247,33 @@ def _wrong_weights(
         except (KeyError, UserError):
             wrong.append(f"{module} (not there)")
     return wrong
+
+
+def _same_numbers(model: nn.Module, provenance: Mapping[str, Any]) -> bool:
+    """Whether adapted weights of the base are packed, and in the very numbers of the run."""
+    packed = provenance.get("quantised_sha256", {})
+    return bool(packed) and packed_hashes(model, packed) == packed
+
+
+def check_probed(opened: Opened, folder: Path) -> None:
+    """Raise UserError unless the base answers the recorded probes as it did in the run.
+
+    To be called before probes of the base in hand are recorded: no hash is of its config.json, nor
+    of what else there is in a base that was packed elsewhere. Of a classifier's base nothing is
+    recorded, so that it is asked itself.
+    """
+    stored, state = opened.provenance, "tuned" if opened.provenance.get("labels") else "base"
+    dtype = stored["base"]["dtype"]
+    if "quantization" in stored["base"] and not _same_numbers(opened.model, stored):
+        dtype = "bfloat16"  # another rounding of the packed numbers moves them as 16 bit do
+    with base_only(opened.model) if state == "base" else nullcontext():
+        found = _probes(opened.model, opened.base.reader, stored["probes"], state, dtype)
+    if not found.holds:
+        raise UserError(
+            f"wrong base: {opened.base.name} answers the probes of {folder} otherwise than the "
+            f"base that the adapter was trained on ({stored['base']['name']}), {found.detail}: its "
+            "config.json, or a weight that is not adapted, is not as it was; give that model"
+        )
 
 
 def files_sha256(folder: Path) -> dict[str, str]:
