@@ -146,6 +146,11 @@ def test_the_lora_is_for_its_base_alone(tmp_path: Path) -> None:
     save_file(weights, base / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=f"wrong base: {name} in the files"):
         export(adapter, tmp_path / "lora", "gguf")
+    weights[f"{name}.weight"] = weights[f"{name}.weight"] - 1e-3
+    weights["lm_head.weight"] = 1.5 * weights["lm_head.weight"]
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"wrong base: .* weights that are not adapted"):
+        export(adapter, tmp_path / "lora", "gguf-merged")
     wide = base_of(tmp_path / "wide", "llama", hidden_size=64, head_dim=8)
     for to in ("gguf", "gguf-merged", "merged"):
         with pytest.raises(UserError, match=r"wrong base: .* is \d+ x 64 there"):

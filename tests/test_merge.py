@@ -23,6 +23,7 @@ from milora.artefacts import export_run
 from milora.errors import UserError
 from milora.export import plain_lora, save_plain_lora
 from milora.files import read_json, write_json
+from milora.fingerprints import base_sha256
 from milora.merge import Recorded, merge_files, summed
 from milora.pretrained import task_of
 from milora.progress import Progress
@@ -59,7 +60,10 @@ def make_adapter(folder: Path, base: Path, name: str, scale: float = 1.0) -> Pat
     rank = save_plain_lora(folder, plain, bare, "tiny")
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.save_pretrained(folder)
-    about = {"model": str(base), "name": "tiny", "dtype": dtype, "license": "mit"}
+    about = {
+        "model": str(base), "name": "tiny", "dtype": dtype, "license": "mit",
+        "sha256": base_sha256(bare),
+    }  # fmt: skip
     probes = make_probes(PeftModel.from_pretrained(bare, folder), tokenizer)
     write_json(
         folder / "milora.json",
@@ -123,6 +127,28 @@ def test_merged_as_by_peft(name: str, tmp_path: Path) -> None:
             own = adapter / file.name  # its tokenizer is the one it was trained with
             assert copied.read_bytes() == (own if own.exists() else file).read_bytes()
     assert "of the update" in (tmp_path / "merged" / "README.md").read_text()
+    # All weights were compared, so that a base with another vector, which none adapts, is refused.
+    assert "only the adapted" not in said
+    file, key = next(
+        (file, key)
+        for file in base.glob("*.safetensors")
+        for key, value in load_file(file).items()
+        if value.ndim == 1
+    )
+    content = {key: value.clone() for key, value in load_file(file).items()}  # not mapped
+    save_file(content | {key: content[key] + 1e-3}, file, {"format": "pt"})
+    with pytest.raises(UserError, match=r"wrong base: .* weights that are not adapted"):
+        export(adapter, tmp_path / "again")
+    assert not list(tmp_path.glob("*again*"))
+
+
+def test_weights_that_cannot_be_compared_are_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_base(tmp_path / "base", "gpt-neox")
+    adapter = make_adapter(tmp_path / "adapter", base, "gpt-neox")
+    monkeypatch.setattr("milora.merge.RENAMED", {})  # its head has another name in the files
+    assert "only the adapted weights were compared" in export(adapter, tmp_path / "merged")
 
 
 @pytest.mark.parametrize(

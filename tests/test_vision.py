@@ -182,7 +182,8 @@ def test_from_the_base_to_the_artefacts(
         wanted = tuned(**batch).logits
         with tuned.disable_adapter():
             assert torch.equal(tuned(**batch).logits, plain)
-        export_run(ran, tmp_path / "merged", "merged")
+        said = export_run(ran, tmp_path / "merged", "merged").said
+        assert "only the adapted" not in said  # all weights were compared with the recorded hash
         found = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")(**batch).logits
         assert AutoProcessor.from_pretrained(tmp_path / "merged").chat_template == TEMPLATE
     assert float((wanted - plain).abs().max()) > 1e-2 * float(plain.abs().max())
@@ -633,7 +634,8 @@ def test_text_alone_through_a_run(gemma: Path, tmp_path: Path) -> None:
     lora = {"target_modules": LLAMA, "lora_dropout": 0.0}
     run(settings(gemma, tmp_path, lora=lora, training=TRAINING))
     assert all(check.holds for check in verify(tmp_path / "run"))
-    export_run(tmp_path / "run", tmp_path / "merged", "merged")
+    said = export_run(tmp_path / "run", tmp_path / "merged", "merged").said
+    assert "only the adapted" not in said
     ids = torch.arange(2, 30)[None]
     base = hf.AutoModelForCausalLM.from_pretrained(gemma).eval()
     merged = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()

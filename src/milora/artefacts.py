@@ -17,6 +17,7 @@ from milora.ggufs import check_gguf, write_lora, write_model
 from milora.matrices import matrix_in, skeleton_of
 from milora.merge import (
     Recorded,
+    check_all,
     check_weight,
     merge_files,
     norm_of,
@@ -154,6 +155,11 @@ def export_run(
         opened = open_adapter(source, base, trust_remote_code, packed=False)
         record["probes"] = make_probes(opened.model, opened.base.reader)
         del opened
+    elif "merged" in to and not (
+        "sha256" in recorded
+        and check_all(files, skeleton, hashes, recorded["sha256"], dtype, progress)
+    ):
+        not_compared = _only_adapted("what the library makes of the others is not known here")
     if to == "gguf":
         shards = open_shards(files)
         for name, found in pieces_of(skeleton, plain.factors, shards, files).items():
@@ -189,9 +195,8 @@ def export_run(
             said = f"{out / MODEL}: merged GGUF, {rounding.sentence()}"
         if into_original:
             said += f", on the full-precision base; the update was trained on {recorded['label']}"
-        said += not_compared
         if to != "gguf":
-            said += _also(lost)
+            said += not_compared + _also(lost)
         write_json(folder / "milora.json", record)
         write_text(folder / "README.md", artefact_card(record))
     return Exported(said)
@@ -213,6 +218,10 @@ def _check_original(
         else:
             check_probed(open_adapter(source, base, trust_remote_code), source)
             return ""
+    return _only_adapted(why)
+
+
+def _only_adapted(why: str) -> str:
     return f"; of the base only the adapted weights were compared ({why})"
 
 

@@ -82,10 +82,16 @@ def check_base(stored: Mapping[str, str], hashes: Mapping[str, str]) -> None:
             )
 
 
+def composed_sha256(hashes: Mapping[str, str]) -> str:
+    """One hash over those of tensors, names included."""
+    digest = hashlib.sha256()
+    for name in sorted(hashes):
+        digest.update(f"{name} {hashes[name]}\n".encode())
+    return digest.hexdigest()
+
+
 def _sha256_of(tensors: Mapping[str, Tensor]) -> str:
-    digest, names = hashlib.sha256(), sorted(tensors)
+    names = sorted(tensors)
     with ThreadPoolExecutor(min(torch.get_num_threads(), AT_ONCE)) as pool:  # hashing holds no lock
         hashes = pool.map(tensor_sha256, (tensors[name] for name in names))
-        for name, found in zip(names, hashes, strict=True):
-            digest.update(f"{name} {found}\n".encode())
-    return digest.hexdigest()
+        return composed_sha256(dict(zip(names, hashes, strict=True)))

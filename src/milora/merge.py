@@ -2,7 +2,7 @@
 
 Each shard is written as a copy of the base's file in which the adapted weights have other values:
 the same names, dtypes, shapes and places. What is merged is what is in the files, so that the
-recorded hash of every adapted weight is compared with them first.
+recorded hashes, of every adapted weight and of all weights, are compared with them first.
 """
 
 import json
@@ -26,8 +26,8 @@ from transformers.pytorch_utils import Conv1D
 from milora.adapter import Factors
 from milora.checkpoint import INDEX, SINGLE, Shards, open_shards, stored_name
 from milora.errors import UserError
-from milora.fingerprints import blocks_sha256
-from milora.matrices import matrix_in
+from milora.fingerprints import AT_ONCE, blocks_sha256, composed_sha256
+from milora.matrices import is_stack, matrix_in
 from milora.progress import Progress
 
 DTYPES = {
@@ -42,6 +42,8 @@ EXPERTS = {
     "qwen2_moe": ("mlp", {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}),
     "qwen3_moe": ("mlp", {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}),
 }
+# Other names in the files, of weights that are adapted by none.
+RENAMED = {"gpt_neox": ("lm_head.", "embed_out."), "mixtral": (".mlp.", ".block_sparse_moe.")}
 # Not of the model that is written: weights in other formats, the base's own record and card.
 LEFT_OUT = (
     "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth",
@@ -325,6 +327,102 @@ def check_weight(
             f"wrong base: {name} in the files of {source} is not the weight that the adapter was "
             "trained on: give the model (and revision) that it was trained on"
         )
+
+
+def check_all(
+    source: str,
+    skeleton: PreTrainedModel,
+    hashes: Mapping[str, Recorded],
+    sha256: str,
+    dtype: torch.dtype,
+    progress: Progress,
+) -> bool:
+    """Whether the files could be compared with `sha256`, of all weights of the base in `dtype`.
+
+    The weights that are adapted are taken to be those of `hashes`, which `check_weight` compares.
+    False where the library makes something of the files that is not known here. The peak is some
+    blocks. Raises UserError for another base.
+    """
+    shards = open_shards(source)
+    parts = _parts(skeleton, shards)
+    kept, adapted = _kept_in_fp32(skeleton, dtype), dict[str, str]()
+    for name in hashes.keys() & {key.removesuffix(".weight") for key in parts}:
+        if not _transposed(skeleton, name):  # else the hash is of the other order
+            adapted[f"{name}.weight"] = hashes[name].sha256
+    left = [key for key in parts if key not in adapted]
+
+    def hashed(key: str) -> str | None:
+        kind = torch.float32 if kept & set(key.split(".")) else dtype
+        shape = skeleton.get_parameter(key).shape
+        found = {_stored_sha256(source, shards, one, kind, shape) for one in parts[key]}
+        return found.pop() if len(found) == 1 else None  # of tied weights any is the model's
+
+    found: dict[str, str | None] = {}
+    with ThreadPoolExecutor(min(torch.get_num_threads(), AT_ONCE)) as pool:  # hashing holds no lock
+        for key, digest in zip(left, pool.map(hashed, left), strict=True):
+            progress("comparing", len(found), len(left), key)
+            found[key] = digest
+    progress("comparing", len(left), len(left))
+    every = adapted | {key: digest for key, digest in found.items() if digest}
+    if set(every) != set(skeleton.state_dict()):
+        return False
+    if (digest := composed_sha256(every)) != sha256:
+        raise UserError(
+            f"wrong base: in the files of {source} weights that are not adapted are not those that "
+            f"the adapter was trained on (all together have sha256 {digest[:12]}, and had "
+            f"{sha256[:12]}): give the model (and revision) that it was trained on"
+        )
+    return True
+
+
+def _parts(skeleton: PreTrainedModel, shards: Shards) -> dict[str, list[list[str]]]:
+    """By parameter the tensors that make it, one behind the other; several such lists where it is
+    one with others that the files have too. Those that the files have otherwise are left out.
+    """
+    kind: Any = getattr(skeleton.config, "model_type", "")
+    old, new = RENAMED.get(kind, ("", ""))
+    parameters = dict(skeleton.named_parameters(remove_duplicate=False))
+    found: dict[int, list[list[str]]] = {}
+    for key, parameter in parameters.items():
+        other = key.replace(old, new) if old else key
+        own = stored_name(skeleton, key, shards.files) or stored_name(skeleton, other, shards.files)
+        tensors = [own] if own else []
+        if not own and is_stack(parameter):
+            experts, rows, _ = parameter.shape
+            pieces = [_pieces(skeleton, f"{key}.{e}", rows, shards) for e in range(experts)]
+            tensors = [piece.tensor for each in pieces for piece in each] if all(pieces) else []
+        if tensors:
+            found.setdefault(id(parameter), []).append(tensors)
+    return {key: found[id(own)] for key, own in parameters.items() if id(own) in found}
+
+
+def _kept_in_fp32(skeleton: PreTrainedModel, dtype: torch.dtype) -> set[str]:
+    """The modules that transformers loads in fp32 where the rest is in `dtype`."""
+    kept: list[Any] = []
+    if dtype == torch.float16:
+        kept.append(skeleton._keep_in_fp32_modules)
+    if dtype in (torch.float16, torch.bfloat16):
+        kept.append(skeleton._keep_in_fp32_modules_strict)
+    return {name for names in kept for name in names or ()}
+
+
+def _stored_sha256(
+    source: str, shards: Shards, tensors: Sequence[str], dtype: torch.dtype, shape: Sequence[int]
+) -> str | None:
+    """As tensor_sha256 of what `tensors` make; None where they are no floating point."""
+
+    def blocks() -> Iterator[Tensor]:
+        for tensor in tensors:
+            with TensorFile(source, shards.files[tensor], shards) as opened:
+                about = opened.header[tensor]
+                start, end = (opened.begin + offset for offset in about["data_offsets"])
+                for _, block in opened.blocks(start, end, DTYPES[about["dtype"]], 1):
+                    yield block.to(dtype)
+
+    try:
+        return blocks_sha256(dtype, shape, blocks())
+    except KeyError:
+        return None
 
 
 class TensorFile:
