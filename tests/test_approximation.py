@@ -31,7 +31,7 @@ from milora.artefacts import export_run
 from milora.combine import combine
 from milora.errors import UserError
 from milora.export import PlainLora
-from milora.files import read_json
+from milora.files import files_sha256, read_json, write_json
 from milora.smaller import Smaller, by_layer
 from milora.verify import open_adapter, verify
 
@@ -261,6 +261,8 @@ def test_what_export_writes_is_what_it_says(
     shutil.copytree(finished / "adapter", other)
     twice = {k: 2 * v for k, v in load_file(other / "adapter_model.safetensors").items()}
     save_file(twice, other / "adapter_model.safetensors", {"format": "pt"})
+    about = read_json(other / "milora.json") | {"files_sha256": files_sha256(other)}
+    write_json(other / "milora.json", about)
     both = combine([tmp_path / "small", other], tmp_path / "both")
     assert "of which no longer as trained: small (an approximation" in both
     assert all(check.holds for check in verify(tmp_path / "both"))

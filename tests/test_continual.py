@@ -25,7 +25,7 @@ from milora.cli import app, main
 from milora.continual import Earlier, _check_same, check_material
 from milora.errors import UserError
 from milora.export import plain_lora
-from milora.files import sha256
+from milora.files import files_sha256, read_json, sha256, write_json
 from milora.fingerprints import base_sha256
 from milora.lineage import chain, current, read_link
 from milora.logits import base_only, logits_of
@@ -496,6 +496,10 @@ def test_too_little_room_is_refused_before_decomposing(
         if "lora_A" in name:
             tensor[4:] = tensor[:4]  # of rank 4 in all but name
     save_file(tensors, weights, {"format": "pt"})
+    about = read_json(weights.with_name("milora.json"))
+    write_json(
+        weights.with_name("milora.json"), about | {"files_sha256": files_sha256(weights.parent)}
+    )
     run(further(tiny, tmp_path, "third", tmp_path / "first", lora={"r": 9}, **apart), dry_run=True)
 
 
@@ -555,6 +559,22 @@ def test_a_resumed_run_notices_that_the_earlier_result_changed(
     save_file(doubled, weights, {"format": "pt"})
     with pytest.raises(UserError, match="put that adapter back"):
         run(asked, resume=True)
+
+
+def test_an_altered_result_is_not_continued(first: Path, tiny: Tiny, tmp_path: Path) -> None:
+    """No run records it as the one that it came from, and no history shows it as done."""
+    copy = tmp_path / "copy"
+    shutil.copytree(first, copy)
+    weights = copy / "adapter" / "adapter_model.safetensors"
+    doubled = {name: 2 * tensor for name, tensor in load_file(weights).items()}
+    save_file(doubled, weights, {"format": "pt"})
+    said = r"copy/adapter/adapter_model\.safetensors is not as it was written .* put the file"
+    for how in ("fold", "same"):
+        with pytest.raises(UserError, match=said):
+            run(further(tiny, tmp_path, "second", copy, how))
+    with pytest.raises(UserError, match=said):
+        chain(copy)
+    assert not (tmp_path / "second").exists()
 
 
 def test_an_adapter_whose_state_is_gone_is_not_trained_on(

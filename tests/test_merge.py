@@ -19,10 +19,11 @@ from tiny_run import kill_at_write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from milora.adapter import add_adapter, trained_factors
-from milora.artefacts import export_run
+from milora.artefacts import KINDS, export_run
+from milora.combine import combine
 from milora.errors import UserError
 from milora.export import plain_lora, save_plain_lora
-from milora.files import read_json, write_json
+from milora.files import files_sha256, read_json, write_json
 from milora.fingerprints import base_sha256
 from milora.merge import Recorded, merge_files, summed
 from milora.pretrained import task_of
@@ -317,6 +318,26 @@ def test_another_configuration_is_another_base(pair: tuple[Path, Path], tmp_path
     with pytest.raises(UserError, match=r"wrong base: .* answers the probes .*config\.json"):
         export(adapter, tmp_path / "small", "lora", smaller=Smaller(3))
     assert not (tmp_path / "small").exists()
+
+
+def test_an_altered_adapter_goes_nowhere(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    _, adapter = pair
+    shutil.copytree(adapter, tmp_path / "other")
+    about, file = read_json(adapter / "milora.json"), adapter / "adapter_model.safetensors"
+    write_json(adapter / "milora.json", about | {"files_sha256": files_sha256(adapter)})
+    export(adapter, tmp_path / "copy", "lora")
+    save_file({k: 2 * v if "lora_B" in k else v for k, v in load_file(file).items()}, file)
+    for call in (
+        *(lambda to=to: export(adapter, tmp_path / "out", to) for to in KINDS),
+        lambda: export(adapter, tmp_path / "out", "lora", smaller=Smaller(3)),
+        lambda: combine([tmp_path / "other", adapter], tmp_path / "out"),
+    ):
+        with pytest.raises(UserError, match=r"adapter_model\.safetensors is not as it was written"):
+            call()
+        assert not (tmp_path / "out").exists()
+    file.unlink()
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors is gone .* put the file"):
+        export(adapter, tmp_path / "out", "lora")
 
 
 def _killed(adapter: Path, out: Path, at_write: int) -> None:

@@ -23,6 +23,7 @@ from milora.combine import combine
 from milora.errors import UserError
 from milora.evaluate import evaluate_all
 from milora.export import get_milora_model
+from milora.files import files_sha256
 from milora.inspection import inspect_model
 from milora.knowledge import general_texts
 from milora.logits import Pair, step0_difference
@@ -40,7 +41,7 @@ from milora.quantised import (
 from milora.smaller import Smaller
 from milora.store import Store
 from milora.svd import minor_components
-from milora.verify import files_sha256, open_adapter, open_run, verify
+from milora.verify import open_adapter, open_run, verify
 
 Tiny = Callable[[str], Path]
 NAME = "model.layers.1.mlp.down_proj"

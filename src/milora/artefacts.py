@@ -12,7 +12,7 @@ from milora.card import artefact_card, losses
 from milora.checkpoint import open_checkpoint, open_shards
 from milora.errors import UserError
 from milora.export import copy_tokenizer, end_as_trained, load_plain_lora, merge
-from milora.files import new_folder, read_json, write_json, write_text
+from milora.files import check_files, files_sha256, new_folder, read_json, write_json, write_text
 from milora.ggufs import check_gguf, write_lora, write_model
 from milora.matrices import matrix_in, skeleton_of
 from milora.merge import (
@@ -34,7 +34,6 @@ from milora.verify import (
     GGUF,
     MERGED,
     check_probed,
-    files_sha256,
     find_adapter,
     make_probes,
     open_adapter,
@@ -92,6 +91,7 @@ def export_run(
     provenance = read_json(source / "milora.json")
     if provenance["format"] != ADAPTER:
         raise UserError(f"{source} holds {provenance['format']}, not an adapter: name its run")
+    check_files(source)
     lost, error = losses(provenance), provenance.get("approximation_error", 0.0)
     if smaller != EXACT and error:
         raise UserError(

@@ -29,7 +29,16 @@ from milora.export import (
     load_plain_lora,
     save_plain_lora,
 )
-from milora.files import new_folder, read_json, read_record, sha256, write_json, write_text
+from milora.files import (
+    check_files,
+    files_sha256,
+    new_folder,
+    read_json,
+    read_record,
+    sha256,
+    write_json,
+    write_text,
+)
 from milora.matrices import skeleton_of
 from milora.pretrained import opened
 from milora.progress import Progress
@@ -39,7 +48,6 @@ from milora.verify import (
     ADAPTER,
     check_adapted,
     check_probed,
-    files_sha256,
     find_adapter,
     make_probes,
     open_adapter,
@@ -162,6 +170,7 @@ def combine(
     for run, folder, one in zip(runs, folders, stored, strict=True):
         if one["format"] != ADAPTER:
             raise UserError(f"{run} holds {one['format']}, not an adapter: name its run")
+        check_files(folder)
         with opened(folder / ADAPTER_FILE):
             digests.append(sha256(folder / ADAPTER_FILE))
     _check_alike(runs, stored, digests)

@@ -26,7 +26,7 @@ from milora.adapter import Factors, take_off
 from milora.approximation import best_of_rank, norm
 from milora.errors import UserError
 from milora.export import PlainLora, exact_rank, load_plain_lora
-from milora.files import sha256, write_bytes
+from milora.files import check_files, sha256, write_bytes
 from milora.lineage import Link, chain, check_unchanged, continues, current, read_link
 from milora.logits import logits_of, step0_bound
 from milora.matrices import (
@@ -114,7 +114,7 @@ def open_earlier(
             f"continue.run: {folder} failed {len(link.failed)} of its gates "
             f"({link.failed[0]['gate']}: {link.failed[0]['said']}): {instead}, or train it again"
         )
-    find_adapter(folder)
+    adapter = find_adapter(folder)
     if apart and how == "same":
         raise UserError(
             "milora.protect: {tasks: all} keeps a new adapter out of what the earlier one uses, "
@@ -134,6 +134,7 @@ def open_earlier(
         )
     if stored := resumed.get("continues"):
         check_unchanged(folder, stored["adapter_sha256"], run)
+    check_files(adapter)
     return Earlier(link, how, continues(link, run, how))
 
 

@@ -8,7 +8,7 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -200,3 +200,32 @@ def locked(path: Path, busy: Exception | None = None) -> Iterator[None]:
 def sha256(path: Path) -> str:
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def files_sha256(folder: Path) -> dict[str, str]:
+    """The hash of each file of weights in a folder, by its name."""
+    return {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))}
+
+
+def changed_files(folder: Path, stored: Mapping[str, Any]) -> list[str]:
+    """The files of weights that are not as `stored`, milora.json of the folder, has their hashes;
+    none by older ones, which have no hashes."""
+    if "files_sha256" not in stored:
+        return []
+    wanted, found = stored["files_sha256"], files_sha256(folder)
+    return sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name))
+
+
+def check_files(folder: Path) -> None:
+    """Raise UserError unless the weights in an adapter's folder are those that were written.
+
+    So that nothing is made of others that would say to be of them. Adapters of other tools have no
+    record of that.
+    """
+    record = folder / "milora.json"
+    if record.is_file() and (off := changed_files(folder, read_record(record))):
+        file = folder / off[0]
+        raise UserError(
+            f"{file} {'is not as it was written' if file.exists() else 'is gone'} (its sha256 is "
+            f"not the one in {record}): put the file as written back"
+        )

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from milora.errors import UserError
-from milora.files import read_record, read_yaml, sha256
+from milora.files import check_files, read_record, read_yaml, sha256
 
 WEIGHTS = "adapter/adapter_model.safetensors"
 
@@ -52,9 +52,11 @@ def read_link(run: Path) -> Link:
 def chain(run: Path) -> list[Link]:
     """The runs that led to `run`, the first first, and `run` itself.
 
-    Raises UserError where one of them is gone, or its adapter is not the one that was continued.
+    Raises UserError where one of them is gone, or its adapter is not the one that was continued, or
+    in the last that was written.
     """
     links = [read_link(run)]
+    check_files(run / "adapter")
     while earlier := links[0].record.get("continues"):
         folder = Path(os.path.normpath(links[0].run / earlier["run"]))
         if not (folder / "run.json").is_file():

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from milora import adapter, export, fingerprints
 from milora.card import model_card
 from milora.data import PLAIN_TEMPLATE, plain_form
-from milora.files import new_folder, read_json, write_json, write_text
+from milora.files import files_sha256, new_folder, read_json, write_json, write_text
 from milora.logits import Pair, logits_of
 from milora.matrices import Matrix, adapted_matrices, kind_of
 from milora.pretrained import Pretrained, load_pretrained
@@ -20,7 +20,7 @@ from milora.progress import Progress
 from milora.protect import Top, measure, worst
 from milora.spectra import thinned
 from milora.tokens import load_with_tokens
-from milora.verify import files_sha256, head_sha256, make_probes
+from milora.verify import head_sha256, make_probes
 from milora.vision import Reader
 
 KEPT = ("rank", "exported_against_trained", "cut")  # of milora.json in run.json

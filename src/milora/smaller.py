@@ -31,13 +31,13 @@ from milora.export import (
     load_plain_lora,
     save_plain_lora,
 )
-from milora.files import new_folder, sha256, write_json, write_text
+from milora.files import files_sha256, new_folder, sha256, write_json, write_text
 from milora.knowledge import DEFAULT_TEXT, general_texts, knowledge_kept
 from milora.logits import Pair
 from milora.matrices import base_modules, skeleton_of
 from milora.pretrained import task_of
 from milora.progress import Progress
-from milora.verify import Opened, check_probed, files_sha256, make_probes, open_adapter
+from milora.verify import Opened, check_probed, make_probes, open_adapter
 
 
 class Smaller(NamedTuple):

@@ -22,7 +22,7 @@ from milora.checkpoint import full_weights, open_checkpoint
 from milora.data import prompt_ids, prompt_text
 from milora.errors import UserError
 from milora.export import ADAPTER_FILE, read_config, scale_of
-from milora.files import read_record, read_yaml, sha256
+from milora.files import changed_files, read_record, read_yaml
 from milora.fingerprints import base_sha256, packed_hashes, tensor_sha256
 from milora.forms import first_token
 from milora.logits import Pair, base_only
@@ -276,11 +276,6 @@ def check_probed(opened: Opened, folder: Path) -> None:
         )
 
 
-def files_sha256(folder: Path) -> dict[str, str]:
-    """The hash of each file of weights in a folder, by its name."""
-    return {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))}
-
-
 def make_probes(model: PeftModel, reader: Reader) -> list[dict[str, Any]]:
     """For each prompt, as it is and as a question in the model's template, the five likeliest next
     tokens of the tuned model, with their log-probabilities (nats) under tuned and base, and with
@@ -414,8 +409,7 @@ def _files(folder: Path, stored: Mapping[str, Any]) -> Iterator[Check]:
     than their bound in 16 bit. Older artefacts have no such record."""
     if "files_sha256" not in stored:
         return
-    wanted, found = stored["files_sha256"], files_sha256(folder)
-    off = sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name))
+    wanted, off = stored["files_sha256"], changed_files(folder, stored)
     every = f"all {len(wanted)} files of weights have" if len(wanted) > 1 else f"{min(wanted)} has"
     said = f"{every} the recorded sha256"
     if off:
