@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import TARGETS, with_bos
+from conftest import TARGETS, make_tokenizer, with_bos
 from safetensors.torch import load_file
 from tiny_run import NOT_SAID, break_off, result_hashes, run, settings
 from transformers import AutoTokenizer, PreTrainedModel
@@ -293,6 +293,37 @@ def test_the_base_writes_as_it_predicts(load: Load, tiny: Tiny) -> None:
     tokenizer.bos_token = tokenizer.eos_token = None
     with pytest.raises(UserError, match="no token that a text begins or ends with"):
         sampled(model, tokenizer, 1, 100)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"min_p": 0.9}, {"suppress_tokens": [5, 6, 7]}, {"forced_eos_token_id": 1},
+     {"stop_strings": ["a"]}, {"prompt_lookup_num_tokens": 3}, {"return_dict_in_generate": True},
+     {"max_time": 1e-9}],
+    ids=lambda setting: next(iter(setting)),
+)  # fmt: skip
+def test_settings_of_the_base_do_not_change_what_it_writes(
+    setting: dict[str, Any], load: Load
+) -> None:
+    tokenizer = make_tokenizer()
+    wanted = sampled(load("llama"), tokenizer, 2, 24)
+    model = load("llama")
+    model.generation_config.update(**setting)
+    own = model.generation_config.to_dict()
+    assert sampled(model, tokenizer, 2, 24) == wanted
+    assert model.generation_config.to_dict() == own
+
+
+def test_settings_and_mode_come_back_after_an_error(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load("llama").train()
+    own = model.generation_config
+    monkeypatch.setattr(model, "forward", lambda **given: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        sampled(model, make_tokenizer(), 1, 24)
+    assert model.generation_config is own
+    assert model.training
 
 
 def test_the_directions_of_many_inputs(monkeypatch: pytest.MonkeyPatch) -> None:

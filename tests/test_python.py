@@ -381,6 +381,19 @@ def test_inputs_are_held_in_loops_of_others(
         assert float((B @ A).norm()) > 1e-4
 
 
+@pytest.mark.parametrize("ends", [0, 1, None])
+def test_inputs_are_held_without_a_padding_token(
+    ends: int | None, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the tokenizers of Llama and GPT-2 come."""
+    monkeypatch.setattr("milora.keep.LENGTH", 24)
+    tokenizer, base = make_tokenizer(), load("llama")
+    tokenizer.pad_token = None
+    base.generation_config.pad_token_id = None
+    base.generation_config.eos_token_id = ends
+    assert hold_inputs(get_milora_model(base, LoraConfig(**CONFIG)), tokenizer).holds
+
+
 def test_several_processes_must_share_a_text(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     model = get_milora_model(load("llama"), LoraConfig(**CONFIG))
     with monkeypatch.context() as context:  # under a launcher, before they have met

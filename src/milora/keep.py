@@ -12,7 +12,7 @@ start alone).
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -96,29 +96,34 @@ def sampled(
     length = min(LENGTH, longest)
     first = tokenizer.bos_token_id
     first = tokenizer.eos_token_id if first is None else first
-    settings = GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, num_beams=1, repetition_penalty=1.0,
-        no_repeat_ngram_size=0, max_new_tokens=length - 1, eos_token_id=[],
-        pad_token_id=tokenizer.pad_token_id,
-        remove_invalid_values=True,  # a damaged base is found, and named, at step 0
-    )  # fmt: skip
-    training, generate, pieces = model.training, cast(Any, model).generate, Pieces()
-    model.eval()
     if first is None:
         raise UserError(
             "milora.text: the model has no token that a text begins or ends with, from which it "
             "could write one: name a file"
         )
-    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
-        torch.manual_seed(0)
-        while len(pieces) < count:
-            progress(len(pieces), count)
-            ids = torch.full((AT_A_TIME, 1), first, device=model.device)
-            written = generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings
-            )
-            pieces += written.tolist()
-    model.train(training)
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    settings = GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=length - 1,
+        remove_invalid_values=True,  # a damaged base is found, and named, at step 0
+    )  # fmt: skip
+    # What is not set here would come from the model's own: ends, penalties, a time limit.
+    training, own, pieces = model.training, inner.generation_config, Pieces()
+    model.eval()
+    inner.generation_config = GenerationConfig()
+    try:
+        with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+            torch.manual_seed(0)
+            while len(pieces) < count:
+                progress(len(pieces), count)
+                ids = torch.full((AT_A_TIME, 1), first, device=model.device)
+                mask = torch.ones_like(ids)
+                written = inner.generate(
+                    input_ids=ids, attention_mask=mask, generation_config=settings
+                )
+                pieces += written.tolist()
+    finally:
+        inner.generation_config = own
+        model.train(training)
     return pieces[:count]
 
 
