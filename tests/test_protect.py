@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from tiny_run import break_off, run, settings
 from torch import Tensor
 from transformers import (
@@ -28,6 +29,7 @@ from milora.matrices import adapted_matrices
 from milora.protect import (
     Held,
     Top,
+    begin_outside,
     held,
     load_tops,
     measure,
@@ -289,6 +291,48 @@ def test_the_minor_directions(load: Load) -> None:
         torch.testing.assert_close(Vh.T @ Vh, found.Vh.T @ found.Vh, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("kind", "targets", "protect", "inputs"),
+    [("llama", ["q_proj", "v_proj", "down_proj"], 0, 8), ("llama", ["q_proj", "up_proj"], 3, 8),
+     ("gpt2", ["c_attn"], 4, 0)],
+)  # fmt: skip
+def test_their_share_where_the_start_was_moved(
+    kind: str, targets: list[str], protect: int, inputs: int, load: Load
+) -> None:
+    """Against full decompositions in fp64: the start moves out of what is held, they do not."""
+    config = lora_config({"r": 3, "lora_alpha": 3, "target_modules": targets})
+    live, start = add_adapter(load(kind), config, "milora", begin="balanced")
+    layers = adapted_matrices(live)
+    tops = tops_of(layers, start, protect, 2)
+    some = {
+        name: torch.linalg.qr(drawn(seed, layer.shape[1], inputs)).Q.T.float()
+        for seed, (name, layer) in enumerate(layers.items())
+    }
+    holds = held(layers, tops, some if inputs else {})
+    assert set(moved(start, layers, holds, tops)) == set(layers)
+    begin_outside(start, layers, holds, tops)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for layer in layers.values():
+            for factor in layer.factors("default"):
+                factor.add_(0.1 * torch.randn_like(factor))
+    project(layers, holds)
+    update = plain_lora(start, trained_factors(live)).factors
+    for name, found in measure(layers, start, tops).items():
+        W, dW = layers[name].weight.double(), update[name].B.double() @ update[name].A.double()
+        parts = layers[name].parts or [torch.arange(len(W))]
+        each = 3 // len(parts)
+        U, rows = W.new_zeros(len(W), 3), []
+        for i, part in enumerate(parts):
+            own, _, Vh = torch.linalg.svd(W[part], full_matrices=False)
+            U[part, i * each : (i + 1) * each] = own[:, -each:]
+            rows.append(Vh[-each:])
+        V = torch.linalg.qr(torch.cat(rows).T).Q
+        wanted = float((U.T @ dW @ V).norm() / dW.norm()) ** 2
+        assert found.minor == pytest.approx(wanted, rel=1e-4)
+        assert 0.001 < wanted < 0.9
+
+
 def test_without_all_minor_directions_their_share_is_not_said(load: Load) -> None:
     """A singular value of zero begins with B0 = 0, which has no direction."""
     model = load("llama")
@@ -311,8 +355,14 @@ def test_they_are_stored_with_their_base(load: Load, tmp_path: Path) -> None:
     path = tmp_path / "top.safetensors"
     save_tops(path, tops, {}, start.sha256)
     for name, top in load_tops(path, start.sha256)[0].items():
-        assert top[2:] == tops[name][2:]
+        assert top[2:6] == tops[name][2:6]
         assert torch.equal(top.U, tops[name].U)
+        assert top.minor is not None
+        assert all(map(torch.equal, top.minor, tops[name].minor or ()))
+    older = {name: top._replace(minor=None) for name, top in tops.items()}
+    save_tops(path, older, {}, start.sha256)
+    tops, _ = load_tops(path, start.sha256)
+    assert {one.minor for one in measure(layers, start, tops).values()} == {None}
     other = {name: "0" * 64 for name in start.sha256}
     with pytest.raises(UserError, match="wrong base"):
         load_tops(path, other)
@@ -410,6 +460,28 @@ def test_resumed_as_unbroken(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.Mon
         figures = [line for line in lines if '"interference":' in line]
         files[name] = adapter.read_bytes(), figures
     assert files["whole"] == files["broken"]
+
+
+@pytest.mark.slow
+def test_a_run_measures_the_minor_share_of_the_base(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As recommended, with inputs held, where the stored A0 is no longer minor; resumed."""
+    arguments = settings(
+        tiny("llama"), tmp_path, milora={"start": "balanced", "protect_inputs": 8},
+        lora={"lora_dropout": 0.0},
+    )  # fmt: skip
+    break_off(arguments, 6, monkeypatch)
+    layers = run(arguments, resume=True)["interference"]["layers"]
+    base = AutoModelForCausalLM.from_pretrained(tiny("llama"))
+    adapter = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    for name, found in layers.items():
+        A, B = (adapter[f"base_model.model.{name}.lora_{x}.weight"].double() for x in "AB")
+        W = base.get_submodule(name).weight.detach().double()
+        U, _, Vh = torch.linalg.svd(W, full_matrices=False)
+        r = len(A) // 2
+        wanted = float((U[:, -r:].T @ B @ A @ Vh[-r:].T).norm() / (B @ A).norm()) ** 2
+        assert found["minor"] == pytest.approx(wanted, rel=1e-3)
 
 
 @pytest.mark.slow

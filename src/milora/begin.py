@@ -331,6 +331,8 @@ def _tops(
             decompose,
             lambda name, done, total: progress("the largest components", done, total, name),
         )  # fmt: skip
+        if init.exists():  # an earlier run's, which may have been moved: it is not minor any more
+            tops = {name: top._replace(minor=None) for name, top in tops.items()}
     if milora["protect_inputs"]:
         pieces = general[:CALIBRATION]
         progress.say(f"inputs: {sum(map(len, pieces))} tokens of milora.text run through the base")

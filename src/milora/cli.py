@@ -286,7 +286,7 @@ def _print_interference(run: Path) -> None:
     rows = [
         [name, str(one["k"]), "yes" if one["protected"] else "", f"{one['left']:.2e}",
          f"{one['right']:.2e}", f"{one['size']:.4f}",
-         "" if one["minor"] is None else f"{one['minor']:.3f}"]
+         "–" if one["minor"] is None else f"{one['minor']:.3f}"]
         for name, one in found["layers"].items()
     ]  # fmt: skip
     head = ["weight", "k", "held", "left", "right", "‖ΔW‖/‖W‖", "minor"]

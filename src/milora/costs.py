@@ -240,18 +240,19 @@ def decomposition_seconds(
 
 
 def disk(
-    shapes: Mapping[str, tuple[tuple[int, ...], int]], trained: int, checkpoints: int, top: int
-) -> dict[str, int]:
+    shapes: Mapping[str, tuple[tuple[int, ...], int]], trained: int, checkpoints: int, top: int,
+    minor: bool,
+) -> dict[str, int]:  # fmt: skip
     """Bytes by place of a run with an adapter: weights by name as (shape, rank), all factors fp32.
 
     `trained` is the number of trained parameters, `top` how many of the largest singular vectors
-    are kept of each weight.
+    are kept of each weight, and `minor` whether the directions of its initial factors are too.
     """
     ends = sum(sum(shape) for shape, _ in shapes.values())
     factors = sum(sum(shape) * rank for shape, rank in shapes.values())
     return {
         "decomposition store (kept for other runs)": 8 * (factors + ends * top),
-        "init/": 4 * (factors + ends * top),
+        "init/": 4 * (factors * (2 if minor else 1) + ends * top),
         f"checkpoints/ ({checkpoints} at once)": checkpoints * 12 * trained + 4 * trained,
         "adapter/": 8 * factors,
     }

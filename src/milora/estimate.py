@@ -161,7 +161,7 @@ def estimate(
         },
         "disk": costs.disk(
             {name: (shape, rank) for name, (shape, rank, _) in shapes.items()},
-            trained, checkpoints, top,
+            trained, checkpoints, top, minor=bool(top) and method == "milora",
         ) if config else {"checkpoints/ and model/": (3 * checkpoints + 2) * trained_bytes},
         "notes": _notes(method, milora, tokenizer, continue_),
     }  # fmt: skip

@@ -50,6 +50,9 @@ class Top(NamedTuple):
     norm: float  # ||W||
     protected: int  # how many of the first are held, 0 to k
     limited: bool  # fewer than were asked for, since the initial factors lie there
+    # U (m, r), Vh (r, n) fp32 of the minor subspace, from the factors before any is moved out of
+    # what is held; None where these have no or not all of its directions, or it was not kept.
+    minor: tuple[Tensor, Tensor] | None = None
 
 
 def parts_of(protect: Protect | Tasks) -> tuple[Protect, bool]:
@@ -114,8 +117,9 @@ def top_vectors(
 ) -> dict[str, Top]:
     """The top singular vectors of every adapted weight, to protect and to watch.
 
-    `matrices` as adapted_matrices gives them. At least `watched` vectors are taken, or all
-    that the weight has. Raises UserError as check_patterns does.
+    `matrices` as adapted_matrices gives them; `start` as it was made, nothing moved. At
+    least `watched` vectors are taken, or all that the weight has. Raises UserError as
+    check_patterns does.
     """
     check_patterns(protect, list(matrices))
     found = {}
@@ -127,8 +131,16 @@ def top_vectors(
             decompose,
         )  # fmt: skip
         if top is not None:
-            found[name] = top
+            found[name] = top._replace(minor=_minor(start, name))
     return found
+
+
+def _minor(start: Start, name: str) -> tuple[Tensor, Tensor] | None:
+    A0, B0 = start.factors[name]
+    if start.method != "milora" or not B0.any(0).all():  # a column of zeros spans nothing
+        return None
+    U, Vh = directions(A0, B0)
+    return U.float().contiguous(), Vh.float().contiguous()
 
 
 def top_of(
@@ -341,13 +353,14 @@ def measure(
     found = {}
     for name, top in tops.items():
         A, B = matrices[name].factors(TRAINED)
-        s, minor = start.scaling[name], None
+        s = start.scaling[name]
         P, Q = s * B.double(), A.double()
         if start.method != "lora":
             A0, B0 = (x.to(A.device) for x in start.factors[name])
             P, Q = torch.cat([P, -s * B0.double()], 1), torch.cat([Q, A0.double()])
-            if start.method == "milora" and B0.any(0).all():  # a column of zeros spans nothing
-                minor = directions(A0, B0)
+        minor = None
+        if top.minor is not None:
+            minor = top.minor[0].to(A.device), top.minor[1].to(A.device)
         found[name] = interference(P, Q, top.U.to(A.device), top.Vh.to(A.device), top.norm, minor)
     return found
 
@@ -371,6 +384,8 @@ def save_tops(
     tensors = {f"{name}.inputs": Vh.cpu() for name, Vh in inputs.items()}
     for name, top in tops.items():
         tensors[f"{name}.top_U"], tensors[f"{name}.top_Vh"] = top.U.cpu(), top.Vh.cpu()
+        if top.minor is not None:
+            tensors[f"{name}.minor_U"], tensors[f"{name}.minor_Vh"] = (x.cpu() for x in top.minor)
     numbers = {n: [t.energy, t.norm, t.protected, t.limited] for n, t in tops.items()}
     about = {"format": FORMAT, "numbers": numbers, "sha256": {n: sha256[n] for n in tops}}
     write_bytes(path, save(tensors, {"milora": json.dumps(about)}))
@@ -383,17 +398,16 @@ def load_tops(path: Path, sha256: Mapping[str, str]) -> tuple[dict[str, Top], di
             about = json.loads((handle.metadata() or {}).get("milora", "{}"))
             if about.get("format") != FORMAT:
                 raise ValueError(f"it is not {FORMAT}")
+            stored, get = dict.fromkeys(handle.keys()), handle.get_tensor
             tops = {
-                name: Top(
-                    handle.get_tensor(f"{name}.top_U"), handle.get_tensor(f"{name}.top_Vh"),
-                    *numbers,
-                )
+                name: Top(get(f"{name}.top_U"), get(f"{name}.top_Vh"), *numbers)
                 for name, numbers in about["numbers"].items()
-            }  # fmt: skip
+            }
+            for name in [name for name in tops if f"{name}.minor_U" in stored]:
+                minor = get(f"{name}.minor_U"), get(f"{name}.minor_Vh")
+                tops[name] = tops[name]._replace(minor=minor)
             inputs = {
-                key.removesuffix(".inputs"): handle.get_tensor(key)
-                for key in handle.keys()  # noqa: SIM118
-                if key.endswith(".inputs")
+                key.removesuffix(".inputs"): get(key) for key in stored if key.endswith(".inputs")
             }
     except Exception as error:  # safetensors raises its own types, not exported under one base
         raise UserError(f"{path} cannot be read ({error}): start the run anew") from error
