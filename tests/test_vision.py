@@ -25,7 +25,8 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
-from milora.adapter import add_adapter
+from milora import get_milora_model, hold_inputs
+from milora.adapter import add_adapter, load_start
 from milora.artefacts import export_run
 from milora.compress import principal_parts, sentence
 from milora.data import IGNORED, Collator, encode, prepare, prompt_ids
@@ -37,6 +38,7 @@ from milora.matrices import adapted_matrices
 from milora.pretrained import load_pretrained, reads_pictures
 from milora.preview import coverage, marked
 from milora.progress import Progress
+from milora.protect import load_tops
 from milora.result import plainly_asked, save_reader
 from milora.rows import read_rows
 from milora.store import Store, decompose_checkpoint
@@ -279,6 +281,41 @@ def test_the_tower_is_adapted_when_asked(
     assert any("vision_tower" in name for name in names) == tower
     assert "model.language_model.layers.1.self_attn.q_proj" in names
     assert ("model.language_model.layers.0.self_attn.q_proj" in names) == (not exclude)
+
+
+def test_inputs_that_no_text_enters_are_not_held(folder: Callable[[str], Path]) -> None:
+    """No covariance, no directions: they would be arbitrary coordinates."""
+    texts, tokenizer = ["A general text. "] * 40, make_tokenizer()
+    lora: dict[str, Any] = {"r": 2, "exclude_modules": []}
+    model = AutoModelForImageTextToText.from_pretrained(folder("llava"))
+    both = get_milora_model(model, LoraConfig(target_modules=["q_proj", "linear_1"], **lora))
+    with pytest.warns(UserWarning, match=r"no text enters 3 of 5 .* the first is model.vision_t"):
+        holds = hold_inputs(both, tokenizer, texts).holds
+    assert {name for name in adapted_matrices(both) if "language_model" in name} == set(holds)
+    for hold in holds.values():
+        assert hold.Vh.abs().max() < 0.99
+    model = AutoModelForImageTextToText.from_pretrained(folder("llava"))
+    alone = get_milora_model(model, LoraConfig(target_modules=["linear_1", "linear_2"], **lora))
+    with pytest.raises(UserError, match=r"no text enters .*linear_1 nor any other of the 2 adapt"):
+        hold_inputs(alone, tokenizer, texts)
+
+
+@pytest.mark.slow
+def test_a_run_says_what_no_text_enters(
+    folder: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    question_file(tmp_path)
+    asked = settings(
+        folder("llava"), tmp_path, data={"max_length": 128}, training=TRAINING,
+        lora={"target_modules": ["q_proj", "linear_1"], "exclude_modules": []},
+        milora={"protect_inputs": 8},
+    )  # fmt: skip
+    run(asked)
+    assert "inputs: no text enters 3 of 5 adapted weights, the first is" in capsys.readouterr().err
+    start = load_start(tmp_path / "run" / "init" / "factors.safetensors")
+    _, inputs = load_tops(tmp_path / "run" / "init" / "top.safetensors", start.sha256)
+    assert len(inputs) == 2
+    assert all("language_model" in name for name in inputs)
 
 
 def test_the_projector_alone_beside_the_language_model(folder: Callable[[str], Path]) -> None:

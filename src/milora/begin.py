@@ -26,6 +26,7 @@ from milora.keep import (
     SAMPLED,
     Pieces,
     input_directions,
+    left_out,
     load_pieces,
     sampled,
     sampled_name,
@@ -337,6 +338,8 @@ def _tops(
         pieces = general[:CALIBRATION]
         progress.say(f"inputs: {sum(map(len, pieces))} tokens of milora.text run through the base")
         inputs = input_directions(live, matrices, pieces, milora["protect_inputs"])
+        if said := left_out(matrices, inputs):
+            progress.say(f"inputs: {said}")
     return tops, inputs
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from transformers import (
 from milora.adapter import Start, decay
 from milora.errors import DivergedError, UserError
 from milora.files import write_text
-from milora.keep import CALIBRATION, cut, input_directions, sampled
+from milora.keep import CALIBRATION, cut, input_directions, left_out, sampled
 from milora.loop import MiloraTrainer
 from milora.matrices import ANCHOR, TRAINED, Matrix, adapted_matrices
 from milora.pretrained import positions, task_of
@@ -84,7 +85,7 @@ def hold_inputs(
     call its `project()` after each step of the optimizer. Raises UserError as
     milora.keep.input_directions does, without texts where the model writes none or where several
     processes train, which must not each write their own, and once the model has been trained or
-    a trainer has copied its start.
+    a trainer has copied its start. Weights that no text enters are not held, and warned of.
     """
     texts, task = [texts] if isinstance(texts, str) else list(texts), task_of(model)
     if task == "SEQ_2_SEQ_LM":
@@ -107,7 +108,10 @@ def hold_inputs(
         raise UserError(f"hold_inputs: count is {count}: 1 at least")
     pieces = cut(tokenizer, ["\n\n".join(texts)], longest, "hold_inputs: texts") if texts else []
     pieces = pieces[:CALIBRATION] or sampled(model, tokenizer, CALIBRATION, longest)
-    holds = held(matrices, {}, input_directions(model, matrices, pieces, count))
+    inputs = input_directions(model, matrices, pieces, count)
+    if said := left_out(matrices, inputs):
+        warnings.warn(f"hold_inputs: {said}", stacklevel=2)
+    holds = held(matrices, {}, inputs)
     begin_outside(start, matrices, holds)
     return Hold(matrices, holds)
 

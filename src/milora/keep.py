@@ -194,15 +194,33 @@ def input_directions(
     """Vh (count, n) fp32, orthonormal rows: the largest right singular vectors of each weight's
     inputs on the pieces, of the base, from the covariances XᵀX, which are summed as the text runs.
 
-    Raises UserError as check_inputs does.
+    Weights that no text enters, such as those of a vision tower, have none: see `left_out`. Raises
+    UserError where that is all of them, and as check_inputs does.
     """
     check_inputs(matrices, count)
     layers = {name: (matrix.layer, matrix.shape[1]) for name, matrix in matrices.items()}
     found = {}
     with base_only(model):
         for name, total in covariances(model, layers, pieces):
-            found[name] = leading(total, count)
-    return {name: found[name] for name in matrices}
+            if total.any():
+                found[name] = leading(total, count)
+    if not found:
+        raise UserError(
+            f"milora.protect_inputs: no text enters {next(iter(matrices))} nor any other of the "
+            f"{len(matrices)} adapted weights: set it to 0, or adapt the language model"
+        )
+    return {name: found[name] for name in matrices if name in found}
+
+
+def left_out(matrices: Mapping[str, Matrix], inputs: Mapping[str, Tensor]) -> str:
+    """What is to be said of the weights that `input_directions` found none for, if any."""
+    none = [name for name in matrices if name not in inputs]
+    if not none:
+        return ""
+    return (
+        f"no text enters {len(none)} of {len(matrices)} adapted weights, the first is {none[0]}: "
+        "their inputs are not held"
+    )
 
 
 def leading(total: Tensor, count: int) -> Tensor:
