@@ -23,7 +23,7 @@ from transformers import (
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from milora import get_milora_model, hold_inputs
-from milora.adapter import ANCHOR, decay, place
+from milora.adapter import ANCHOR, Factors, decay, place
 from milora.errors import UserError
 from milora.matrices import adapted_matrices
 
@@ -214,6 +214,28 @@ def test_what_is_merged_is_rounded_once(begin: str, load: Load) -> None:
     merged = model.merge_and_unload(safe_merge=True).get_submodule(name).weight
     assert torch.equal(merged, wanted.to(torch.bfloat16))
     assert not torch.equal(merged, weight)
+
+
+@pytest.mark.parametrize("method", ["milora", "lora"])
+def test_what_is_saved_and_merged_has_the_previous_update(
+    method: str, load: Load, tmp_path: Path, batch: dict[str, torch.Tensor]
+) -> None:
+    torch.manual_seed(0)
+    name = "model.layers.0.self_attn.q_proj"
+    previous = {name: Factors(0.3 * torch.randn(6, 32), 0.3 * torch.randn(32, 6))}
+    model = get_milora_model(load("llama"), LoraConfig(**CONFIG), method, previous=previous)
+    with torch.no_grad():
+        before = load("llama")(**batch).logits
+        for matrix in adapted_matrices(model).values():
+            for factor in matrix.factors("default"):
+                factor.add_(0.05 * torch.randn_like(factor))
+        live = model.eval()(**batch).logits
+        model.save_pretrained(tmp_path)
+        saved = PeftModel.from_pretrained(load("llama"), tmp_path)(**batch).logits
+        merged = model.merge_and_unload()(**batch).logits
+    assert float((live - before).abs().max()) > 1e-2
+    torch.testing.assert_close(saved, live, atol=1e-5, rtol=0)
+    torch.testing.assert_close(merged, live, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(("options", "balanced"), [({}, True), ({"begin": "published"}, False)])

@@ -37,6 +37,7 @@ from milora.checkpoint import full_weights, open_checkpoint
 from milora.errors import UserError
 from milora.files import read_json, write_bytes, write_json
 from milora.matrices import (
+    PREVIOUS,
     TRAINED,
     Matrix,
     adapted_matrices,
@@ -383,8 +384,10 @@ def get_milora_model(
     which makes it the reference model of TRL's DPOTrainer.
     `save_pretrained(folder)`, a trainer's checkpoint too, writes the plain LoRA of rank 2r, which
     loads with stock PEFT and is a result, not a state to train on from: for runs that can be
-    interrupted and resumed there is `milora train`. On a quantised model the factors come from the
-    full-precision checkpoint `factors_from`, by default the one that it was loaded from.
+    interrupted and resumed there is `milora train`. With `previous`, a plain LoRA that this one
+    comes on top of, what is saved and merged is both updates in one. On a quantised model the
+    factors come from the full-precision checkpoint `factors_from`, by default the one that it was
+    loaded from.
 
     Raises UserError as add_adapter does, and for an option of `config` that no plain LoRA on an
     untouched base holds.
@@ -473,11 +476,14 @@ def _merged_by_peft(
 
 
 def _plain_of(live: Any) -> PlainLora:
-    """With the initial factors as the model has them: to cast it rounds the anchor too."""
-    factors = {}
+    """With the initial factors, and an update below this one, as the model has them: to cast it
+    rounds the anchor too."""
+    factors, previous = {}, {}
     for name, matrix in adapted_matrices(live).items():
+        if PREVIOUS in matrix.layer.lora_A:
+            previous[name] = Factors(*(x.float().cpu() for x in matrix.factors(PREVIOUS)))
         A, B = matrix.factors(TRAINED)
         A0, B0 = live.start.factors[name]
         factors[name] = Factors(A0.to(A.dtype).float(), B0.to(B.dtype).float())
     start = live.start._replace(factors=factors)
-    return plain_lora(start, trained_factors(live), in_full=head_of(live))
+    return plain_lora(start, trained_factors(live), head_of(live), previous)
