@@ -371,6 +371,11 @@ def test_in_16_bit_the_head_trains_in_32(bert: Path, tmp_path: Path) -> None:
     assert head.dtype == torch.float32
     assert not torch.equal(head, head.bfloat16().float())
     assert all(check.holds for check in verify(tmp_path / "run"))
+    said = export_run(tmp_path / "run", tmp_path / "merged", "merged").said
+    assert "merged weights with the head, bfloat16, of the update " in said
+    assert 1e-3 < read_json(tmp_path / "merged" / "milora.json")["rounding"]["all"] < 1
+    assert all(check.holds for check in verify(tmp_path / "merged"))
+    assert load_file(tmp_path / "merged" / "model.safetensors")["classifier.weight"].equal(head)
     base = hf.AutoModelForSequenceClassification.from_pretrained(bert, dtype=torch.bfloat16)
     ids = torch.randint(2, 258, (2, 9))
     with torch.no_grad():

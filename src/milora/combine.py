@@ -186,7 +186,8 @@ def combine(
                 f"{run} has another chat template than {runs[0]}, whose own goes with {out}: the "
                 "update of the other was trained on prompts that this one does not write"
             )
-        if (end := _end(folder)) != (first_end := _end(folders[0])):
+        end, first_end = _end(folder), _end(folders[0])
+        if end and first_end and end != first_end:
             raise UserError(
                 f"{run} ends its answers with {end!r}, and {runs[0]} with {first_end!r}: what they "
                 "make together would end with either; train both with one tokenizer.eos_token"
