@@ -110,8 +110,8 @@ def test_a_whole_run_and_what_follows(command: Command) -> None:
     assert code == 0
     assert "rows: accuracy of 3" in out
     again = json.loads(Path("again.json").read_text())["tasks"]["rows"]
-    assert (again["rows"], again["in_training"]) == (3, 3)  # they are the rows of training
-    assert "warning: 3 questions of rows also stand in the training rows" in out
+    assert (again["rows"], again["in_training"]) == (3, 2)  # of the third it was held out
+    assert "warning: 2 questions of rows also stand in the training rows" in out
     Path("copy.jsonl").write_bytes(Path("rows.jsonl").read_bytes())
     said = command.refused("eval", "run", "--knowledge", "copy.jsonl")
     assert "data.train and evaluate.knowledge both have copy.jsonl (a copy of rows.jsonl)" in said

@@ -23,6 +23,7 @@ from milora.data import (
     Collator,
     Encoded,
     encode,
+    plain_template,
     prepare,
     prompt_ids,
     prompt_text,
@@ -381,6 +382,19 @@ def test_the_plain_template_writes_what_is_trained(
         found = encoded(plain, row)
         assert found == encoded(beside, row)
         assert plain.decode(found.input_ids) == written
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_servers_read_the_tokens_that_were_trained(bos: bool) -> None:
+    """A server takes what the template writes, and adds no BOS of its own to that."""
+    plain, beside = (with_bos() if bos else make_tokenizer(chat=False) for _ in range(2))
+    plain.chat_template, beside.chat_template = None, plain_template(plain)
+    messages = [SYSTEM, USER, ANSWER, USER]
+    served = beside.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    assert served == prompt_ids(plain, messages) == prompt_ids(beside, messages)
+    assert (served[0] == 0) == bos
+    row = Row([*messages, ANSWER], "x")
+    assert encoded(plain, row) == encoded(beside, row)
 
 
 def test_plain_text_trains_on_all_but_the_first_token() -> None:

@@ -18,7 +18,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from milora.data import PLAIN_TEMPLATE
+from milora.data import plain_template
 from milora.files import cache_folder, folder_of, read_json, write_json
 from milora.fingerprints import base_sha256, tensor_sha256
 from milora.matrices import SAVED
@@ -84,7 +84,7 @@ def who_answers(model: nn.Module, reader: Reader) -> str:
     ends = getattr(getattr(inner, "generation_config", None), "eos_token_id", None)
     template = getattr(reader, "chat_template", None)
     if not template and not inner.config.is_encoder_decoder:
-        template = PLAIN_TEMPLATE  # the same with a run that has it beside its weights
+        template = plain_template(tokenizer)  # the same with a run that has it beside its weights
     parts = [
         base_sha256(model), str(parameter.dtype), parameter.device.type,
         _said(inner.config.to_dict()), str(ends), _spelling(tokenizer),

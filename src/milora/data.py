@@ -87,6 +87,11 @@ def prompt_text(tokenizer: Reader, messages: Sequence[Message]) -> str:
         raise UserError(f"the chat template refuses the conversation: {error}") from error
 
 
+def plain_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """PLAIN_TEMPLATE to lie beside the weights: servers leave the BOS to the template."""
+    return "{{ bos_token }}" * len(begins_with(tokenizer)) + PLAIN_TEMPLATE
+
+
 def plain_form(tokenizer: Reader) -> str | None:
     """A question and its answer as trained, where no chat template came with the model."""
     if tokenizer.chat_template or tokenizer_of(tokenizer).chat_template:

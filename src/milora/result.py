@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from milora import adapter, export, fingerprints
 from milora.card import model_card
-from milora.data import PLAIN_TEMPLATE, plain_form
+from milora.data import plain_form, plain_template
 from milora.files import files_sha256, new_folder, read_json, write_json, write_text
 from milora.logits import Pair, logits_of
 from milora.matrices import Matrix, adapted_matrices, kind_of
@@ -41,7 +41,7 @@ def save_reader(reader: Reader, folder: Path, record: Mapping[str, Any]) -> None
     """
     reader.save_pretrained(folder)
     if "plain_form" in record and isinstance(reader, PreTrainedTokenizerBase):
-        write_text(folder / "chat_template.jinja", PLAIN_TEMPLATE)
+        write_text(folder / "chat_template.jinja", plain_template(reader))
 
 
 def interference_by_layer(
