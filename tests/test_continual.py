@@ -1,5 +1,6 @@
 """Runs that continue runs: step 0 is the earlier result, the base is the first one's."""
 
+import contextlib
 import os
 import shutil
 import sys
@@ -413,6 +414,8 @@ def test_a_failed_gate_leaves_the_earlier_release(first: Path, tiny: Tiny, tmp_p
     with pytest.raises(UserError, match=r"failed 1 of its gates .*first, which is the current rel"):
         run(further(tiny, tmp_path, "third", tmp_path / "second"))
     done = CliRunner().invoke(app, ["history", str(tmp_path / "second")])
+    with contextlib.chdir(tmp_path / "second"):  # the name of "." is that of the folder
+        assert "second" in CliRunner().invoke(app, ["history", "."]).stdout
     assert done.exit_code == 0
     assert "FAILED: 0 of 1 hold" in " ".join(done.stdout.split())
     assert done.stdout.splitlines()[-1].endswith("first/adapter")

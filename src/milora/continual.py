@@ -239,7 +239,7 @@ def replayed(earlier: Earlier, share: float, seed: int, pictures: bool) -> Repla
         count = max(1, round(share * len(own)))
         drawn = random.Random(f"{seed} {place}").sample(range(len(own)), count)
         rows += [own[number] for number in sorted(drawn)]
-        counts[link.run.name] = counts.get(link.run.name, 0) + count
+        counts[link.name] = counts.get(link.name, 0) + count
         files |= {source: recorded} if recorded else {}
     return Replayed(rows, counts, files)
 

@@ -25,6 +25,10 @@ class Link(NamedTuple):
     evaluation: dict[str, Any]  # evaluation.json, {} where the run has none yet
 
     @property
+    def name(self) -> str:
+        return self.run.resolve().name
+
+    @property
     def done(self) -> bool:
         return bool(self.record["state"] == "done")
 
@@ -105,7 +109,7 @@ def history(links: Sequence[Link]) -> tuple[list[str], list[list[str]]]:
     tasks: dict[tuple[str, str | None], str] = {}  # of another file it is another task
     for link in links:
         for name, one in link.evaluation.get("tasks", {}).items():
-            shown = name if name not in tasks.values() else f"{name} of {link.run.name}"
+            shown = name if name not in tasks.values() else f"{name} of {link.name}"
             tasks.setdefault((name, one.get("sha256")), shown)
     head = ["run", "how", "state", "gates", "rank", "cut", *tasks.values(), "KL"]
     return head, [_row(link, tasks) for link in links]
@@ -118,7 +122,7 @@ def _row(link: Link, tasks: Iterable[tuple[str, str | None]]) -> list[str]:
     scores = link.evaluation.get("tasks", {})
     knowledge = [one["kl"] for one in link.evaluation.get("knowledge", ()) if one.get("kl")]
     return [
-        link.run.name,
+        link.name,
         record.get("continues", {}).get("how", "first"),
         record["state"],
         "FAILED: " + gates if link.failed else gates if link.done else "",

@@ -70,7 +70,7 @@ def columns(links: Sequence[Link], as_now: bool = False) -> list[Column]:
             continue
         name, number = column.name, 2
         if name in taken:
-            name = f"{name} of {links[column.introduced].run.name}"
+            name = f"{name} of {links[column.introduced].name}"
         while name in taken:
             name, number = f"{name.removesuffix(f' ({number - 1})')} ({number})", number + 1
         taken.add(name)
@@ -216,7 +216,7 @@ def measures(
         for result in results
     ]
     return {
-        "runs": [link.run.name for link in links],
+        "runs": [link.name for link in links],
         "tasks": [one.name for one in kept],
         "introduced": [one.introduced for one in kept],
         "left_out": [one.name for one in every if one not in kept],
