@@ -112,9 +112,9 @@ def test_a_whole_run_and_what_follows(command: Command) -> None:
     again = json.loads(Path("again.json").read_text())["tasks"]["rows"]
     assert (again["rows"], again["in_training"]) == (3, 2)  # of the third it was held out
     assert "warning: 2 questions of rows also stand in the training rows" in out
-    Path("copy.jsonl").write_bytes(Path("rows.jsonl").read_bytes())
-    said = command.refused("eval", "run", "--knowledge", "copy.jsonl")
-    assert "data.train and evaluate.knowledge both have copy.jsonl (a copy of rows.jsonl)" in said
+    Path("copy.txt").write_bytes(Path("rows.jsonl").read_bytes())
+    said = command.refused("eval", "run", "--knowledge", "copy.txt")
+    assert "data.train and evaluate.knowledge both have copy.txt (a copy of rows.jsonl)" in said
     before = json.loads(Path("run/evaluation.json").read_text())
     assert command("eval", "run", "--limit", "2")[0] == 0  # a trial
     assert json.loads(Path("run/evaluation.json").read_text()) == before
