@@ -17,6 +17,7 @@ from milora.ggufs import check_gguf, write_lora, write_model
 from milora.matrices import matrix_in, skeleton_of
 from milora.merge import (
     Recorded,
+    Whole,
     check_all,
     check_weight,
     merge_files,
@@ -24,6 +25,7 @@ from milora.merge import (
     pieces_of,
     rounding_of,
     summed,
+    whole_of,
 )
 from milora.pretrained import source_of
 from milora.progress import Progress
@@ -155,11 +157,9 @@ def export_run(
         opened = open_adapter(source, base, trust_remote_code, packed=False)
         record["probes"] = make_probes(opened.model, opened.base.reader)
         del opened
-    elif "merged" in to and not (
-        "sha256" in recorded
-        and check_all(files, skeleton, hashes, recorded["sha256"], dtype, progress)
-    ):
-        not_compared = _only_adapted("what the library makes of the others is not known here")
+    whole: Whole | None = None
+    if "quantization" not in recorded and "sha256" in recorded:
+        whole = whole_of(files, skeleton, hashes, recorded["sha256"], dtype)
     if to == "gguf":
         shards = open_shards(files)
         for name, found in pieces_of(skeleton, plain.factors, shards, files).items():
@@ -181,12 +181,15 @@ def export_run(
             record |= {"format": GGUF, "file": LORA, "rank": provenance["rank"]}
             said = f"{out / LORA}: GGUF LoRA of rank {provenance['rank']}, {_exactly(lost)}"
         elif to == "merged":
-            rounding = merge_files(files, skeleton, plain.factors, hashes, folder, progress)
+            rounding, compared = merge_files(
+                files, skeleton, plain.factors, hashes, folder, progress, whole
+            )
             _replace_tokenizer(source, folder, provenance["configuration"], own)
             record |= {"format": MERGED, "rounding": rounding._asdict()}
             record["files_sha256"] = files_sha256(folder)
             said = f"{out}: merged weights, {rounding.sentence()}"
         else:
+            compared = whole is not None and check_all(files, whole, progress)
             rounding = write_model(
                 folder / MODEL, files, skeleton, plain.factors, hashes, own,
                 str(recorded["name"]), Path(model) if model.endswith(".gguf") else None, progress,
@@ -195,6 +198,8 @@ def export_run(
             said = f"{out / MODEL}: merged GGUF, {rounding.sentence()}"
         if into_original:
             said += f", on the full-precision base; the update was trained on {recorded['label']}"
+        if to != "gguf" and not compared and not into_original:
+            not_compared = _only_adapted("what the library makes of the others is not known here")
         if to != "gguf":
             said += not_compared + _also(lost)
         write_json(folder / "milora.json", record)

@@ -12,6 +12,7 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from threading import Event, Lock
 from typing import Any, BinaryIO, NamedTuple
@@ -66,6 +67,23 @@ class Recorded(NamedTuple):
 
     sha256: str
     dtype: torch.dtype | None  # that it was loaded in; None where it is as the files have it
+
+
+class Whole(NamedTuple):
+    """The base that an adapter was trained on, and where the files have what it is made of."""
+
+    sha256: str  # of all weights
+    dtype: torch.dtype  # that they were loaded in
+    adapted: Mapping[str, str]  # their hashes by parameter, which check_weight compares
+    parts: Mapping[str, list[list[str]]]  # of the others the tensors that make each
+    skeleton: PreTrainedModel
+
+    def starts(self) -> dict[str, list[str]]:
+        """By tensor the parameters of `parts` that begin with it."""
+        found: dict[str, list[str]] = {}
+        for key, lists in self.parts.items():
+            found.setdefault(lists[0][0], []).append(key)
+        return found
 
 
 class Rounding(NamedTuple):
@@ -158,14 +176,16 @@ def merge_files(
     hashes: Mapping[str, Recorded],
     folder: Path,
     progress: Progress,
-) -> Rounding:
+    whole: Whole | None = None,
+) -> tuple[Rounding, bool]:
     """Write the files of `source`, a folder or hub id, into `folder` with the update in them.
 
     `factors` are of dW = B A by matrix; `hashes` are those that the adapter recorded. The sum is
     formed in fp32 (fp64 where the files are fp32) and rounded once. The peak is some blocks and,
     where a weight is stored transposed, that weight. Everything that is no weight is copied:
-    configuration, tokenizer, licence. Raises UserError for another base, for files that are
-    damaged, and for a dtype that is not floating point.
+    configuration, tokenizer, licence. Returns too whether the files could be compared with the
+    `whole` base. Raises UserError for another base, for files that are damaged, and for a dtype
+    that is not floating point.
     """
     shards = open_shards(source)
     pieces = pieces_of(skeleton, factors, shards, source)
@@ -188,7 +208,7 @@ def merge_files(
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             job = _Job(
                 source, shards, factors, hashes, pieces, changed, folder, pool, threads, say,
-                stopped,
+                stopped, whole,
             )  # fmt: skip
             with ThreadPoolExecutor(FILES_AT_ONCE) as readers:
                 begun = [readers.submit(_merge_file, job, file) for file in files]
@@ -205,7 +225,10 @@ def merge_files(
     copy_others(source, folder)
     lost = {name: sum(share.lost.get(name, 0.0) for share in shares) for name in factors}
     norms = {name: norm for share in shares for name, norm in share.norms.items()}
-    return rounding_of(lost, norms, set[torch.dtype]().union(*(one.dtypes for one in shares)))
+    others = {key: digest for share in shares for key, digest in share.others.items()}
+    compared = whole is not None and _compared(source, whole, others)
+    rounding = rounding_of(lost, norms, set[torch.dtype]().union(*(one.dtypes for one in shares)))
+    return rounding, compared
 
 
 class _Job(NamedTuple):
@@ -222,20 +245,34 @@ class _Job(NamedTuple):
     threads: int  # of it
     say: Callable[[str], None]
     stopped: Event  # another file failed
+    whole: Whole | None
 
 
 class _Share(NamedTuple):
-    """Of one file: squared errors and norms by matrix, and the dtypes that were merged into."""
+    """Of one file: squared errors and norms by matrix, the dtypes that were merged into, and the
+    hashes of what is not adapted."""
 
     lost: dict[str, float]
     norms: dict[str, float]
     dtypes: set[torch.dtype]
+    others: dict[str, str | None]
 
 
 def _merge_file(job: _Job, file: str) -> _Share:
-    share, checks, path = _Share({}, {}, set()), dict[str, Future[float]](), job.folder / file
+    share, checks, path = _Share({}, {}, set(), {}), dict[str, Future[float]](), job.folder / file
+    starts = job.whole.starts() if job.whole else {}
+    others = dict[str, Future[str | None]]()
     with TensorFile(job.source, file, job.shards) as old, path.open("wb") as new:
         at = 0  # so much of the file is written
+        waiting = deque(tensor for tensor in old.order if tensor in starts)
+
+        def hash_until(end: int) -> None:
+            """What was just copied is hashed while the disk's cache has it."""
+            while waiting and old.begin + old.header[waiting[0]]["data_offsets"][0] < end:
+                for key in starts[waiting.popleft()]:
+                    assert job.whole
+                    others[key] = job.pool.submit(_hashed, job.source, job.shards, job.whole, key)
+
         for tensor in (one for one in old.order if one in job.changed):
             for name, piece in sorted(job.changed[tensor], key=lambda p: p[1].expert or 0):
                 if piece == job.pieces[name][0]:
@@ -247,6 +284,7 @@ def _merge_file(job: _Job, file: str) -> _Share:
                 start, end, kind, width = old.place(piece)
                 share.dtypes.add(DTYPES[kind])
                 _copy(old.handle, new, at, start)
+                hash_until(start)
                 blocks = old.blocks(start, end, DTYPES[kind], width)
                 for merged, off in _in_order(job, ((name, W, L[rows], R) for rows, W in blocks)):
                     new.write(merged.view(torch.uint8).numpy().data)
@@ -255,7 +293,9 @@ def _merge_file(job: _Job, file: str) -> _Share:
                         return share
                 at = end
         _copy(old.handle, new, at, old.size)
+        hash_until(old.size)
         share.norms.update({name: check.result() for name, check in checks.items()})
+        share.others.update({key: hashed.result() for key, hashed in others.items()})
         new.flush()
         os.fsync(new.fileno())
     return share
@@ -329,48 +369,54 @@ def check_weight(
         )
 
 
-def check_all(
-    source: str,
-    skeleton: PreTrainedModel,
-    hashes: Mapping[str, Recorded],
-    sha256: str,
+def whole_of(
+    source: str, skeleton: PreTrainedModel, hashes: Mapping[str, Recorded], sha256: str,
     dtype: torch.dtype,
-    progress: Progress,
-) -> bool:
-    """Whether the files could be compared with `sha256`, of all weights of the base in `dtype`.
-
-    The weights that are adapted are taken to be those of `hashes`, which `check_weight` compares.
-    False where the library makes something of the files that is not known here. The peak is some
-    blocks. Raises UserError for another base.
-    """
-    shards = open_shards(source)
-    parts = _parts(skeleton, shards)
-    kept, adapted = _kept_in_fp32(skeleton, dtype), dict[str, str]()
+) -> Whole:  # fmt: skip
+    """Of a base in full precision; `hashes` are of the weights that are adapted."""
+    parts, adapted = _parts(skeleton, open_shards(source)), dict[str, str]()
     for name in hashes.keys() & {key.removesuffix(".weight") for key in parts}:
         if not _transposed(skeleton, name):  # else the hash is of the other order
             adapted[f"{name}.weight"] = hashes[name].sha256
-    left = [key for key in parts if key not in adapted]
+    rest = {key: lists for key, lists in parts.items() if key not in adapted}
+    return Whole(sha256, dtype, adapted, rest, skeleton)
 
-    def hashed(key: str) -> str | None:
-        kind = torch.float32 if kept & set(key.split(".")) else dtype
-        shape = skeleton.get_parameter(key).shape
-        found = {_stored_sha256(source, shards, one, kind, shape) for one in parts[key]}
-        return found.pop() if len(found) == 1 else None  # of tied weights any is the model's
 
-    found: dict[str, str | None] = {}
+def check_all(source: str, whole: Whole, progress: Progress) -> bool:
+    """As `_compared`, after hashing what is not adapted: some blocks of it are in memory."""
+    shards, found = open_shards(source), dict[str, str | None]()
     with ThreadPoolExecutor(min(torch.get_num_threads(), AT_ONCE)) as pool:  # hashing holds no lock
-        for key, digest in zip(left, pool.map(hashed, left), strict=True):
-            progress("comparing", len(found), len(left), key)
+        hashes = pool.map(partial(_hashed, source, shards, whole), whole.parts)
+        for key, digest in zip(whole.parts, hashes, strict=True):
+            progress("comparing", len(found), len(whole.parts), key)
             found[key] = digest
-    progress("comparing", len(left), len(left))
-    every = adapted | {key: digest for key, digest in found.items() if digest}
-    if set(every) != set(skeleton.state_dict()):
+    progress("comparing", len(found), len(found))
+    return _compared(source, whole, found)
+
+
+def _hashed(source: str, shards: Shards, whole: Whole, key: str) -> str | None:
+    """As tensor_sha256 of the parameter when it is loaded; None where that is not known."""
+    kept = _kept_in_fp32(whole.skeleton, whole.dtype) & set(key.split("."))
+    dtype = torch.float32 if kept else whole.dtype
+    shape = whole.skeleton.get_parameter(key).shape
+    found = {_stored_sha256(source, shards, one, dtype, shape) for one in whole.parts[key]}
+    return found.pop() if len(found) == 1 else None  # of tied weights any is the model's
+
+
+def _compared(source: str, whole: Whole, found: Mapping[str, str | None]) -> bool:
+    """Whether the hash of all weights could be made of those that were `found` in the files.
+
+    Not where the library makes something of the files that is not known here. Raises UserError for
+    another base.
+    """
+    every = {**whole.adapted, **{key: digest for key, digest in found.items() if digest}}
+    if set(every) != set(whole.skeleton.state_dict()):
         return False
-    if (digest := composed_sha256(every)) != sha256:
+    if (digest := composed_sha256(every)) != whole.sha256:
         raise UserError(
             f"wrong base: in the files of {source} weights that are not adapted are not those that "
             f"the adapter was trained on (all together have sha256 {digest[:12]}, and had "
-            f"{sha256[:12]}): give the model (and revision) that it was trained on"
+            f"{whole.sha256[:12]}): give the model (and revision) that it was trained on"
         )
     return True
 
@@ -409,7 +455,8 @@ def _kept_in_fp32(skeleton: PreTrainedModel, dtype: torch.dtype) -> set[str]:
 def _stored_sha256(
     source: str, shards: Shards, tensors: Sequence[str], dtype: torch.dtype, shape: Sequence[int]
 ) -> str | None:
-    """As tensor_sha256 of what `tensors` make; None where they are no floating point."""
+    """As tensor_sha256 of what `tensors` make, one behind the other; None of other numbers than
+    floating point."""
 
     def blocks() -> Iterator[Tensor]:
         for tensor in tensors:
