@@ -25,7 +25,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from milora import get_milora_model, hold_inputs
 from milora.adapter import ANCHOR, Factors, decay, place
 from milora.errors import UserError
-from milora.matrices import adapted_matrices
+from milora.matrices import adapted_matrices, name_in_base
 
 Load = Callable[..., PreTrainedModel]
 CONFIG: dict[str, Any] = {
@@ -236,6 +236,84 @@ def test_what_is_saved_and_merged_has_the_previous_update(
     assert float((live - before).abs().max()) > 1e-2
     torch.testing.assert_close(saved, live, atol=1e-5, rtol=0)
     torch.testing.assert_close(merged, live, atol=1e-5, rtol=0)
+
+
+def of_experts() -> PreTrainedModel:
+    torch.manual_seed(0)
+    return MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=258, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, pad_token_id=1,
+        )
+    ).eval()  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "experts", "previous"])
+def test_merged_for_a_while_the_base_comes_back(
+    kind: str, dtype: torch.dtype, load: Load, batch: dict[str, torch.Tensor]
+) -> None:
+    """As TRL does it at each hand-over to vLLM; rounded once, and put back to the last bit."""
+    changes: dict[str, Any] = {}
+    options: dict[str, Any] = {}
+    if kind == "experts":
+        changes["target_parameters"] = ["experts.gate_up_proj", "experts.down_proj"]
+        changes["target_modules"] = ["q_proj"]
+    elif kind == "gpt2":
+        changes["target_modules"] = ["c_attn", "c_fc"]
+    elif kind == "previous":
+        torch.manual_seed(0)
+        name = "model.layers.0.self_attn.q_proj"
+        options["previous"] = {name: Factors(0.1 * torch.randn(2, 32), torch.randn(32, 2))}
+    base = of_experts() if kind == "experts" else load(kind.replace("previous", "llama"))
+    base, before = base.to(dtype), copy.deepcopy(base).to(dtype).state_dict()
+    config = LoraConfig(**CONFIG | changes)
+    model = get_milora_model(base, config, begin="published", **options)
+    for step in range(2):
+        with torch.no_grad():
+            if step:
+                for matrix in adapted_matrices(model).values():
+                    for factor in matrix.factors("default"):
+                        factor.add_(0.02 * torch.randn_like(factor))
+            wanted = copy.deepcopy(model).merge_and_unload().state_dict()
+            live, off = model(**batch).logits, logits_off(model, batch)
+            for _ in range(5):
+                model.merge_adapter()
+                once = {name_in_base(k): v for k, v in base.state_dict().items()}
+                for name, tensor in wanted.items():
+                    if dtype == torch.float32:
+                        torch.testing.assert_close(once[name], tensor, atol=1e-6, rtol=0)
+                    else:  # fp32 and fp64 sums may round apart where they lie between two numbers
+                        assert float((once[name] != tensor).float().mean()) < 0.01
+                    if not step and kind != "previous":
+                        assert torch.equal(once[name], before[name])
+                close = 1e-5 if dtype == torch.float32 else 0.1
+                torch.testing.assert_close(model(**batch).logits, live, atol=close, rtol=0)
+                model.unmerge_adapter()
+                assert torch.equal(model(**batch).logits, live)
+            model.merge_adapter(safe_merge=True)
+            assert torch.equal(logits_off(model, batch), off)  # which takes it off, as PEFT does
+            model.merge_adapter(["default"])
+            assert all(matrix.layer.merged for matrix in adapted_matrices(model).values())
+            taken_off = copy.deepcopy(model).merge_and_unload().state_dict()
+            assert all(torch.equal(taken_off[name], tensor) for name, tensor in wanted.items())
+            model.unmerge_adapter()
+    now = {name_in_base(name): tensor for name, tensor in base.state_dict().items()}
+    assert all(torch.equal(now[name], tensor) for name, tensor in before.items())
+    with pytest.raises(UserError, match=r"adapter_names=\['other'\]: what is active is merged"):
+        model.merge_adapter(["other"])
+    with torch.no_grad():
+        next(iter(adapted_matrices(model).values())).factors("default")[0].fill_(torch.nan)
+    with pytest.raises(ValueError, match="NaN"):
+        model.merge_adapter(safe_merge=True)
+    assert all(torch.equal(now[name], tensor) for name, tensor in before.items())
+
+
+def logits_off(model: PeftModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Of the base: with the adapter off."""
+    with torch.no_grad(), model.disable_adapter():
+        logits: torch.Tensor = model(**batch).logits
+    return logits
 
 
 @pytest.mark.parametrize(("options", "balanced"), [({}, True), ({"begin": "published"}, False)])

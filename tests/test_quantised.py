@@ -303,6 +303,8 @@ def test_what_is_merged_into_packed_numbers_is_rounded_once(
         next(iter(adapted_matrices(live).values())).factors(adapter.TRAINED)[0].fill_(math.nan)
     with pytest.raises(ValueError, match="NaN"):
         live.merge_and_unload(safe_merge=True)
+    with pytest.raises(UserError, match="base is packed, into which no update can be merged and"):
+        live.merge_adapter()
     live.config.quantization_config.quant_method = "gptq"
     with pytest.raises(UserError, match=r"base is packed by gptq, .* save_pretrained"):
         live.merge_and_unload()

@@ -29,7 +29,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from milora.anchored_layers import compute_as_one
+from milora.anchored_layers import compute_as_one, merge_as_one
 from milora.errors import UserError
 from milora.files import write_bytes
 from milora.fingerprints import check_base, packed_sha256, tensor_sha256
@@ -300,6 +300,7 @@ def _add_frozen(peft_model: PeftModel, frozen: LoraConfig, adapter: str) -> None
             weight = linear.weight.detach()
             del linear.weight
             linear.register_buffer("weight", weight)
+        merge_as_one(layer)
     peft_model.save_pretrained = _refuse_bare_pair  # type: ignore[method-assign]
     peft_model.set_adapter = MethodType(_set_adapter, peft_model)  # type: ignore[method-assign]
 
@@ -424,8 +425,11 @@ def in_full(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def take_off(model: PeftModel) -> PreTrainedModel:
-    """The base. PEFT's unload leaves the modules that were trained in full in it."""
+    """The base. PEFT's unload leaves in it what is merged and modules that were trained in full."""
     inner: Any = model.base_model.model
+    for layer in adapted_layers(model).values():
+        if layer.merged:
+            layer.unmerge()
     original = {
         name: module.original_module
         for name, module in inner.named_modules()

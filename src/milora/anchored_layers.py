@@ -1,5 +1,7 @@
-"""PEFT's LoRA layers with an anchor: W x + s (B A x - B0 A0 x) as one forward (anchored.py)."""
+"""PEFT's LoRA layers with an anchor: W x + s (B A x - B0 A0 x) as one forward (anchored.py), and
+merged for a while as one sum."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
 from types import MethodType
@@ -7,16 +9,19 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from milora.anchored import Stacked, anchored, by_hand, product_dtype, stacked
 from milora.errors import UserError
-from milora.matrices import ANCHOR, PREVIOUS, TRAINED
+from milora.matrices import ANCHOR, PREVIOUS, TRAINED, Matrix
+from milora.svd import plain_arithmetic
 
 AT_ONCE = 2**24  # numbers: 64 MB of fp32
 # PEFT's layers, of bitsandbytes' and AWQ's weights, that round an update before they add it.
 ROUND_FIRST = ("Linear4bit", "Linear8bitLt", "AwqLoraLinear")
 AHEAD = "_stacks_ahead"  # in a layer while a forward runs that trains
+UNMERGED = "_unmerged"  # in a layer while it is merged: its weight as it was
 
 
 def compute_as_one(model: PeftModel, layers: Sequence[Any]) -> None:
@@ -43,6 +48,8 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if ANCHOR not in layer.active_adapters and not layer.disable_adapters:
         alone: Tensor = type(layer).forward(layer, x, *args, **kwargs)  # PEFT's
         return alone
+    if layer.disable_adapters and layer.merged:
+        layer.unmerge()  # as PEFT's
     result: Tensor = layer.base_layer(x, *args, **kwargs)
     if layer.disable_adapters or layer.merged:
         return result
@@ -170,3 +177,66 @@ def _stack_ahead(alike: Sequence[_Alike], tuner: nn.Module, *_: Any) -> None:
 def _forget(layers: Sequence[Any], *_: Any) -> None:
     for layer in layers:
         layer.__dict__.pop(AHEAD, None)
+
+
+def merge_as_one(layer: Any) -> None:
+    """Give a layer with a frozen adapter the merge that rounds once, and its way back.
+
+    PEFT's adds one adapter after the other, rounds each time, and takes them off likewise: in 16
+    bit each round trip would leave another base. While it is merged a copy of its weight is kept.
+    """
+    layer.merge, layer.unmerge = MethodType(_merge, layer), MethodType(_unmerge, layer)
+
+
+@torch.no_grad()
+def _merge(
+    layer: Any, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+) -> None:
+    frozen = {ANCHOR, PREVIOUS}
+    if adapter_names is not None and {*adapter_names} - frozen != {*layer.active_adapters} - frozen:
+        raise UserError(
+            f"adapter_names={adapter_names}: what is active is merged, and its anchor with it: use "
+            "set_adapter, and leave adapter_names out"
+        )
+    experts = range(layer.num_experts) if hasattr(layer, "parameter_name") else [None]
+    matrices = [Matrix(layer, "", expert, []) for expert in experts]
+    if matrices[0].packed:
+        raise UserError(
+            "the base is packed, into which no update can be merged and taken off again exactly: "
+            "save the plain LoRA, and serve that on the base"
+        )
+    names = [name for name in check_adapters_to_merge(layer) if name in layer.lora_A]
+    if not names:
+        return
+    weight = _weight(layer)
+    if UNMERGED not in layer.__dict__:
+        layer.__dict__[UNMERGED] = weight.detach().clone()
+    for matrix in matrices:
+        W = matrix.weight
+        exact = torch.float32 if W.element_size() < 4 else torch.float64
+        total = torch.zeros_like(W, dtype=exact)
+        with plain_arithmetic(W.device):
+            for name in names:  # each by itself, so that what is equal cancels to the last bit
+                A, B = (x.to(W.device, exact) for x in matrix.factors(name))
+                total += matrix.scaling(name) * (B @ A)
+        W.copy_(total.add_(W))
+    if safe_merge and not weight.isfinite().all():
+        weight.copy_(layer.__dict__.pop(UNMERGED))
+        raise ValueError("the trained factors hold NaN or infinite values")  # as PEFT's
+    layer.merged_adapters.extend(names)
+
+
+@torch.no_grad()
+def _unmerge(layer: Any) -> None:
+    if not layer.merged:
+        warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)  # as PEFT's
+        return
+    layer.merged_adapters.clear()
+    _weight(layer).copy_(layer.__dict__.pop(UNMERGED))
+
+
+def _weight(layer: Any) -> Tensor:
+    """The tensor of the base that a layer adapts: all experts of a stack."""
+    name = getattr(layer, "parameter_name", "weight")
+    weight: Tensor = getattr(layer.get_base_layer(), name)
+    return weight

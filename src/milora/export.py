@@ -389,6 +389,10 @@ def get_milora_model(
     factors come from the full-precision checkpoint `factors_from`, by default the one that it was
     loaded from.
 
+    `merge_adapter()` and `unmerge_adapter()` round once and put the base back to the last bit:
+    while it is merged a second copy of the adapted weights is kept. They refuse packed ones. (With
+    method lora they are PEFT's own.)
+
     Raises UserError as add_adapter does, and for an option of `config` that no plain LoRA on an
     untouched base holds.
     """
