@@ -494,6 +494,12 @@ def test_inputs_are_held_without_a_padding_token(
     assert hold_inputs(get_milora_model(base, LoraConfig(**CONFIG)), tokenizer).holds
 
 
+@pytest.mark.parametrize("method", ["milora", "lora"])
+def test_factors_from_what_is_not_packed_are_refused(method: str, load: Load) -> None:
+    with pytest.raises(UserError, match=r"factors_from: none/such would not be read, since the mo"):
+        get_milora_model(load("llama"), LoraConfig(**CONFIG), method, factors_from="none/such")
+
+
 def test_several_processes_must_share_a_text(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     model = get_milora_model(load("llama"), LoraConfig(**CONFIG))
     with monkeypatch.context() as context:  # under a launcher, before they have met

@@ -397,7 +397,14 @@ def get_milora_model(
     untouched base holds.
     """
     check_plain(config)
-    if method in COMPONENT and any(linear_shape(m) and is_packed(m) for m in model.modules()):
+    packed = any(linear_shape(m) and is_packed(m) for m in model.modules())
+    if factors_from and not (packed and method in COMPONENT):
+        raise UserError(
+            f"factors_from: {factors_from} would not be read, since "
+            + (f"method {method} has no factors" if packed else "the model is not packed")
+            + ": leave it out"
+        )
+    if method in COMPONENT and packed:
         name = factors_from or str(model.name_or_path)
         options["weights"] = full_weights(open_checkpoint(name), name)
     if method == "milora":

@@ -444,11 +444,11 @@ def _parts(skeleton: PreTrainedModel, shards: Shards) -> dict[str, list[list[str
 
 def _kept_in_fp32(skeleton: PreTrainedModel, dtype: torch.dtype) -> set[str]:
     """The modules that transformers loads in fp32 where the rest is in `dtype`."""
-    kept: list[Any] = []
-    if dtype == torch.float16:
-        kept.append(skeleton._keep_in_fp32_modules)
-    if dtype in (torch.float16, torch.bfloat16):
-        kept.append(skeleton._keep_in_fp32_modules_strict)
+    lists = {
+        "_keep_in_fp32_modules": (torch.float16,),
+        "_keep_in_fp32_modules_strict": (torch.float16, torch.bfloat16),
+    }
+    kept = [getattr(skeleton, key, None) for key, dtypes in lists.items() if dtype in dtypes]
     return {name for names in kept for name in names or ()}
 
 
