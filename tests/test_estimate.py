@@ -293,9 +293,9 @@ def test_directions_are_counted(
     asked["milora"]["interference"]["top"] = 0
     assert estimate(**asked, speed=1.0, rates=RATES)["memory"]["directions"] == 0
     sharded = {"speed": 1.0, "rates": RATES, "processes": 2, "sharded": True}
-    asked["milora"] |= {"protect": 2, "interference": {"top": 16}}
+    asked["milora"]["protect"], asked["milora"]["interference"]["top"] = 2, 16
     first = estimate(**asked, **sharded)["memory"]["directions"]
-    asked["milora"]["interference"] = {"top": 0}
+    asked["milora"]["interference"]["top"] = 0
     assert estimate(**asked, **sharded)["memory"]["directions"] == first > 0
 
 
