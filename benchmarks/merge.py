@@ -34,15 +34,15 @@ from milora.adapter import Factors
 from milora.checkpoint import open_checkpoint
 from milora.export import PlainLora, save_plain_lora
 from milora.files import write_json
-from milora.fingerprints import tensor_sha256
+from milora.fingerprints import composed_sha256, tensor_sha256
 from milora.verify import ADAPTER
 
 RANK = 64
 DOCUMENT = ROOT / "docs" / "serving.md"
 
 
-def make(folder: Path, blocks: int) -> dict[str, str]:
-    """The checkpoint; returns the hash of every adapted weight."""
+def make(folder: Path, blocks: int) -> tuple[dict[str, str], str]:
+    """The checkpoint; returns the hash of every adapted weight, and that of all weights."""
     folder.mkdir(parents=True)
     config = LlamaConfig(
         num_hidden_layers=blocks, architectures=["LlamaForCausalLM"], dtype="bfloat16"
@@ -50,7 +50,8 @@ def make(folder: Path, blocks: int) -> dict[str, str]:
     config.save_pretrained(folder)
     torch.manual_seed(0)
     drawn = {name: (0.02 * torch.randn(shape)).bfloat16() for name, shape in SHAPES.items()}
-    ones, index = torch.ones(4096, dtype=torch.bfloat16), {}
+    ones, index, every = torch.ones(4096, dtype=torch.bfloat16), {}, dict[str, str]()
+    known = {id(value): tensor_sha256(value) for value in drawn.values()}  # of the same numbers
     for block in range(blocks + 1):
         file = f"model-{block + 1:05d}-of-{blocks + 1:05d}.safetensors"
         if block < blocks:
@@ -64,18 +65,15 @@ def make(folder: Path, blocks: int) -> dict[str, str]:
             tensors = ends | {"model.norm.weight": ones.clone()}
         save_file(tensors, folder / file, {"format": "pt"})
         index |= dict.fromkeys(tensors, file)
+        every |= {name: known.get(id(x)) or tensor_sha256(x) for name, x in tensors.items()}
     content = {"metadata": {}, "weight_map": index}
     (folder / "model.safetensors.index.json").write_text(json.dumps(content))
-    hashes = {name: tensor_sha256(value) for name, value in drawn.items()}
-    return {
-        f"model.layers.{block}.{name}": digest
-        for block in range(blocks)
-        for name, digest in hashes.items()
-        if name.rpartition(".")[2] in ADAPTED
-    }
+    modules = {name.removesuffix(".weight"): digest for name, digest in every.items()}
+    adapted = {n: digest for n, digest in modules.items() if n.rpartition(".")[2] in ADAPTED}
+    return adapted, composed_sha256(every)
 
 
-def make_adapter(folder: Path, base: Path, hashes: dict[str, str]) -> None:
+def make_adapter(folder: Path, base: Path, hashes: dict[str, str], whole: str) -> None:
     folder.mkdir()
     factors = {}
     for name in hashes:
@@ -83,12 +81,13 @@ def make_adapter(folder: Path, base: Path, hashes: dict[str, str]) -> None:
         factors[name] = Factors(torch.randn(RANK, n) / n**0.5, 0.02 * torch.randn(m, RANK))
     skeleton = open_checkpoint(str(base)).skeleton
     save_plain_lora(folder, PlainLora(factors), skeleton, "synthetic")
-    about = {"model": str(base), "name": "synthetic", "dtype": "bfloat16", "license": "unknown"}
+    about = {"model": str(base), "name": "synthetic", "dtype": "bfloat16", "license": "unknown",
+             "sha256": whole}  # fmt: skip
     write_json(
         folder / "milora.json",
         {
             "format": ADAPTER, "base": about, "weights_sha256": hashes, "method": "milora",
-            "rank": RANK, "versions": {}, "probes": [],
+            "rank": RANK, "versions": {}, "probes": [], "configuration": {},
         },
     )  # fmt: skip
 
@@ -115,9 +114,7 @@ def merge(adapter: Path, out: Path) -> dict[str, Any]:
     """`milora export` in a process of its own; the peak is of resident pages."""
     before, began, peak = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic(), 0
     command = [sys.executable, "-m", "milora", "export", str(adapter), "--to", "merged"]
-    process = subprocess.Popen(
-        [*command, "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
+    process = subprocess.Popen([*command, "--out", str(out)], stdout=subprocess.PIPE, text=True)
     status = Path(f"/proc/{process.pid}/status")
     while process.poll() is None:
         lines = status.read_text().splitlines() if status.exists() else []
@@ -138,8 +135,8 @@ def run(folder: Path, blocks: int, rounds: int, beside: str) -> None:
     if folder.exists():
         raise SystemExit(f"{folder} exists: name a folder that may be made and removed")
     try:
-        hashes = make(folder / "base", blocks)
-        make_adapter(folder / "adapter", folder / "base", hashes)
+        hashes, whole = make(folder / "base", blocks)
+        make_adapter(folder / "adapter", folder / "base", hashes, whole)
         size = sum(path.stat().st_size for path in (folder / "base").iterdir())
         copies, merges = [], []
         for _ in range(rounds):
