@@ -30,7 +30,7 @@ from milora.pretrained import task_of
 from milora.progress import Progress
 from milora.smaller import Smaller
 from milora.targeting import lora_config
-from milora.verify import ADAPTER, make_probes, verify
+from milora.verify import ADAPTER, make_probes, open_run, verify
 
 
 def make_base(folder: Path, name: str, dtype: torch.dtype = torch.float32, **save: Any) -> Path:
@@ -331,6 +331,7 @@ def test_an_altered_adapter_goes_nowhere(pair: tuple[Path, Path], tmp_path: Path
         *(lambda to=to: export(adapter, tmp_path / "out", to) for to in KINDS),
         lambda: export(adapter, tmp_path / "out", "lora", smaller=Smaller(3)),
         lambda: combine([tmp_path / "other", adapter], tmp_path / "out"),
+        lambda: open_run(adapter),  # eval and chat
     ):
         with pytest.raises(UserError, match=r"adapter_model\.safetensors is not as it was written"):
             call()

@@ -22,7 +22,7 @@ from milora.checkpoint import full_weights, open_checkpoint
 from milora.data import prompt_ids, prompt_text
 from milora.errors import UserError
 from milora.export import ADAPTER_FILE, read_config, scale_of
-from milora.files import changed_files, read_record, read_yaml
+from milora.files import changed_files, check_files, read_record, read_yaml
 from milora.fingerprints import base_sha256, packed_hashes, tensor_sha256
 from milora.forms import first_token
 from milora.logits import Pair, base_only
@@ -107,9 +107,11 @@ def why_whole(run: Path) -> str:
 def open_run(path: Path, trust_remote_code: bool = False, base: str | None = None) -> OpenedRun:
     """Base and tuned of a run, or of an adapter folder made by milora.
 
-    `base` is where the base is now, if not where it is recorded. Raises UserError for a wrong one.
+    `base` is where the base is now, if not where it is recorded. Raises UserError for a wrong one,
+    and for weights of an adapter that are not those that were written.
     """
     if not (path / "run.json").is_file() or not (path / "model").is_dir():
+        check_files(find_adapter(path))
         opened = open_adapter(path, base, trust_remote_code)
         pair = Pair(opened.model, headless=opened.base.headless)
         return OpenedRun(pair, opened.base.reader, opened.provenance["configuration"])
