@@ -16,7 +16,7 @@ from milora.gates import judge, parse_gate
 from milora.lineage import Link, chain, history, read_link
 from milora.report import report
 from milora.rows import read_rows, split_rows
-from milora.transfer import columns, measures, sentences, table, unmeasured
+from milora.transfer import as_now, columns, measures, sentences, table, unmeasured
 from milora.verify import open_run
 
 Tiny = Callable[[str], Path]
@@ -112,7 +112,7 @@ def test_another_file_of_the_same_path_is_another_task() -> None:
     for place, digest in enumerate(("1", "2")):
         links[place].record["data"] = {"sha256": {"a.jsonl": digest}}
     assert [(c.name, c.introduced) for c in columns(links)] == [("a of one", 0), ("a", 1)]
-    assert [(c.name, c.introduced) for c in columns(links, as_now=True)] == [("a", 0)]
+    assert [(c.name, c.introduced) for c in columns(as_now(links))] == [("a", 0)]
     links[1].record["data"]["sha256"]["a.jsonl"] = "1"
     assert [(c.name, c.introduced) for c in columns(links)] == [("a", 0)]
 

@@ -472,15 +472,14 @@ def _evaluate_chain(
     from milora.compare_page import Table
     from milora.lineage import chain
     from milora.progress import Progress
-    from milora.transfer import evaluate_chain, load_tasks, sentences, table
+    from milora.transfer import as_now, evaluate_chain, load_tasks, sentences, table
     from milora.verify import open_run
 
-    links = chain(source)
+    links = as_now(chain(source)) if out else chain(source)
     pair, reader, _ = open_run(source, trust_remote_code, base)
-    as_now = out is not None
-    _check_files(source, out, limit, load_tasks(links, reader, as_now=as_now))
+    _check_files(source, out, limit, load_tasks(links, reader))
     with Progress() as progress:
-        result, samples = evaluate_chain(links, pair, reader, progress, limit, as_now)
+        result, samples = evaluate_chain(links, pair, reader, progress, limit)
     _print_scores(result)
     _print_table(Table(*table(result["continual"])))
     for sentence in sentences(result["continual"]):

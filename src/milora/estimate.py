@@ -26,7 +26,7 @@ from milora.progress import Progress, duration
 from milora.protect import FIRST, check_patterns, parts_of
 from milora.ready import check_alone, say_unused
 from milora.recommended import as_before
-from milora.rows import read_rows, split_rows
+from milora.rows import training_rows
 
 # Of the rate of a product of its size, what a training step reaches: measured by
 # benchmarks/estimate.py (docs/speed.md).
@@ -179,13 +179,9 @@ def _batches(data: Mapping[str, Any], arguments: TrainingArguments, processes: i
     """Of each device; None where neither the rows nor the steps are known."""
     if arguments.max_steps > 0:
         return arguments.max_steps * arguments.gradient_accumulation_steps
-    source, held = str(data["train"]), data["eval"]
-    if not Path(source).is_file():
+    if not Path(str(data["train"])).is_file():
         return None
-    read = {key: data[key] for key in ("format", "columns", "on_bad_row")}
-    found = read_rows(source, **read).rows
-    if not isinstance(held, str):
-        found, _ = split_rows(found, held, seed=0)
+    found = training_rows(data, seed=0)
     per_epoch = math.ceil(len(found) / (arguments.per_device_train_batch_size * processes))
     return math.ceil(per_epoch * arguments.num_train_epochs)
 

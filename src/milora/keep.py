@@ -62,6 +62,14 @@ class Keep(NamedTuple):
         return torch.tensor([self.pieces[(first + i) % len(self.pieces)] for i in range(count)])
 
 
+def in_pieces(
+    tokenizer: PreTrainedTokenizerBase, text: str, length: int, begin: Sequence[int]
+) -> list[list[int]]:
+    """All of a text as pieces of `length` tokens with `begin`, the last of what is left."""
+    ids, own = tokenizer(text, add_special_tokens=False)["input_ids"], length - len(begin)
+    return [[*begin, *ids[i : i + own]] for i in range(0, len(ids), own)]
+
+
 def cut(
     tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], longest: int, key: str = "milora.text"
 ) -> Pieces:
@@ -69,11 +77,9 @@ def cut(
 
     Each begins as the tokenizer begins a text. Raises UserError when there is not one whole piece.
     """
-    length, pieces, begin = min(LENGTH, longest), [], begins_with(tokenizer)
-    own = length - len(begin)
-    for text in texts:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        pieces += [[*begin, *ids[i : i + own]] for i in range(0, len(ids) - own + 1, own)]
+    length, begin = min(LENGTH, longest), begins_with(tokenizer)
+    every = (piece for text in texts for piece in in_pieces(tokenizer, text, length, begin))
+    pieces = [piece for piece in every if len(piece) == length]
     if not pieces:
         raise UserError(f"{key}: it has fewer than {length} tokens, of which a piece is made")
     return pieces

@@ -16,7 +16,7 @@ from milora.data import begins_with
 from milora.errors import UserError
 from milora.files import sha256, why_no_file
 from milora.forms import predictions
-from milora.keep import kl
+from milora.keep import in_pieces, kl
 from milora.logits import Pair
 from milora.pretrained import positions, task_of
 from milora.rows import read_rows
@@ -49,9 +49,7 @@ def knowledge_kept(
         chunks, length = chunks * length // EMBEDDED, EMBEDDED
     length = min(length, positions(pair.model))
     begin = [] if classifies else begins_with(tokenizer)
-    cut = tokenizer(text[: chunks * length * 12], add_special_tokens=False)["input_ids"]
-    own = length - len(begin)
-    pieces = [[*begin, *cut[i : i + own]] for i in range(0, len(cut), own)][:chunks]
+    pieces = in_pieces(tokenizer, text[: chunks * length * 12], length, begin)[:chunks]
     pieces = [piece for piece in pieces if len(piece) > 1]
     if not pieces:
         raise UserError("evaluate.knowledge: the text has fewer than 2 tokens")
@@ -127,7 +125,8 @@ def check_unseen(
     """Raise UserError for a text that the run trains on (`train`) or keeps (`general`): by its
     name, or as a copy of the file, of which `files` are the hashes.
     """
-    seen = {files[name]: (key, name) for key, name in _taking_part(train, general) if name in files}
+    parts = [("data.train", train), *(("milora.text", name) for name in general)]
+    seen = {files[name]: (key, name) for key, name in parts if name in files}
     for _, name in texts:
         digest = sha256(Path(name)) if Path(name).is_file() else ""
         key, other = seen.get(digest, ("milora.text" if name in general else "", name))
@@ -137,10 +136,6 @@ def check_unseen(
                 f"{key} and evaluate.knowledge both have {both}: what is kept must be measured on "
                 "text that took no part in the run"
             )
-
-
-def _taking_part(train: str, general: Sequence[str]) -> list[tuple[str, str]]:
-    return [("data.train", train), *(("milora.text", name) for name in general)]
 
 
 def _general_text(source: str, key: str) -> tuple[str, str]:

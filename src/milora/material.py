@@ -25,7 +25,7 @@ from milora.keep import SAMPLED, Pieces, cut
 from milora.knowledge import check_unseen, general_texts
 from milora.pretrained import Pretrained, positions, reads_pictures, task_of
 from milora.progress import Progress
-from milora.rows import Rows, overlap, plainly, questions_of, read_rows, split_rows
+from milora.rows import Rows, overlap, plainly, questions_of, read_rows, split_rows, training_rows
 from milora.tokens import Named, load_with_tokens
 from milora.vision import pictures_sha256
 
@@ -193,14 +193,12 @@ def trained_questions(
     """What the rows of data.train ask that a run with the configuration `asked` trained on; None
     where the file is not there as it was, by the hashes in `files`.
     """
-    data, source = asked["data"], asked["data"]["train"]
+    source = asked["data"]["train"]
     if not Path(source).is_file() or sha256(Path(source)) != files.get(source):
         return None
-    read = {key: data[key] for key in ("format", "columns", "on_bad_row")}
-    rows = read_rows(source, **read, pictures=pictures).rows
-    if not isinstance(data["eval"], str):
-        rows, _ = split_rows(rows, data["eval"], asked["seed"])
-    return set[str]().union(*map(questions_of, rows))
+    return set[str]().union(
+        *map(questions_of, training_rows(asked["data"], asked["seed"], pictures))
+    )
 
 
 def asked_in(questions: set[str], task: Task | ClassTask | ChoiceTask) -> int:

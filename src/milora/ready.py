@@ -356,12 +356,12 @@ def check_alone(asked: Mapping[str, Any], arguments: TrainingArguments) -> LoraC
     Raises UserError for keys that have no meaning, or none with each other.
     """
     method, lora, milora = (asked[key] for key in ("method", "lora", "milora"))
-    if arguments.save_strategy == "best" and milora["interference"]["limit"] is not None:
+    watch = milora["interference"]
+    if arguments.save_strategy == "best" and watch["limit"] is not None:
         raise UserError(
             "training.save_strategy: best writes states that milora.interference.limit has not "
             "seen: use steps or epoch"
         )
-    watch = milora["interference"]
     if watch["stop"] and arguments.save_strategy == "no":
         raise UserError(
             "milora.interference.stop goes back to the last checkpoint, and training.save_strategy "
@@ -370,9 +370,7 @@ def check_alone(asked: Mapping[str, Any], arguments: TrainingArguments) -> LoraC
     lora_config: LoraConfig | None = targeting.lora_config(lora)
     if method == "full":
         lora_config = None
-        for key, there in (
-            ("rank", milora["rank"]), ("interference.limit", milora["interference"]["limit"]),
-        ):  # fmt: skip
+        for key, there in (("rank", milora["rank"]), ("interference.limit", watch["limit"])):
             if there is not None:
                 raise UserError(f"milora.{key}: full fine-tuning has no factors: use an adapter")
     if milora["rank"]:

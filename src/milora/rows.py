@@ -424,6 +424,13 @@ def split_rows(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row],
     return train, [rows[i] for i in sorted(held_out)]
 
 
+def training_rows(data: Mapping[str, Any], seed: int, pictures: bool = False) -> list[Row]:
+    """Those of data.train that are trained on; `data` is the block of a configuration."""
+    read = {key: data[key] for key in ("format", "columns", "on_bad_row")}
+    rows = read_rows(str(data["train"]), **read, pictures=pictures).rows
+    return rows if isinstance(data["eval"], str) else split_rows(rows, data["eval"], seed)[0]
+
+
 def overlap(questions: Set[str], rows: Iterable[Row]) -> int:
     """How many of the rows ask one of the questions, which are as `questions_of` has them."""
     return sum(not questions.isdisjoint(_asked(row, len(row.messages))) for row in rows)

@@ -49,42 +49,41 @@ class Column(NamedTuple):
     options: str | Mapping[str, Any]  # as evaluate.tasks has it
 
 
-def columns(links: Sequence[Link], as_now: bool = False) -> list[Column]:
+def columns(links: Sequence[Link]) -> list[Column]:
     """Every task of the chain once, in the order in which the runs brought them.
 
     Those of the last run have their own names, since its gates and its card are about them. Another
     that is asked otherwise (another file, another match) under a name that is taken gets that of
-    its run with it. `as_now` takes files that have changed since for what they are now.
+    its run with it.
     """
     found: dict[tuple[Any, ...], Column] = {}
     for place, link in enumerate(links):
         for options in link.asked["evaluate"]["tasks"]:
-            key = _identity(options, link, as_now)
+            key = _identity(options, link)
             first = found[key].introduced if key in found else place
             found[key] = Column(task_name(options), first, options)
-    own = links[-1].asked["evaluate"]["tasks"]
-    last = {_identity(options, links[-1], as_now) for options in own}
+    last = {_identity(options, links[-1]) for options in links[-1].asked["evaluate"]["tasks"]}
     taken = {found[key].name for key in last}
     for key, column in found.items():
         if key in last:
             continue
         name, number = column.name, 2
         if name in taken:
-            name = f"{name} of {links[column.introduced].name}"
+            name = of_run = f"{name} of {links[column.introduced].name}"
         while name in taken:
-            name, number = f"{name.removesuffix(f' ({number - 1})')} ({number})", number + 1
+            name, number = f"{of_run} ({number})", number + 1
         taken.add(name)
         found[key] = column._replace(name=name)
     return list(found.values())
 
 
-def _identity(options: str | Mapping[str, Any], link: Link, as_now: bool) -> tuple[Any, ...]:
+def _identity(options: str | Mapping[str, Any], link: Link) -> tuple[Any, ...]:
     """What makes two tasks one: a file, its content and all that it is asked by but a name."""
     whole = {"file": options} if isinstance(options, str) else dict(options)
     if harness := whole.get("harness") or harness_name(options):
         return ("harness", harness)
     told = {k: v for k, v in whole.items() if k != "name" and v not in (None, LEFT_OUT.get(k))}
-    return (*sorted(told.items()), ("sha256", None if as_now else _sha256(whole["file"], link)))
+    return (*sorted(told.items()), ("sha256", _sha256(whole["file"], link)))
 
 
 def _sha256(file: str, link: Link) -> str | None:
@@ -92,6 +91,11 @@ def _sha256(file: str, link: Link) -> str | None:
     if (recorded := link.record.get("data", {}).get("sha256")) is not None:
         return str(recorded[file]) if file in recorded else None
     return sha256(Path(file)) if Path(file).is_file() else None
+
+
+def as_now(links: Sequence[Link]) -> list[Link]:
+    """The chain with the files of its tasks as they are now, whatever they were in its runs."""
+    return [link._replace(record=link.record | {"data": {}}) for link in links]
 
 
 def unmeasured(links: Sequence[Link], classifies: bool) -> dict[str, str]:
@@ -106,21 +110,17 @@ def unmeasured(links: Sequence[Link], classifies: bool) -> dict[str, str]:
     return why
 
 
-def load_tasks(
-    links: Sequence[Link], reader: Reader, limit: int | None = None, as_now: bool = False
-) -> list[AnyTask]:
-    """The tasks of `columns`, by their names. Raises UserError where a file is gone, or is another
-    and not taken `as_now`.
-    """
+def load_tasks(links: Sequence[Link], reader: Reader, limit: int | None = None) -> list[AnyTask]:
+    """The tasks of `columns`, by their names. Raises UserError where a file is gone or another."""
     tasks = []
-    for column in columns(links, as_now):
+    for column in columns(links):
         link = links[column.introduced]
         try:
             named = link.asked.get("data", {}).get("columns") or {}
             task = load_task(column.options, limit, bool(image_tokens(reader)), named)
         except UserError as error:
             raise UserError(f"the task {column.name} of {link.run}: {error}") from error
-        if not isinstance(task, HarnessTask) and not as_now:
+        if not isinstance(task, HarnessTask):
             own = column.options if isinstance(column.options, str) else column.options["file"]
             before = _sha256(own, link)
             if task.sha256 != before and before is not None:
@@ -133,11 +133,9 @@ def load_tasks(
     return tasks
 
 
-def check_tasks(
-    links: Sequence[Link], reader: Reader, model: nn.Module, as_now: bool = False
-) -> list[AnyTask]:
+def check_tasks(links: Sequence[Link], reader: Reader, model: nn.Module) -> list[AnyTask]:
     """The tasks of the chain. Raises UserError where there are none, or one is not for `model`."""
-    tasks = load_tasks(links, reader, as_now=as_now)
+    tasks = load_tasks(links, reader)
     if not tasks:
         raise UserError(f"no run of the chain of {links[-1].run} has evaluate.tasks")
     apart = answers_apart(model)
@@ -148,9 +146,8 @@ def check_tasks(
 
 
 def evaluate_chain(
-    links: Sequence[Link], pair: Pair, reader: Reader, progress: Progress, limit: int | None = None,
-    as_now: bool = False,
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:  # fmt: skip
+    links: Sequence[Link], pair: Pair, reader: Reader, progress: Progress, limit: int | None = None
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """evaluation.json of the last run over all tasks of the chain, `continual` in it; and samples.
 
     `pair` is base and tuned of the last run; the earlier releases take its adapter's place one by
@@ -158,9 +155,9 @@ def evaluate_chain(
     asked before is asked again.
     """
     asked = links[-1].asked["evaluate"]
-    tasks = check_tasks(links, reader, pair.model, as_now)
+    tasks = check_tasks(links, reader, pair.model)
     if limit is not None:
-        tasks = load_tasks(links, reader, limit, as_now)
+        tasks = load_tasks(links, reader, limit)
     texts = general_texts(asked["knowledge"])
     live: Any = pair.model
     results: list[dict[str, Any]] = []
@@ -177,7 +174,7 @@ def evaluate_chain(
         if not results:
             samples = own
         results.insert(0, found)
-    result = results[-1] | {"continual": measures(links, results, as_now)}
+    result = results[-1] | {"continual": measures(links, results)}
     if limit is not None:
         result["continual"]["limit"] = limit
     return result, samples
@@ -192,15 +189,13 @@ def extend_evaluation(run: Path, pair: Pair, reader: Reader, progress: Progress)
     return whole
 
 
-def measures(
-    links: Sequence[Link], results: Sequence[Mapping[str, Any]], as_now: bool = False
-) -> dict[str, Any]:
+def measures(links: Sequence[Link], results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The matrix and the figures of the module's head, from the evaluation of each release.
 
     None for a figure that the chain has no task for. `knowledge` is the KL of each release on the
     text where it is largest; tasks without an accuracy are left out, by name.
     """
-    every = columns(links, as_now)
+    every = columns(links)
     last = len(links) - 1
     kept = [one for one in every if "accuracy" in results[-1]["tasks"][one.name]["tuned"]]
     R = [[result["tasks"][one.name]["tuned"]["accuracy"] for one in kept] for result in results]
